@@ -1,0 +1,1 @@
+"""What everything else stands on: words (model), errors, labels, undo. Imports nothing of ours above itself."""

@@ -1,0 +1,146 @@
+"""Every failure that an operator can meet, as one line: what, which object, the cure. Must not know any verb.
+
+Exit codes are part of the command-line contract (README, "Exit codes"). A traceback is a bug of ours (exit 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, ClassVar
+
+
+class Exit(IntEnum):
+    """Exit codes of the command."""
+
+    DONE = 0
+    BUG = 1
+    USAGE = 2
+    PRECONDITION = 3
+    NOT_FOUND = 4
+    BUSY = 5
+    REFUSED = 6
+    UNDO_INCOMPLETE = 7
+    JUDGED_BAD = 8
+    INTERRUPTED = 9
+
+
+#: When several things went wrong, the exit code is the first of these that occurred; then the first that came.
+WORST_FIRST = (Exit.UNDO_INCOMPLETE, Exit.REFUSED, Exit.JUDGED_BAD)
+
+
+class SnapshotterError(Exception):
+    """Base of all. `message` says what, `object` which one, `cure` what the operator can do about it.
+
+    `left` names what could not be undone, `undo_command` the command that would.
+    """
+
+    exit: ClassVar[Exit] = Exit.BUG
+    code: ClassVar[str] = "bug"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        object: str = "",
+        cure: str = "",
+        left: Sequence[str] = (),
+        undo_command: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.object = object
+        self.cure = cure
+        self.left = tuple(left)
+        self.undo_command = undo_command
+
+    def line(self) -> str:
+        """The one line for a terminal or a log. Line breaks from a tool's output are folded."""
+        text = self.message
+        if self.object and self.object not in text:
+            text = f"{self.object}: {text}"
+        if self.left:
+            text += f" (left: {', '.join(self.left)})"
+        if self.cure:
+            text += f"; {self.cure}"
+        if self.undo_command:
+            text += f"; undo: {self.undo_command}"
+        return " ".join(text.split())
+
+    def as_json(self) -> dict[str, Any]:
+        """The `error` object of the JSON contract."""
+        return {
+            "code": self.code,
+            "exit": int(self.exit),
+            "message": self.message,
+            "object": self.object or None,
+            "cure": self.cure or None,
+            "left": list(self.left),
+            "undo_command": self.undo_command or None,
+        }
+
+    def __str__(self) -> str:
+        return self.line()
+
+
+class UsageError(SnapshotterError):
+    """The call, the config or a name in it is wrong, or a confirmation is missing. Nothing was changed."""
+
+    exit, code = Exit.USAGE, "usage"
+
+
+class PreconditionError(SnapshotterError):
+    """A tool, a permission, space or a grade is missing. Nothing was changed."""
+
+    exit, code = Exit.PRECONDITION, "precondition"
+
+
+class NotFoundError(SnapshotterError):
+    """No such set, node, path or attachment."""
+
+    exit, code = Exit.NOT_FOUND, "not-found"
+
+
+class BusyError(SnapshotterError):
+    """Locked by another run, attached, or in use."""
+
+    exit, code = Exit.BUSY, "busy"
+
+
+class StorageError(SnapshotterError):
+    """The storage or the cloud refused, or a budget was spent."""
+
+    exit, code = Exit.REFUSED, "refused"
+
+
+class QuiesceError(StorageError):
+    """The writes were not proven to be held for the instant of the snapshot: the image is void."""
+
+    code = "quiesce-void"
+
+
+class UndoIncompleteError(SnapshotterError):
+    """Something failed and what had been done could not all be undone; `left` names it."""
+
+    exit, code = Exit.UNDO_INCOMPLETE, "undo-incomplete"
+
+
+class JudgedBadError(SnapshotterError):
+    """Looked at and found bad: corrupt, stale, damaged."""
+
+    exit, code = Exit.JUDGED_BAD, "judged-bad"
+
+
+class Interrupted(SnapshotterError):
+    """A signal came. Undone if nothing was sealed yet; kept if it was."""
+
+    exit, code = Exit.INTERRUPTED, "interrupted"
+
+
+def worst(errors: Sequence[SnapshotterError]) -> Exit:
+    """The exit code of a run with these errors: 7 over 6 over 8 over whichever came first; 0 if none."""
+    exits = [error.exit for error in errors]
+    for exit_code in WORST_FIRST:
+        if exit_code in exits:
+            return exit_code
+    return exits[0] if exits else Exit.DONE

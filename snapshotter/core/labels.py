@@ -1,0 +1,220 @@
+"""What we write on the storage's own objects: the birth record and the marks. One codec for every store.
+
+The labels of all members together are the catalog; there is no other database. Must know no store: a driver
+declares its store's limits (`LabelLimits`) and calls `pack` and `unpack`.
+
+The record is compact JSON of at most 400 bytes, so that it fits every store known (an LVM tag takes 1024 characters,
+an EC2 tag value 256, a GCE description 2048). A path that has no room is replaced by a hash, `paths_known` is
+then False, and a restore in place must be told the path.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from snapshotter.core.errors import PreconditionError
+from snapshotter.core.model import SET_ID, Birth, Member, Root
+
+SCHEMA = 1
+MAX_RECORD_BYTES = 400
+PREFIX = "snapshotter"
+
+#: The only mutable labels. Values are of `[a-z0-9_-]`, at most 63 (a GCE label takes no more).
+MARK_NAMES = frozenset(
+    {
+        "sealed",
+        "grade",
+        "quiesce",
+        "freeze-ms",
+        "skew-ms",
+        "height",
+        "block",
+        "pinned",
+        "verify-level",
+        "verify-at",
+        "verify-outcome",
+        "secrets",
+    }
+)
+MARK_VALUE = re.compile(r"[a-z0-9_-]{1,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class LabelLimits:
+    """What one store's labels take. `value_pattern` is a regex that every value must match in full; a record that
+    doesn't is written as base64url, in chunks of `max_value` characters, at most `max_chunks` of them."""
+
+    max_value: int = 8191
+    max_chunks: int = 1
+    value_pattern: str = r"(?s).*"
+
+
+def encode_birth(birth: Birth) -> str:
+    """The record as compact JSON. Paths that would make it longer than 400 bytes become hashes, longest first
+    and the data path last. Raises PreconditionError if even that is too long."""
+    roots = [[root.member, root.path, root.inside] for root in birth.roots]
+    record: dict[str, Any] = {
+        "v": SCHEMA,
+        "s": birth.set_id,
+        "t": birth.target,
+        "n": birth.node,
+        "h": birth.host,
+        "p": birth.profile,
+        "r": roots,
+        "m": [[member.provider, member.volume] for member in birth.members],
+        "i": birth.member,
+        "at": int(birth.taken_at.timestamp()),
+        "dl": int(birth.deadline.timestamp()),
+    }
+    if birth.slot:
+        record["sl"] = birth.slot
+    if birth.address:
+        record["a"] = birth.address
+    # Always shorten as if it were the last member, so that every member's record says the same.
+    widest = len(str(max(0, len(birth.members) - 1))) - len(str(birth.member))
+    while len(text := _dump(record)) + widest > MAX_RECORD_BYTES:
+        longest = max(range(len(roots)), key=lambda k: (_weight(roots[k]), k))
+        if _weight(roots[longest]) == 0:
+            raise PreconditionError(
+                f"the birth record would be longer than {MAX_RECORD_BYTES} bytes",
+                object=birth.node,
+                cure="give the node a shorter name, or fewer volumes",
+            )
+        roots[longest][1:] = [_hashed(str(roots[longest][1])), ""]
+        record["x"] = 1
+    return text
+
+
+def decode_birth(text: str) -> Birth | None:
+    """Inverse of `encode_birth`; None if it isn't a record of ours (another tool's, damaged, of a newer schema)."""
+    try:
+        record = json.loads(text)
+        if not isinstance(record, dict) or record.get("v") != SCHEMA or not SET_ID.fullmatch(record["s"]):
+            return None
+        members = tuple(Member(provider=str(p), volume=str(v)) for p, v in record["m"])
+        birth = Birth(
+            set_id=record["s"],
+            target=str(record["t"]),
+            node=str(record["n"]),
+            host=str(record["h"]),
+            profile=str(record["p"]),
+            roots=tuple(Root(path=str(p), member=int(m), inside=str(i)) for m, p, i in record["r"]),
+            members=members,
+            taken_at=datetime.fromtimestamp(record["at"], UTC),
+            deadline=datetime.fromtimestamp(record["dl"], UTC),
+            slot=str(record.get("sl", "")),
+            address=str(record.get("a", "")),
+            member=int(record["i"]),
+            paths_known="x" not in record,
+        )
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, OSError):
+        return None
+    if not birth.roots or not 0 <= birth.member < len(members):
+        return None
+    if any(not 0 <= root.member < len(members) for root in birth.roots):
+        return None
+    return birth
+
+
+def pack(birth: Birth, limits: LabelLimits) -> dict[str, str]:
+    """The record as label pairs for one store: `birth` alone, or `birth0`, `birth1`, ... in base64url.
+    Raises PreconditionError if the store can't take it."""
+    text = encode_birth(birth)
+    if len(text) <= limits.max_value and re.fullmatch(limits.value_pattern, text):
+        return {"birth": text}
+    encoded = base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+    chunks = [encoded[k : k + limits.max_value] for k in range(0, len(encoded), limits.max_value)]
+    if len(chunks) > limits.max_chunks or not all(re.fullmatch(limits.value_pattern, c) for c in chunks):
+        raise PreconditionError(
+            "the storage's labels have no room for the birth record",
+            object=birth.node,
+            cure="give the node a shorter name or path",
+        )
+    return {f"birth{k}": chunk for k, chunk in enumerate(chunks)}
+
+
+def unpack(labels: Mapping[str, str]) -> Birth | None:
+    """Inverse of `pack`; other labels are ignored. None if there is no whole record of ours."""
+    if "birth" in labels:
+        return decode_birth(labels["birth"])
+    chunks: list[str] = []
+    while (key := f"birth{len(chunks)}") in labels:
+        chunks.append(labels[key])
+    if not chunks:
+        return None
+    encoded = "".join(chunks)
+    try:
+        text = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode()
+    except ValueError:
+        return None
+    return decode_birth(text)
+
+
+def check_marks(changes: Mapping[str, str | None]) -> None:
+    """Raise ValueError for a mark that isn't one of ours or a value that some store couldn't hold. None removes."""
+    for name, value in changes.items():
+        if name not in MARK_NAMES:
+            raise ValueError(f"unknown mark {name!r}")
+        if value is not None and not MARK_VALUE.fullmatch(value):
+            raise ValueError(f"mark {name} can't hold {value!r}")
+
+
+def apply_marks(marks: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
+    """`marks` after `changes` (None removes). Raises ValueError as `check_marks`."""
+    check_marks(changes)
+    merged: dict[str, str | None] = {**marks, **changes}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+def merge_marks(of_members: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """A set's marks from its members': pinned if any says so; everything else only where all say the same."""
+    members = list(of_members)
+    if not members:
+        return {}
+    merged = {
+        name: value
+        for name, value in members[0].items()
+        if name in MARK_NAMES and all(other.get(name) == value for other in members[1:])
+    }
+    # `sealed` and `grade` must be on every member, but a retry may have stamped them a second apart.
+    if "sealed" not in merged and all("sealed" in member for member in members):
+        merged["sealed"] = min(member["sealed"] for member in members)
+    for member in members:
+        if "pinned" in member:
+            merged["pinned"] = member["pinned"]
+    return merged
+
+
+def path_hash(path: str) -> str:
+    """What stands in a record for a path that had no room."""
+    return _hashed(path)
+
+
+def with_paths(birth: Birth, paths: Mapping[str, str]) -> Birth:
+    """`birth` with hashed paths replaced from `paths` (hash -> path), where known."""
+    roots = tuple(replace(root, path=paths.get(root.path, root.path)) for root in birth.roots)
+    return replace(birth, roots=roots, paths_known=all(root.path.startswith("/") for root in roots))
+
+
+def _dump(record: Mapping[str, Any]) -> str:
+    # ensure_ascii: the length in characters is the length in bytes, and every store takes it.
+    return json.dumps(record, separators=(",", ":"), ensure_ascii=True)
+
+
+def _hashed(path: str) -> str:
+    return "#" + hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def _weight(root: list[Any]) -> int:
+    """How much hashing this root's path would save; 0 if nothing."""
+    path = str(root[1])
+    if path.startswith("#"):
+        return 0
+    return max(0, len(_dump({"": path})) + len(_dump({"": root[2]})) - len(_hashed("")) - 12)

@@ -1,0 +1,1 @@
+"""What touches this Linux host: mounts, processes, quiesce, locks, services. Knows no nodes and no providers."""

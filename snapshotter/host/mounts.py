@@ -1,0 +1,160 @@
+"""The mount table of this host: parse it, find what a path lies on, mount and unmount. Knows no provider.
+
+Source of the format: proc(5), /proc/pid/mountinfo. Space, tab, newline and backslash are octal escapes in it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from snapshotter.core.command import run
+from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, StorageError
+from snapshotter.core.model import MountSpec
+
+_ESCAPE = re.compile(rb"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of mountinfo. `root` is the directory of the file system that is seen at `path`."""
+
+    id: int
+    parent: int
+    device: str  # "major:minor"; "0:n" for file systems without one block device (btrfs, ZFS, tmpfs)
+    root: str
+    path: str
+    options: frozenset[str]
+    fstype: str
+    source: str
+    super_options: frozenset[str]
+
+    @property
+    def read_only(self) -> bool:
+        return "ro" in self.options or "ro" in self.super_options
+
+
+def _unescape(field: bytes) -> str:
+    return os.fsdecode(_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), field))
+
+
+def parse(table: bytes) -> list[Mount]:
+    """mountinfo's bytes as mounts, in the order in which they were made. Lines that aren't mountinfo are skipped."""
+    found: list[Mount] = []
+    for line in table.split(b"\n"):
+        before, separator, after = line.partition(b" - ")
+        left, right = before.split(b" "), after.split(b" ")
+        if not separator or len(left) < 6 or len(right) < 3:
+            continue
+        try:
+            ids = int(left[0]), int(left[1])
+        except ValueError:
+            continue
+        found.append(
+            Mount(
+                id=ids[0],
+                parent=ids[1],
+                device=os.fsdecode(left[2]),
+                root=_unescape(left[3]),
+                path=_unescape(left[4]),
+                options=frozenset(_unescape(left[5]).split(",")),
+                fstype=_unescape(right[0]),
+                source=_unescape(right[1]),
+                super_options=frozenset(_unescape(right[2]).split(",")),
+            )
+        )
+    return found
+
+
+def table() -> list[Mount]:
+    """The mounts that this process sees."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        return parse(file.read())
+
+
+def is_under(path: str, top: str) -> bool:
+    """True if `path` is `top` or lies below it. Both absolute and normalised; no file system access."""
+    return path == top or path.startswith(top.rstrip("/") + "/")
+
+
+def mount_of(path: str, mounts: Sequence[Mount] | None = None) -> Mount:
+    """The mount that the canonical path `path` lies on: the deepest mount point above it, the newest of those mounted
+    over one another. Raises NotFoundError (a mount namespace without a root that we can see)."""
+    best: Mount | None = None
+    for mount in table() if mounts is None else mounts:
+        if is_under(path, mount.path) and (best is None or len(mount.path) >= len(best.path)):
+            best = mount
+    if best is None:
+        raise NotFoundError("no mount is above this path", object=path)
+    return best
+
+
+def mounts_below(path: str, mounts: Sequence[Mount] | None = None) -> list[Mount]:
+    """The mounts strictly below `path` that can be seen (not hidden by a later mount above them)."""
+    mounts = table() if mounts is None else mounts
+    below = [mount for mount in mounts if mount.path != path and is_under(mount.path, path)]
+    return [mount for mount in below if mount_of(mount.path, mounts) == mount]
+
+
+def inside(path: str, mount: Mount) -> str:
+    """Where `path` lies in the file system that is mounted there: absolute, seen from that file system's top.
+    Two paths with the same (device, inside) are the same directory, bind mounts or not."""
+    relative = os.path.relpath(path, mount.path)
+    return os.path.normpath(os.path.join(mount.root, relative)) if relative != "." else mount.root
+
+
+def mount(spec: MountSpec, where: str) -> None:
+    """Mount `spec` at the existing directory `where`. Raises PreconditionError without root, StorageError."""
+    if os.geteuid() != 0:
+        raise PreconditionError("mounting needs root", object=where, cure="run as root, or restore with --to")
+    options: Iterable[str] = spec.options
+    argv = ["mount"]
+    if spec.fstype == "bind":
+        # Two calls: the kernel ignores `ro` on the call that makes the bind.
+        first = run(["mount", "--bind", "--", spec.source, where], mutates=True)
+        if first.ok and spec.options:
+            again = ["mount", "-o", ",".join(["remount", "bind", *spec.options]), "--", where]
+            second = run(again, mutates=True)
+            if not second.ok:
+                unmount(where)
+            first = second
+        if not first.ok:
+            raise StorageError(f"can't mount: {first.said}", object=where)
+        return
+    if spec.fstype:
+        argv += ["-t", spec.fstype]
+    if options:
+        argv += ["-o", ",".join(options)]
+    outcome = run([*argv, "--", spec.source, where], mutates=True)
+    if not outcome.ok:
+        raise StorageError(f"can't mount: {outcome.said}", object=where)
+
+
+def is_mount_point(path: str) -> bool:
+    """True if something is mounted exactly at the canonical `path`."""
+    return any(entry.path == path for entry in table())
+
+
+def unmount(where: str, patience_s: float = 5.0) -> None:
+    """Unmount what is mounted at `where`; absent is done. Loop and NVMe devices let go asynchronously, so a busy
+    answer is asked again for `patience_s`. Raises BusyError, StorageError."""
+    from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
+    def attempt() -> None:
+        if not is_mount_point(where):
+            return
+        outcome = run(["umount", "--", where], mutates=True)
+        if not outcome.ok and is_mount_point(where):
+            if "busy" in outcome.said:
+                raise BusyError("is in use", object=where, cure=f"see who with: fuser -vm {where}")
+            raise StorageError(f"can't unmount: {outcome.said}", object=where)
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(BusyError),
+        stop=stop_after_delay(patience_s),
+        wait=wait_fixed(0.2),
+        reraise=True,
+    )
+    retrying(attempt)

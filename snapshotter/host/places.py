@@ -1,0 +1,86 @@
+"""Where snapshotter keeps its own few files on this host, and who this host is. No truth lives there but the
+records of a running quiesce: the catalog is in the labels on the storage.
+
+Root: /run/snapshotter, /run/lock/snapshotter, /var/lib/snapshotter. Others: under XDG_RUNTIME_DIR (or a private
+directory in /tmp) and XDG_STATE_HOME. `SNAPSHOTTER_RUN` replaces both run-time places: containers without /run.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import socket
+import stat
+
+from snapshotter.core.errors import PreconditionError
+
+
+def private_directory(path: str) -> str:
+    """`path`, made with mode 0700 if it isn't there. Raises PreconditionError if it is another user's, or a link:
+    somebody may have laid it there for us to write through."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            pass
+        found = os.lstat(path)
+    except OSError as error:
+        raise PreconditionError(f"can't make it: {error.strerror}", object=path) from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise PreconditionError("is not a directory of ours", object=path, cure="remove it")
+    if found.st_mode & 0o077:
+        os.chmod(path, 0o700)
+    return path
+
+
+def run_directory() -> str:
+    """For the records of a running quiesce: gone after a reboot, as is every pause and freeze."""
+    if given := os.environ.get("SNAPSHOTTER_RUN"):
+        return private_directory(os.path.abspath(given))
+    if os.geteuid() == 0:
+        return private_directory("/run/snapshotter")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and os.path.isdir(runtime):
+        return private_directory(os.path.join(runtime, "snapshotter"))
+    return private_directory(f"/tmp/snapshotter-{os.geteuid()}")  # noqa: S108 checked to be ours
+
+
+def lock_directory() -> str:
+    """For the lock files. A lock file is never removed: its flock is the lock, not its being there."""
+    if os.geteuid() == 0 and "SNAPSHOTTER_RUN" not in os.environ:
+        return private_directory("/run/lock/snapshotter")
+    return private_directory(os.path.join(run_directory(), "lock"))
+
+
+def state_directory() -> str:
+    """The default of the config's `state`: journal and caches."""
+    if os.geteuid() == 0:
+        return "/var/lib/snapshotter"
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return os.path.join(home, "snapshotter")
+
+
+@functools.cache
+def host_name() -> str:
+    """`<hostname>-<8 hex>`: the hex is of the machine id (machine-id(5) asks not to show it itself), and alone decides
+    whether two records are of one host, so renaming a host changes nothing."""
+    identity = ""
+    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        try:
+            with open(path, encoding="ascii") as file:
+                identity = file.read().strip()
+        except OSError:
+            continue
+        if identity:
+            break
+    name = socket.gethostname().split(".")[0].lower()[:20] or "host"
+    if not identity:
+        identity = "name:" + socket.gethostname()
+    return f"{name}-{hashlib.sha256(b'snapshotter:' + identity.encode()).hexdigest()[:8]}"
+
+
+def same_host(one: str, other: str) -> bool:
+    """Whether two `host` fields are of the same machine."""
+    return one.rpartition("-")[2] == other.rpartition("-")[2]

@@ -1,0 +1,254 @@
+"""The Provider interface: what a storage driver must do. Its docstrings are the contract, and
+`snapshotter.testing` is the contract as a test suite. Must know no driver: built-ins are strings, loaded on first use.
+
+Rules that hold for every method:
+- Ids are chosen by the caller and exist before the act; the birth record is written in the very call (or, where
+  the store has no such call, durably before) that creates the object. Nothing of ours exists unlabelled.
+- Every inverse (`delete`, `detach`, `swap_back`) takes an id and treats "absent" as done.
+- Only what carries our label is ever listed, marked or removed.
+- A failure is one of `core.errors`; nothing else escapes but bugs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from snapshotter.core.errors import PreconditionError, UsageError
+from snapshotter.core.labels import LabelLimits
+from snapshotter.core.model import (
+    Access,
+    Attachment,
+    Birth,
+    Hold,
+    MountSpec,
+    Purpose,
+    Quiesce,
+    Report,
+    Snapshot,
+    Space,
+    Tree,
+    Volume,
+    no_report,
+)
+from snapshotter.host.mounts import Mount
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What the orchestrator must know of a driver to plan with it."""
+
+    atomic_across_volumes: bool  # one create() of several volumes is one instant
+    quiesce: Quiesce  # what one create() of one volume needs around it: NONE, PAUSE or FREEZE
+    writable_clone: bool
+    swaps: bool  # a clone can take its origin's place
+    needs_host: bool  # works only on the host that sees the data path
+    limits: LabelLimits = field(default_factory=LabelLimits)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One typed option of a driver, given by `-o KEY=VALUE` or `options = {}`."""
+
+    kind: type
+    help: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an instance is made from. `state` is snapshotter's own directory (caches may live there, truth may
+    not). `paths` are data paths that the config or the command names: where a store may be found."""
+
+    state: str
+    options: Mapping[str, object] = field(default_factory=dict)
+    paths: tuple[str, ...] = ()
+    floor: float = 0.10  # share of free space that a take must leave
+    report: Report = no_report
+
+
+class Provider(ABC):
+    """One instance per (provider, options). Instances are cheap: no I/O in `__init__`."""
+
+    name: ClassVar[str]
+    traits: ClassVar[Traits]
+    OPTIONS: ClassVar[Mapping[str, Option]] = {}
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def availability(self) -> list[str]:
+        """[] if the driver can work on this machine, else the reasons why not, each with its cure. No effects."""
+
+    @abstractmethod
+    def claim(self, mount: Mount, path: str) -> Volume | None:
+        """The volume that holds the directory `path`, which lies on `mount`; None if this driver doesn't know
+        such storage. Claiming says nothing about being able to work: that is `availability` and `check`."""
+
+    def find(self, select: Mapping[str, object]) -> list[Volume]:
+        """Volumes by ids, tags or instance, for drivers that work off the host. Default: none."""
+        return []
+
+    @abstractmethod
+    def check(self, volumes: Sequence[Volume], birth: Birth) -> None:
+        """Could `create` work now: tool, permission, space, limits, room for the birth record? No effects.
+        Raises PreconditionError."""
+
+    def prepare(self, volumes: Sequence[Volume], birth: Birth, budget: float) -> None:
+        """Work that can be done while the writers still run (a copy's passes; clearing what dead runs left).
+        From here on `delete(birth.set_id)` is the inverse. `budget` is how long the writers may be held (seconds):
+        raises PreconditionError, before anything is held, if `create` can't fit. Default: nothing."""
+        return None
+
+    @abstractmethod
+    def create(self, volumes: Sequence[Volume], birth: Birth, hold: Hold) -> tuple[Snapshot, ...]:
+        """Fix the instant: one snapshot per volume, in their order, born with their record: all or none (what was
+        made before a failure is removed). Runs inside the quiesce, so it does only what must be done there, and
+        ends before `hold.deadline`. Snapshots may be PENDING. Not sealed, unless the store did so at birth.
+        Raises StorageError, PreconditionError (an unseen writer), QuiesceError (deadline)."""
+
+    @abstractmethod
+    def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
+        """Every snapshot that carries our label (of one set, or all), each image's validity asked of the storage.
+        Other tools' objects, and ours that have no readable record, are not listed. No effects."""
+
+    @abstractmethod
+    def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
+        """Change marks on every member that is here (None removes; `core.labels.apply_marks`). Setting `sealed`
+        returns only when neither the image nor the mark can be lost to a power cut. Raises NotFoundError."""
+
+    @abstractmethod
+    def delete(self, set_id: str) -> None:
+        """Remove every member of the set that is here. Inverse of `prepare` and `create`, so it works on half-made
+        sets; absent is done; twice is fine. A set is never half-deleted and still listed as valid.
+        Raises BusyError if an attachment uses it (named, with the cure), or another process is making it."""
+
+    @abstractmethod
+    def attach(
+        self,
+        snapshot: Snapshot,
+        attachment_id: str,
+        access: Access,
+        destination: str,
+        purpose: Purpose = Purpose.RESTORE,
+    ) -> MountSpec | Tree:
+        """Make the image usable, and record that first. Never mounts: it says how (`MountSpec`), or fills
+        `destination`, an absent or empty directory, itself (`Tree`). WRITABLE must leave the snapshot's bytes as they
+        are; READ_ONLY must not be writable. One attachment id may span several snapshots, each with its destination.
+        Raises PreconditionError (needs root, no such access), StorageError (invalid image, no space)."""
+
+    @abstractmethod
+    def attachments(self) -> Iterator[Attachment]:
+        """Every attachment of ours here, half-made ones included. No effects."""
+
+    @abstractmethod
+    def detach(self, attachment_id: str) -> None:
+        """Inverse of `attach`, after the core has unmounted; absent is done; twice is fine. Removes only what attach
+        made (a directory that a person has since put in that place stays)."""
+
+    def swap(self, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:
+        """Put a clone of `snapshot` in `volume`'s place; the volume's content is set aside under `swap_id`.
+        The volume is not in use. A snapshot of the set-aside stays a snapshot. Only where `traits.swaps`."""
+        raise NotImplementedError
+
+    def swap_back(self, swap_id: str) -> None:
+        """Inverse of `swap`: the set-aside is the volume again, the clone is gone. Absent is done."""
+        raise NotImplementedError
+
+    def swap_commit(self, swap_id: str) -> None:
+        """The set-aside is removed, the clone stays. Never loses a snapshot: refuses (BusyError) by name while
+        any depends on the set-aside."""
+        raise NotImplementedError
+
+    def swaps(self) -> Iterator[str]:
+        """Ids of swaps neither taken back nor committed."""
+        return iter(())
+
+    def reap(self) -> list[str]:
+        """Remove what only this driver can see of dead runs (half-deleted objects, scratch); return their names.
+        Never a set with a record, an attachment, or anything that a live process holds. Default: nothing."""
+        return []
+
+    @abstractmethod
+    def space(self, volumes: Sequence[Volume]) -> Space:
+        """Room where snapshots of these volumes live, and what one will pin."""
+
+
+#: name -> "module:class", and the extra to install if the module's import fails.
+BUILT_IN: Mapping[str, tuple[str, str]] = {
+    "copy": ("providers.copy:CopyProvider", ""),
+}
+#: Which claim wins, nearest to the file system first. `copy` serves only where nothing else claims, or on request.
+NEAREST_FIRST = ("zfs", "btrfs", "lvm", "ebs", "gce")
+LAST_RESORT = "copy"
+ENTRY_POINTS = "snapshotter.providers"
+
+
+def names() -> list[str]:
+    """All providers installed, in the order in which claims win: built in, then third parties', then `copy`."""
+    from importlib.metadata import entry_points
+
+    third = sorted({point.name for point in entry_points(group=ENTRY_POINTS)} - set(BUILT_IN))
+    near = [name for name in NEAREST_FIRST if name in BUILT_IN]
+    rest = [name for name in BUILT_IN if name not in near and name != LAST_RESORT]
+    return [*near, *rest, *third, LAST_RESORT]
+
+
+def load(name: str) -> type[Provider]:
+    """The driver's class. Raises UsageError for an unknown name, PreconditionError if what it needs isn't
+    installed (with the extra to install)."""
+    from importlib import import_module
+
+    if name in BUILT_IN:
+        target, extra = BUILT_IN[name]
+        module, _, attribute = target.partition(":")
+        try:
+            loaded = getattr(import_module(module), attribute)
+        except ImportError as error:
+            hint = f"pip install 'node-snapshotter[{extra}]'" if extra else "reinstall snapshotter"
+            raise PreconditionError(f"can't load: {error}", object=f"provider {name}", cure=hint) from None
+    else:
+        from importlib.metadata import entry_points
+
+        points = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+        if name not in points:
+            from difflib import get_close_matches
+
+            known = [*BUILT_IN, *points]
+            near = get_close_matches(name, known, 1)
+            cure = f"did you mean {near[0]}?" if near else f"one of: {', '.join(sorted(known))}"
+            raise UsageError(f"no provider is called {name!r}", object=name, cure=cure)
+        try:
+            loaded = points[name].load()
+        except ImportError as error:
+            raise PreconditionError(f"can't load: {error}", object=f"provider {name}") from None
+    if not (isinstance(loaded, type) and issubclass(loaded, Provider)):
+        raise PreconditionError("is not a Provider", object=f"provider {name}", cure="mend its entry point")
+    return loaded
+
+
+def parse_options(kind: type[Provider], given: Mapping[str, object]) -> dict[str, object]:
+    """`given` (from -o or the config) checked against the driver's OPTIONS and turned into their types.
+    Raises UsageError that names the nearest known option."""
+    parsed: dict[str, object] = {}
+    for key, value in given.items():
+        option = kind.OPTIONS.get(key)
+        if option is None:
+            from difflib import get_close_matches
+
+            near = get_close_matches(key, list(kind.OPTIONS), 1)
+            known = f"did you mean {near[0]}?" if near else f"it has: {', '.join(kind.OPTIONS) or 'none'}"
+            raise UsageError(f"provider {kind.name} has no option {key!r}", object=key, cure=known)
+        try:
+            if option.kind is bool and isinstance(value, str):
+                value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[value.lower()]
+            elif not isinstance(value, option.kind) or (option.kind is int and isinstance(value, bool)):
+                value = option.kind(value)
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(
+                f"option {key} of provider {kind.name} takes {option.kind.__name__}, not {value!r}", object=key
+            ) from None
+        parsed[key] = value
+    return parsed
