@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import ClassVar
 
 from snapshotter.core.errors import PreconditionError, UsageError
@@ -117,7 +118,9 @@ class Provider(ABC):
     @abstractmethod
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         """Change marks on every member that is here (None removes; `core.labels.apply_marks`). Setting `sealed`
-        returns only when neither the image nor the mark can be lost to a power cut. Raises NotFoundError."""
+        is the last thing written, and returns only when neither the image nor the mark can be lost to a power cut.
+        Raises
+        NotFoundError."""
 
     @abstractmethod
     def delete(self, set_id: str) -> None:
@@ -140,8 +143,16 @@ class Provider(ABC):
         Raises PreconditionError (needs root, no such access), StorageError (invalid image, no space)."""
 
     @abstractmethod
+    def settle(self, attachment_id: str, since: datetime) -> None:
+        """The attachment is complete and now a person's: durably record `since` (UTC, with microseconds), on every
+        part of it
+        that is here. Until then `attachments()` lists it with `since` None: half-made. The core calls this last,
+        after mounting and
+        re-pointing, so that a later ctime in a clone means that somebody wrote to it. Raises NotFoundError."""
+
+    @abstractmethod
     def attachments(self) -> Iterator[Attachment]:
-        """Every attachment of ours here, half-made ones included. No effects."""
+        """Every attachment of ours here, half-made ones included (`since` is None). No effects."""
 
     @abstractmethod
     def detach(self, attachment_id: str) -> None:

@@ -77,10 +77,12 @@ def encode_birth(birth: Birth) -> str:
         record["sl"] = birth.slot
     if birth.address:
         record["a"] = birth.address
+    if not birth.paths_known:
+        record["x"] = 1
     # Always shorten as if it were the last member, so that every member's record says the same.
     widest = len(str(max(0, len(birth.members) - 1))) - len(str(birth.member))
     while len(text := _dump(record)) + widest > MAX_RECORD_BYTES:
-        longest = max(range(len(roots)), key=lambda k: (_weight(roots[k]), k))
+        longest = max(range(len(roots)), key=lambda k: (k > 0 and _weight(roots[k]) > 0, _weight(roots[k]), k))
         if _weight(roots[longest]) == 0:
             raise PreconditionError(
                 f"the birth record would be longer than {MAX_RECORD_BYTES} bytes",
@@ -114,7 +116,7 @@ def decode_birth(text: str) -> Birth | None:
             member=int(record["i"]),
             paths_known="x" not in record,
         )
-    except (ValueError, KeyError, TypeError, IndexError, OverflowError, OSError):
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, OSError, RecursionError):
         return None
     if not birth.roots or not 0 <= birth.member < len(members):
         return None
@@ -190,6 +192,25 @@ def merge_marks(of_members: Iterable[Mapping[str, str]]) -> dict[str, str]:
         if "pinned" in member:
             merged["pinned"] = member["pinned"]
     return merged
+
+
+def pack_hash(block: str) -> str:
+    """A block hash (`0x` and 64 hex digits) as a mark's value: base32, 52 characters, as 64 would not fit. '' if it
+    isn't one."""
+    try:
+        raw = bytes.fromhex(block.removeprefix("0x"))
+    except ValueError:
+        return ""
+    return base64.b32encode(raw).decode().rstrip("=").lower() if len(raw) == 32 else ""
+
+
+def unpack_hash(value: str) -> str | None:
+    """Inverse of `pack_hash`; None for anything else."""
+    try:
+        raw = base64.b32decode(value.upper() + "=" * (-len(value) % 8))
+    except ValueError:
+        return None
+    return "0x" + raw.hex() if len(raw) == 32 else None
 
 
 def path_hash(path: str) -> str:

@@ -181,10 +181,10 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """A snapshot made usable on this host. `path` is where the set appears for a person ('' if unfinished).
+    """A snapshot made usable on this host. `path` is the destination given to `attach` ('' if not known).
 
-    One attachment id spans all members of the set: each provider records its own part.
-    `held` is True while the run that made it is alive (nothing automatic may remove it).
+    One attachment id spans all members of the set: each provider records its own part. `since` is None until
+    `Provider.settle`: half-made, and if no live run holds it (`held`), a leftover.
     """
 
     id: str
@@ -194,7 +194,7 @@ class Attachment:
     path: str
     access: Access
     purpose: Purpose
-    since: datetime
+    since: datetime | None
     held: bool = False
 
 

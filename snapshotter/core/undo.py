@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from snapshotter.core.errors import SnapshotterError, UndoIncompleteError
+from snapshotter.core.interrupts import deferred
 
 
 class Undo:
@@ -32,14 +33,16 @@ class Undo:
         self._steps.clear()
 
     def run(self) -> list[tuple[str, BaseException]]:
-        """Run and forget the inverses, newest first; return the failures."""
+        """Run and forget the inverses, newest first; return the failures. A signal waits until all have run; where
+        `interrupts` isn't installed, one that breaks an inverse is its failure, and the others still run."""
         failures: list[tuple[str, BaseException]] = []
-        while self._steps:
-            what, inverse = self._steps.pop()
-            try:
-                inverse()
-            except Exception as error:
-                failures.append((what, error))
+        with deferred():
+            while self._steps:
+                what, inverse = self._steps.pop()
+                try:
+                    inverse()
+                except BaseException as error:
+                    failures.append((what, error))
         return failures
 
     def __enter__(self) -> Undo:
@@ -51,6 +54,10 @@ class Undo:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        with deferred():  # what could not be undone goes before a signal that came meanwhile
+            self._run_and_say(error)
+
+    def _run_and_say(self, error: BaseException | None) -> None:
         failures = self.run()
         if not failures:
             return

@@ -1,0 +1,145 @@
+"""Sets, read back from the labels on the storage through every provider. There is no other record of them.
+
+Must know no storage and no policy. An image is judged by what its storage says of it, never by its label alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from snapshotter.core.errors import NotFoundError, SnapshotterError, UsageError
+from snapshotter.core.labels import merge_marks
+from snapshotter.core.model import SET_ID, Attachment, ImageState, Snapshot, SnapshotSet, State
+from snapshotter.host.places import host_name, same_host
+from snapshotter.provider import Provider
+
+
+@dataclass(frozen=True, slots=True)
+class Unavailable:
+    """A provider that could not be asked, and why."""
+
+    provider: str
+    reason: str
+
+
+@dataclass(slots=True)
+class Catalog:
+    """What all providers list now. `unavailable` providers make the sets that name them `unknown`."""
+
+    sets: list[SnapshotSet]
+    attachments: list[Attachment]
+    unavailable: list[Unavailable] = field(default_factory=list)
+
+    def of_target(self, target: str) -> list[SnapshotSet]:
+        """The sets of one target, oldest first."""
+        return [found for found in self.sets if found.birth.target == target]
+
+    def newest_good(self, target: str) -> SnapshotSet | None:
+        """What `latest` means."""
+        return _last(found for found in self.of_target(target) if found.good)
+
+    def newest_verified(self, target: str) -> SnapshotSet | None:
+        """What `latest-verified` means."""
+        return _last(found for found in self.of_target(target) if found.good and found.verified)
+
+    def pick(self, selector: str, *, careful: bool = False, from_host: bool = False) -> SnapshotSet:
+        """The set with this id or prefix. `careful` (delete, pin, in place) wants the full id or a prefix that goes 8
+        characters past what all ids have in common. Another host's set needs its full id and `from_host`.
+        Raises NotFoundError, UsageError (ambiguous, too short, another host's)."""
+        selector = selector.strip()
+        matches = [found for found in self.sets if found.set_id.startswith(selector)] if selector else []
+        if not matches:
+            cure = "`snapshotter list` shows the sets"
+            if self.unavailable:
+                cure += f"; not asked: {', '.join(gone.provider for gone in self.unavailable)}"
+            raise NotFoundError("no such set", object=selector or "''", cure=cure)
+        if len(matches) > 1:
+            some = ", ".join(found.set_id for found in matches[:3]) + (", ..." if len(matches) > 3 else "")
+            raise UsageError(f"is ambiguous: {some}", object=selector, cure="give more of the id")
+        found = matches[0]
+        full = bool(SET_ID.fullmatch(selector))
+        if careful and not full:
+            ids = [other.set_id for other in self.sets]
+            common = _common_prefix(ids)
+            if len(selector) < min(len(common) + 8, len(found.set_id)):
+                raise UsageError(
+                    "is too short a prefix for this", object=selector, cure=f"give the full id: {found.set_id}"
+                )
+        if not same_host(found.birth.host, host_name()) and not (full and from_host):
+            raise UsageError(
+                f"was taken on another host, {found.birth.host}",
+                object=found.set_id,
+                cure="give its full id and --from-host",
+            )
+        return found
+
+
+def _common_prefix(ids: Sequence[str]) -> str:
+    first, last = min(ids), max(ids)
+    if first == last:
+        return "s"
+    return first[: next(k for k, (a, b) in enumerate(zip(first, last, strict=True)) if a != b)]
+
+
+def _last(found: Iterable[SnapshotSet]) -> SnapshotSet | None:
+    last = None
+    for last in found:  # noqa: B007 the sets are sorted, oldest first
+        pass
+    return last
+
+
+def read(providers: Sequence[Provider], unavailable: Iterable[Unavailable] = (), set_id: str | None = None) -> Catalog:
+    """Ask every provider, each object once (two instances may see the same store). A provider that fails becomes
+    `unavailable`; the rest is still listed."""
+    gone = list(unavailable)
+    members: dict[str, dict[tuple[str, str], Snapshot]] = {}
+    attachments: dict[tuple[str, str, int], Attachment] = {}
+    for provider in providers:
+        try:
+            for snapshot in provider.snapshots(set_id):
+                members.setdefault(snapshot.birth.set_id, {})[(snapshot.provider, snapshot.id)] = snapshot
+            for attachment in provider.attachments():
+                attachments[(attachment.id, attachment.provider, attachment.member)] = attachment
+        except SnapshotterError as error:
+            gone.append(Unavailable(provider.name, error.line()))
+    by_set: dict[str, list[Attachment]] = {}
+    for attachment in attachments.values():
+        by_set.setdefault(attachment.set_id, []).append(attachment)
+    cannot_ask = {entry.provider for entry in gone}
+    sets = [
+        _assemble(list(found.values()), tuple(by_set.get(identity, ())), cannot_ask)
+        for identity, found in members.items()
+    ]
+    sets.sort(key=lambda found: found.sort_key)
+    return Catalog(sets=sets, attachments=list(attachments.values()), unavailable=gone)
+
+
+def _assemble(found: list[Snapshot], attachments: tuple[Attachment, ...], cannot_ask: set[str]) -> SnapshotSet:
+    found.sort(key=lambda snapshot: snapshot.birth.member)
+    birth = found[0].birth
+    marks = merge_marks(snapshot.marks for snapshot in found)
+    here = {snapshot.birth.member for snapshot in found}
+    missing = [index for index in range(len(birth.members)) if index not in here]
+    state, why = State.READY, ""
+    unasked = [birth.members[index] for index in missing if birth.members[index].provider in cannot_ask]
+    if unasked:
+        state, why = State.UNKNOWN, f"can't ask {unasked[0].provider} about {unasked[0].volume}"
+    elif "sealed" not in marks:
+        state, why = State.INCOMPLETE, "never sealed"
+    elif missing:
+        state, why = State.DAMAGED, f"the snapshot of {birth.members[missing[0]].volume} is gone"
+    else:
+        invalid = [snapshot for snapshot in found if snapshot.state is ImageState.INVALID]
+        if invalid:
+            state, why = State.DAMAGED, f"{invalid[0].volume}: {invalid[0].why or 'the image is invalid'}"
+        elif any(snapshot.state is ImageState.PENDING for snapshot in found):
+            state = State.PENDING
+    return SnapshotSet(
+        birth=replace(birth, member=0),
+        snapshots=tuple(found),
+        marks=marks,
+        state=state,
+        attachments=attachments,
+        why=why,
+    )

@@ -1,0 +1,453 @@
+"""Who can write below some directories right now, and who uses a path: read from /proc. Stops nobody, and must know
+nothing of a quiesce.
+
+Source: proc(5). An open file is recognised by its mount (`mnt_id` in fdinfo is unique on the machine, whatever the
+mount namespace) and by where it lies in that mount's file system, so another bind mount, a container's mount
+namespace or a deleted file changes nothing. What can't be seen: descriptors in flight in a socket or registered with
+io_uring and closed, those of a thread that gave up its process's table, and the kernel's own (loop devices, NFS
+server). The file copier's last walk is there for these.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from snapshotter.core.errors import NotFoundError
+from snapshotter.host.mounts import Mount, inside, is_under, mount_of, mounts_below, parse, table
+from snapshotter.host.permissions import Permissions, open_for_writing
+
+_PF_KTHREAD = 0x00200000  # include/linux/sched.h
+#: One line of /proc/pid/maps that is writable and shared: range, device, inode, path.
+_SHARED_MAP = re.compile(rb"^([0-9a-f]+-[0-9a-f]+) .w.s [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) (\d+) +(/.*)$", re.M)
+_ANY_MAP = re.compile(rb"^([0-9a-f]+-[0-9a-f]+) .... [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) (\d+) +(/.*)$", re.M)
+_DELETED = " (deleted)"
+
+#: Process id and start time (clock ticks after boot): a pid alone may be somebody else's by now.
+Identity = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """`reason` is a file that it has open (an example), '' if that can't be seen. `state` as in proc(5)."""
+
+    pid: int
+    starttime: int
+    name: str
+    uid: int
+    state: str
+    reason: str = ""
+
+    @property
+    def identity(self) -> Identity:
+        return self.pid, self.starttime
+
+    def __str__(self) -> str:
+        return f"{self.name} (pid {self.pid})"
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """`writers` can write below the paths. `mapped`: (st_dev, st_ino) of every file there that one of them maps shared
+    and writable. We may not look into `refused` and `assumed`: mode and ACL would let the first write there, the
+    second not."""
+
+    writers: tuple[Process, ...] = ()
+    mapped: frozenset[tuple[int, int]] = frozenset()
+    refused: tuple[Process, ...] = ()
+    assumed: tuple[Process, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Stat:
+    """What we need of /proc/pid/stat."""
+
+    name: str
+    state: str
+    parent: int
+    kernel_thread: bool
+    threads: int
+    starttime: int
+
+    @property
+    def dead(self) -> bool:
+        """A dead leader with living threads still is a process."""
+        return self.state in "ZXx" and self.threads <= 1
+
+
+def _read(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts = []
+        while part := os.read(fd, 1 << 18):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        os.close(fd)
+
+
+def _stat(where: str) -> _Stat | None:
+    """Of /proc/<where>/stat; None if gone. The name may hold blanks and brackets: the fields start after the last."""
+    try:
+        line = _read(f"/proc/{where}/stat")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    before, _, after = line.rpartition(b")")
+    fields = after.split()
+    return _Stat(
+        name=os.fsdecode(before.partition(b"(")[2]),
+        state=fields[0].decode(),
+        parent=int(fields[1]),
+        kernel_thread=bool(int(fields[6]) & _PF_KTHREAD),
+        threads=int(fields[17]),
+        starttime=int(fields[19]),
+    )
+
+
+def _pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _status(pid: int, wanted: Sequence[bytes]) -> dict[bytes, list[bytes]]:
+    found = {}
+    for line in _read(f"/proc/{pid}/status").split(b"\n"):
+        key, _, value = line.partition(b":")
+        if key in wanted:
+            found[key] = value.split()
+    return found
+
+
+def identity(pid: int) -> Identity | None:
+    """The process that has this pid now; None if there is none."""
+    seen = _stat(str(pid))
+    return None if seen is None or seen.dead else (pid, seen.starttime)
+
+
+def alive(who: Identity) -> bool:
+    """True while this very process lives; a zombie doesn't."""
+    return identity(who[0]) == who
+
+
+def ancestors(pid: int) -> list[int]:
+    """Parent, its parent, and so on up to the first process that this pid namespace shows."""
+    found: list[int] = []
+    while (seen := _stat(str(pid))) is not None and seen.parent > 0 and seen.parent not in found:
+        pid = seen.parent
+        found.append(pid)
+    return found
+
+
+def stopped(pid: int, starttime: int) -> bool | None:
+    """True if every thread of that process is stopped (by a signal, or by a tracer), False if one isn't; None if it is
+    gone or dead."""
+    seen = _stat(str(pid))
+    if seen is None or seen.dead or seen.starttime != starttime:
+        return None
+    if seen.state not in "TtZXx":
+        return False
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    for thread in threads:
+        one = _stat(f"{pid}/task/{thread}")
+        if one is not None and one.state not in "TtZXx":
+            return False
+    return True
+
+
+class Scanner:
+    """Looks for writers below `paths` (canonical directories), again and again. It remembers what can't change
+    between two scans: mount tables, who may write by mode and ACL, and how unreadable processes were judged.
+
+    Raises NotFoundError for a path that no mount shows, OSError for one that is gone.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = tuple(paths)
+        own = table()
+        self._tables = {os.readlink("/proc/self/ns/mnt"): own}
+        self._by_id = {mount.id: mount for mount in own}
+        self._read_tables_of: set[int] = set()
+        self._places: dict[str, list[str]] = {}  # device -> directories in its file system
+        self._devices: set[int] = set()  # st_dev
+        for path in self._paths:
+            here = mount_of(path, own)
+            self._add_place(here.device, inside(path, here), path)
+            for below in mounts_below(path, own):
+                self._add_place(below.device, below.root, below.path)
+        self._permissions: Permissions | None = None
+        self._judged: dict[Identity, tuple[bool, Process]] = {}
+        self._idle: set[Identity] = set()  # could write, but had nothing open for writing
+
+    def _add_place(self, device: str, directory: str, path: str) -> None:
+        self._places.setdefault(device, []).append(directory)
+        try:
+            self._devices.add(os.stat(path).st_dev)
+        except PermissionError:
+            pass  # a nested mount that only others may enter; its mount still is compared
+
+    def scan(self, settled: Container[Identity] = (), only: Iterable[int] | None = None) -> Scan:
+        """One pass over all processes (or `only` these). Those in `settled` are skipped: stopped before they were last
+        looked at, they can't have opened anything since.
+
+        Processes that we may not look into are judged by mode and ACL *alone*: without root nearly every daemon of
+        the machine is one, all of root's could write anywhere by capability, and to refuse because of them would be
+        to refuse always. So one is `refused` only if it owns something below the paths, or owner group, ACL or "other"
+        permit it to write there and to reach it; all others are `assumed` not to write, for the caller to name.
+
+        Some processes may not be looked into even by their own user (sshd's and systemd's helpers of a session) or by
+        root. So before one is refused the kernel is asked, by a read lease, whether anybody whom we don't see has any
+        file there open for writing. If not, it is `assumed` too. Leases are for a file's owner and root.
+        """
+        writers: list[Process] = []
+        mapped: set[tuple[int, int]] = set()
+        refused: list[Process] = []
+        assumed: list[Process] = []
+        for pid in _pids() if only is None else only:
+            seen = _stat(str(pid))
+            if seen is None or seen.kernel_thread or seen.dead or (pid, seen.starttime) in settled:
+                continue
+            who = (pid, seen.starttime)
+            try:
+                if who not in self._judged:
+                    base = _readable_base(pid, seen)
+                    maps = self._maps(base, pid)
+                    reason = next(
+                        (found for found, _ in self._open_files(base, pid, writable=True)), maps[0][1] if maps else ""
+                    )
+                    mapped.update(file for file, _ in maps)
+                    if reason:
+                        writers.append(Process(pid, seen.starttime, seen.name, _owner(pid), seen.state, reason))
+                    continue
+            except PermissionError:
+                try:
+                    self._judged[who] = self._judge(pid, seen)
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has ended
+            could, process = self._judged[who]
+            (refused if could else assumed).append(process)
+        if any(process.identity not in self._idle for process in refused) and self._nobody_unseen_writes():
+            self._idle.update(process.identity for process in refused)
+        assumed += [process for process in refused if process.identity in self._idle]
+        refused = [process for process in refused if process.identity not in self._idle]
+        return Scan(tuple(writers), frozenset(mapped), tuple(refused), tuple(assumed))
+
+    def users(self) -> list[Process]:
+        """Every process but ourselves that has anything open, mapped, or as its cwd, root or program below the
+        paths, as far as we may look."""
+        found: list[Process] = []
+        for pid in _pids():
+            seen = _stat(str(pid))
+            if pid == os.getpid() or seen is None or seen.kernel_thread or seen.dead:
+                continue
+            try:
+                reason = self._use(_readable_base(pid, seen), pid)
+            except (PermissionError, FileNotFoundError, ProcessLookupError):
+                continue
+            if reason is not None:
+                found.append(Process(pid, seen.starttime, seen.name, _owner(pid), seen.state, reason))
+        return found
+
+    def _use(self, base: str, pid: int) -> str | None:
+        for link in ("cwd", "root", "exe"):
+            try:
+                target = os.readlink(f"{base}/{link}")
+            except FileNotFoundError:
+                continue
+            if self._path_is_ours(pid, target, None):
+                return target
+        for found, _ in self._open_files(base, pid, writable=False):
+            return found
+        for match in _ANY_MAP.finditer(_read(f"{base}/maps")):
+            target = _map_path(match[5])
+            if self._path_is_ours(pid, target, f"{int(match[2], 16)}:{int(match[3], 16)}"):
+                return target
+        return None
+
+    def _open_files(self, base: str, pid: int, *, writable: bool) -> Iterator[tuple[str, str]]:
+        """Descriptors whose file is below the paths: its path, and the descriptor's own in /proc.
+
+        A descriptor's link has its owner's write bit if the file is
+        open for writing (and no bits with O_PATH), which spares reading fdinfo for most."""
+        with os.scandir(f"{base}/fd") as entries:
+            for entry in entries:
+                try:
+                    if writable and not entry.stat(follow_symlinks=False).st_mode & stat.S_IWUSR:
+                        continue
+                    link = os.readlink(entry.path)
+                    if not link.startswith("/"):
+                        continue  # a socket, a pipe
+                    info = _read(f"{base}/fdinfo/{entry.name}")
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+                mount_id = int(info.partition(b"mnt_id:")[2].split(None, 1)[0])
+                if self._descriptor_is_ours(pid, link, mount_id, entry.path):
+                    yield link, entry.path
+
+    def _descriptor_is_ours(self, pid: int, link: str, mount_id: int, entry: str) -> bool:
+        mount = self._by_id.get(mount_id)
+        if mount is None and pid not in self._read_tables_of:
+            self._read_tables_of.add(pid)
+            self._mounts_seen_by(pid, fresh=True)
+            mount = self._by_id.get(mount_id)
+        if mount is not None:
+            return mount.device in self._places and self._below(mount, link)
+        # A mount that nobody shows (unmounted lazily, outside a chroot): the same file system will do.
+        return os.stat(entry).st_dev in self._devices
+
+    def _below(self, mount: Mount, path: str) -> bool:
+        if not is_under(path, mount.path):
+            return True  # seen from another root: can't be told apart, so it counts
+        where = inside(path, mount)
+        return any(is_under(where, place) for place in self._places[mount.device])
+
+    def _mounts_seen_by(self, pid: int, fresh: bool = False) -> list[Mount]:
+        namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+        if fresh or namespace not in self._tables:
+            self._tables[namespace] = parse(_read(f"/proc/{pid}/mountinfo"))
+            self._by_id.update((mount.id, mount) for mount in self._tables[namespace])
+        return self._tables[namespace]
+
+    def _path_is_ours(self, pid: int, path: str, device: str | None) -> bool:
+        """For what /proc names by path alone: does any mount that this process sees lead from it to one of ours?"""
+        if device is not None and device not in self._places:
+            return False
+        mounts = self._mounts_seen_by(pid)
+        if device is None:
+            try:
+                device = mount_of(path, mounts).device
+            except NotFoundError:
+                return False
+        above = [mount for mount in mounts if mount.device == device and is_under(path, mount.path)]
+        return device in self._places and (not above or any(self._below(mount, path) for mount in above))
+
+    def _maps(self, base: str, pid: int) -> list[tuple[tuple[int, int], str]]:
+        """((st_dev, st_ino), path) of files of ours that are mapped shared and writable."""
+        maps = _read(f"{base}/maps")
+        if b"w-s " not in maps and b"wxs " not in maps:
+            return []
+        found = []
+        for match in _SHARED_MAP.finditer(maps):
+            device = f"{int(match[2], 16)}:{int(match[3], 16)}"
+            path = _map_path(match[5])
+            if self._path_is_ours(pid, path, device):
+                found.append((_mapped_file(pid, match, path), path))
+        return found
+
+    def _nobody_unseen_writes(self) -> bool:
+        """True if every file below the paths that is open for writing is so in a process that we can look into."""
+        suspects = []
+        for path in self._paths:
+            todo = [path]
+            while todo:
+                try:
+                    with os.scandir(todo.pop()) as entries:
+                        for entry in entries:
+                            if entry.is_dir(follow_symlinks=False):
+                                todo.append(entry.path)
+                            elif entry.is_file(follow_symlinks=False):
+                                suspects.append(entry.path)
+                except PermissionError:
+                    return False
+                except FileNotFoundError:
+                    continue
+        for _ in range(5):  # a running writer opens and closes files while we compare
+            busy = {path: open_for_writing(path) for path in suspects}
+            if None in busy.values():
+                return False
+            suspects = [path for path, is_open in busy.items() if is_open]
+            if suspects:
+                seen = self._files_open_for_writing()
+                suspects = [path for path in suspects if _file(path) not in seen]
+            if not suspects:
+                return True
+        return False
+
+    def _files_open_for_writing(self) -> set[tuple[int, int] | None]:
+        """(st_dev, st_ino) of those in processes that we can look into; None stands for a file that is gone."""
+        found: set[tuple[int, int] | None] = {None}
+        for pid in _pids():
+            try:
+                seen = _stat(str(pid))
+                if seen is None or seen.kernel_thread or seen.dead:
+                    continue
+                base = _readable_base(pid, seen)
+                found.update(_file(entry) for _, entry in self._open_files(base, pid, writable=True))
+                found.update(file for file, _ in self._maps(base, pid))
+            except (PermissionError, FileNotFoundError, ProcessLookupError):
+                continue
+        return found
+
+    def _judge(self, pid: int, seen: _Stat) -> tuple[bool, Process]:
+        """Could this process, which we may not look into, write below the paths by mode and ACL?"""
+        status = _status(pid, (b"Uid", b"Gid", b"Groups"))
+        uids = frozenset(int(uid) for uid in status[b"Uid"])
+        gids = frozenset(int(gid) for gid in status[b"Gid"] + status[b"Groups"])
+        if self._permissions is None:
+            self._permissions = Permissions(self._paths)
+        process = Process(pid, seen.starttime, seen.name, int(status[b"Uid"][1]), seen.state)
+        return self._permissions.allow(uids, gids), process
+
+
+def scan(paths: Sequence[str]) -> Scan:
+    """One look at who can write below the canonical directories `paths`; see `Scanner.scan`."""
+    return Scanner(paths).scan()
+
+
+def users_of(path: str) -> list[Process]:
+    """Who but ourselves uses anything at or below the canonical `path` (see `Scanner.users`): the check before an
+    unmount or a removal."""
+    return Scanner([path]).users()
+
+
+def _readable_base(pid: int, seen: _Stat) -> str:
+    """Where to read: a process whose first thread has ended shows its files only under a thread that lives."""
+    if seen.state not in "ZXx":
+        return f"/proc/{pid}"
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        one = _stat(f"{pid}/task/{thread}")
+        if one is not None and one.state not in "ZXx":
+            return f"/proc/{pid}/task/{thread}"
+    raise FileNotFoundError(pid)
+
+
+def _owner(pid: int) -> int:
+    """Effective uid."""
+    return int(_status(pid, (b"Uid",))[b"Uid"][1])
+
+
+def _map_path(field: bytes) -> str:
+    return os.fsdecode(field.replace(b"\\012", b"\n"))  # the only escape in maps
+
+
+def _mapped_file(pid: int, match: re.Match[bytes], path: str) -> tuple[int, int]:
+    """(st_dev, st_ino) as stat tells them: on btrfs the device in maps is another one."""
+    number = int(match[4])
+    for where in (f"/proc/{pid}/map_files/{match[1].decode()}", f"/proc/{pid}/root{path.removesuffix(_DELETED)}"):
+        try:
+            found = os.stat(where)
+        except OSError:
+            continue  # map_files is for root alone; the path may be gone
+        if found.st_ino == number:
+            return found.st_dev, found.st_ino
+    return os.makedev(int(match[2], 16), int(match[3], 16)), number
+
+
+def _file(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def named(processes: Sequence[Process], limit: int = 5) -> str:
+    """A few of them for a message: `sshd (pid 7), cron (pid 9) and 12 more`."""
+    text = ", ".join(str(process) for process in processes[:limit])
+    return text + (f" and {len(processes) - limit} more" if len(processes) > limit else "")

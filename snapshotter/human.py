@@ -1,0 +1,197 @@
+"""What a person reads: the documents of the verbs as text, and progress on a terminal. Never parsed by anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+from snapshotter.core.model import Progress
+
+Document = Mapping[str, Any]
+
+
+def size(count: int | None) -> str:
+    """`1.5 GB`; powers of 1000, as disks are sold; `-` for unknown."""
+    if count is None:
+        return "-"
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+def span(seconds: float) -> str:
+    """`3 s`, `5 min`, `2.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+class Meter:
+    """Progress on a terminal: one line, rewritten. Bytes, rate, time left."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._what = ""
+        self._started = 0.0
+        self._shown = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.what != self._what:
+            self._what, self._started = progress.what, now
+        finished = progress.total is not None and progress.done >= progress.total
+        if now - self._shown < 0.1 and not finished:
+            return
+        self._shown = now
+        self._out.write("\r\x1b[K" + ("" if finished else self.line(progress, now - self._started)))
+        self._out.flush()
+
+    @staticmethod
+    def line(progress: Progress, elapsed_s: float) -> str:
+        """`copying: 120 MB of 1.0 GB, 240 MB/s, 4 s left`."""
+        if progress.unit != "bytes":
+            return f"{progress.what}: {progress.done} {progress.unit}"
+        text = f"{progress.what}: {size(progress.done)}"
+        if progress.total is not None:
+            text += f" of {size(progress.total)}"
+        if elapsed_s > 0.5 and progress.done:
+            rate = progress.done / elapsed_s
+            text += f", {size(round(rate))}/s"
+            if progress.total is not None:
+                text += f", {span((progress.total - progress.done) / rate)} left"
+        return text
+
+
+def brief(document: Document) -> str:
+    """One set on a line."""
+    pinned = " pinned" if document["pinned"] else ""
+    return f"{document['set_id']} {document['node']} {document['state']} {document['grade'] or '-'}{pinned}"
+
+
+def taken(document: Document) -> str:
+    """What `take` says."""
+    if "existing" not in document:
+        return plan(document)
+    words = [f"{document['set_id']}  {document['node']}: {document['state']}, grade {document['grade']}"]
+    if document["existing"]:
+        words[0] = f"{document['set_id']}  {document['node']}: this slot was taken already"
+    details = [f"{size(document['size_bytes'])} of {document['path']}" if document["path"] else ""]
+    if document["freeze_ms"] is not None:
+        details.append(f"writers held {document['freeze_ms']} ms")
+    if document["height"] is not None:
+        details.append(f"height {document['height']}")
+    words.append("  " + ", ".join(detail for detail in details if detail))
+    words += [f"  left out: {link}" for link in document["left_out"]]
+    return "\n".join(words)
+
+
+def plan(document: Document) -> str:
+    """What `take --dry-run` says."""
+    lines = [
+        f"would take {document['path']} (node {document['node']}, profile {document['profile']})",
+        f"  quiesce {document['quiesce']}, at most {document['budget_ms']} ms; grade {document['grade']}",
+    ]
+    for root in document["roots"]:
+        provider = next(v["provider"] for v in document["volumes"] if v["volume"] == root["volume"])
+        where = f" at {root['path']}" if root["path"] else ""
+        lines.append(f"  {root['origin']}: {provider} {root['volume']}{where}")
+    lines += [f"  left out: {link}" for link in document["left_out"]]
+    return "\n".join(lines)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def table(sets: Sequence[Document]) -> str:
+    """What `list` says."""
+    if not sets:
+        return "no sets"
+    rows = [("SET", "NODE", "TAKEN (UTC)", "STATE", "GRADE", "SIZE", "")]
+    for entry in sets:
+        notes = [word for word, said in (("pinned", entry["pinned"]), ("attached", entry["attachments"])) if said]
+        if entry["verify_outcome"]:
+            notes.append(f"verified L{entry['verify_level']}: {entry['verify_outcome']}")
+        rows.append(
+            (
+                entry["set_id"],
+                entry["node"],
+                entry["taken_at"].replace("T", " ").removesuffix("Z"),
+                entry["state"],
+                entry["grade"] or "-",
+                size(entry["size_bytes"]),
+                ", ".join(notes),
+            )
+        )
+    return _columns(rows)
+
+
+def details(document: Document) -> str:
+    """What `show` says: every known field."""
+    lines = []
+    for name, value in document.items():
+        if isinstance(value, list):
+            lines += [
+                f"{name.removesuffix('s')}: " + " ".join(f"{k}={v}" for k, v in entry.items() if v) for entry in value
+            ]
+        elif value is not None:
+            shown = (
+                size(value) if name == "size_bytes" else ("yes" if value is True else "no" if value is False else value)
+            )
+            lines.append(f"{name}: {shown}")
+    return "\n".join(lines)
+
+
+def restored(document: Document, dry_run: bool) -> str:
+    """What `restore` says."""
+    verb = "would put" if dry_run else "put"
+    kind = "a writable clone" if document["access"] == "rw" else "a read-only mount"
+    lines = [f"{verb} {kind} of {document['set_id']} at {document['path']}"]
+    lines += [f"  {root['origin']} is at {root['path']}" for root in document["roots"]]
+    if not dry_run:
+        lines.append(f"  end it with: snapshotter release {document['path']}")
+    return "\n".join(lines)
+
+
+def reaped(document: Document) -> str:
+    """What `reap` says."""
+    lines = [f"let go: {what}" for what in document["let_go"]]
+    lines += [f"removed unsealed set {what}" for what in document["removed"]]
+    lines += [f"removed half-made attachment {what}" for what in document["released"]]
+    lines += [f"removed {what}" for what in document["scratch"]]
+    lines += [f"kept {entry['set_id']}: {entry['reason']}" for entry in document["kept"]]
+    return "\n".join(lines) or "nothing was left behind"
+
+
+def profile(document: Document) -> str:
+    """What `profile` says."""
+    if "profiles" in document:
+        return _columns([("PROFILE", "TITLE"), *((entry["name"], entry["title"]) for entry in document["profiles"])])
+    found = document["profile"]
+    lines = [f"{found['name']}: {found['title']}" + (f" ({document['why']})" if document["why"] else "")]
+    for name, value in found.items():
+        if name in ("name", "title") or not value:
+            continue
+        if isinstance(value, Mapping):
+            value = "; ".join(f"{key}: {entry}" for key, entry in value.items() if entry)
+        lines.append(f"  {name}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    return "\n".join(lines)
+
+
+def providers(document: Document) -> str:
+    """What `providers` says."""
+    rows = [("PROVIDER", "HERE", "SERVES", "")]
+    for entry in document["providers"]:
+        serves = "-" if document["path"] is None else "yes" if entry["serves"] else "no"
+        rows.append((entry["provider"], "yes" if entry["available"] else "no", serves, entry["reason"] or ""))
+    head = f"{document['path']}: {document['fstype']} on {document['source']}\n" if document["path"] else ""
+    tail = f"\n{document['refusal']}" if document["refusal"] else ""
+    return head + _columns(rows) + tail

@@ -1,0 +1,158 @@
+"""What kind of software a node runs: one TOML file per kind, read as a `Profile`. Must not know the config or verbs.
+
+Paths in a profile are relative to the data path; all but `extra_roots` may be globs (`*`, `?`, `[]`, not across `/`).
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from typing import Literal
+
+from msgspec import Struct
+
+from snapshotter.core.errors import PreconditionError, UsageError
+from snapshotter.nodes.config import NODE_NAME, decode
+
+FALLBACK = "generic"
+
+
+class Detect(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One sign: every path or glob of `all` is there. The highest score of the signs seen counts."""
+
+    all: tuple[str, ...]
+    score: int
+
+
+class HotSafety(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a snapshot of the running node is worth, why, and who says so."""
+
+    safety: Literal["hot-safe", "crash-recovers", "contested", "stop-required", "unknown"]
+    reason: str
+    source: str
+
+
+class Health(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to ask the node: `rpc` is the usual JSON-RPC address, the others are HTTP paths on it."""
+
+    rpc: str | None = None
+    liveness: str | None = None
+    readiness: str | None = None
+    p2p_port: int | None = None
+
+
+class Warned(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Something that the operator of this software should know."""
+
+    text: str
+    source: str
+
+
+class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One kind of node software."""
+
+    name: str
+    title: str
+    hot_safety: HotSafety
+    detect: tuple[Detect, ...] = ()
+    database: tuple[str, ...] = ()  # restored as one unit, together with `metadata`
+    metadata: tuple[str, ...] = ()  # beside the database; it can't be opened without them
+    identity: tuple[str, ...] = ()  # the node key and what derives from it
+    sign_state: tuple[str, ...] = ()  # must never go back in time
+    secrets: tuple[str, ...] = ()  # restored with mode 0600
+    config: tuple[str, ...] = ()
+    runtime: tuple[str, ...] = ()  # stale in an image: removed on restore
+    caches: tuple[str, ...] = ()  # rebuilt by the node itself
+    extra_roots: tuple[
+        str, ...
+    ] = ()  # directories elsewhere that belong to it, if there: absolute, or from the data path
+    option_files: tuple[str, ...] = ()  # the database's own options, by file name: they may name directories
+    health: Health = Health()
+    warnings: tuple[Warned, ...] = ()
+
+
+def load_all(extra_directory: str | None = None) -> dict[str, Profile]:
+    """Every profile by its name. `extra_directory` (may be missing) holds the user's own *.toml; a built-in's
+    namesake takes its place. Raises UsageError for a wrong file, PreconditionError for one that can't be read."""
+    from importlib.resources import files
+
+    found: dict[str, Profile] = {}
+    for entry in sorted(files(__name__).iterdir(), key=lambda entry: entry.name):
+        if entry.name.endswith(".toml"):
+            profile = _decode(entry.read_bytes(), entry.name)
+            found[profile.name] = profile
+    if extra_directory is None:
+        return found
+    try:
+        names = sorted(os.listdir(extra_directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return found
+    except OSError as error:
+        raise PreconditionError(f"can't read the profiles: {error.strerror}", object=extra_directory) from None
+    for name in names:
+        if name.endswith(".toml"):
+            path = os.path.join(extra_directory, name)
+            try:
+                with open(path, "rb") as file:
+                    profile = _decode(file.read(), path)
+            except OSError as error:
+                raise PreconditionError(f"can't read the profile: {error.strerror}", object=path) from None
+            found[profile.name] = profile
+    return found
+
+
+def _decode(content: bytes, source: str) -> Profile:
+    import tomllib
+
+    try:
+        raw = tomllib.loads(content.decode())
+    except ValueError as error:  # of UTF-8 or of TOML
+        raise UsageError(f"{source}: not TOML: {error}", object=source) from None
+    profile = decode(raw, Profile, "", source)
+    if not NODE_NAME.fullmatch(profile.name):
+        raise UsageError(f"{source}: {profile.name!r} can't be a profile's name", object=source)
+    inside = (
+        *(path for sign in profile.detect for path in sign.all),
+        *profile.database,
+        *profile.metadata,
+        *profile.identity,
+        *profile.sign_state,
+        *profile.secrets,
+        *profile.config,
+        *profile.runtime,
+        *profile.caches,
+    )
+    for path in inside:
+        # A restore removes what `runtime` names: it must never reach outside the data path, nor be all of it.
+        if not path or path.startswith("/") or not {"..", ".", ""}.isdisjoint(path.rstrip("/").split("/")):
+            raise UsageError(f"{source}: {path!r} isn't a path inside the data path", object=source)
+    return profile
+
+
+def get(name: str, extra_directory: str | None = None) -> Profile:
+    """The profile called `name`. Raises UsageError naming the nearest."""
+    known = load_all(extra_directory)
+    if name not in known:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, known, 1)
+        cure = f"did you mean {near[0]}?" if near else f"one of: {', '.join(sorted(known))}"
+        raise UsageError(f"no profile is called {name!r}", object=name, cure=cure)
+    return known[name]
+
+
+def matches(data_path: str, pattern: str) -> list[str]:
+    """What is at `pattern` below `data_path`, sorted: absolute paths. A link counts also where it leads nowhere."""
+    found = glob.glob(pattern, root_dir=data_path, include_hidden=True)
+    return sorted(os.path.join(data_path, name) for name in found)
+
+
+def detect(data_path: str, extra_directory: str | None = None) -> tuple[Profile, str]:
+    """The profile that the content of `data_path` speaks for, and why, for a person. Nothing known: generic."""
+    known = load_all(extra_directory)
+    best, best_score, why = known[FALLBACK], 0, "nothing in it speaks for a known kind of node"
+    for profile in known.values():
+        for sign in profile.detect:
+            if sign.score > best_score and all(matches(data_path, pattern) for pattern in sign.all):
+                best, best_score, why = profile, sign.score, f"it has {' and '.join(sign.all)}"
+    return best, why

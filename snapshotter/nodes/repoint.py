@@ -1,0 +1,401 @@
+"""A restored clone must never lead into production: its links, and the absolute paths in its databases' own options,
+are led to the restored roots instead. Knows links, mounts and RocksDB's options files; must not know providers or
+verbs.
+
+What a link means is worked out as the kernel would, a component at a time, in two worlds at once: the live one, where
+the image was taken, and the clone's. Where the two part, the link must be rewritten. Paths that lead through links
+elsewhere or through bind mounts into a live root are followed to it. Writing is by descriptor, never through a link.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+from snapshotter.core.errors import PreconditionError, StorageError
+from snapshotter.host import mounts
+from snapshotter.host.mounts import is_under
+
+#: Left by a run that was killed between making it and renaming it: removed by the next.
+_TEMPORARY = ".snapshotter-repoint"
+_MOST_LINKS = 255
+_LONGEST_TARGET = 4000  # bytes; the kernel takes 4095
+_OPTIONS = re.compile(r"OPTIONS-(\d+)")
+#: Directories that RocksDB writes to (include/rocksdb/options.h). The first two hold one path, the others a list.
+_ONE_PATH = ("wal_dir", "db_log_dir")
+_PATHS = ("db_paths", "cf_paths")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What was changed, or would have to be. `path` is in the clone; `key` is the option's name, '' for a link."""
+
+    path: str
+    key: str
+    before: str
+    after: str
+
+
+def repoint(clone_roots: Sequence[tuple[str, str]], outside_dir: str | None = None) -> list[Change]:
+    """Lead everything in the writable clone that leads into a live root to its restored one. `clone_roots` are
+    (live path, clone path), both canonical. Links and options that lead outside every root are led to
+    `<outside_dir>/<original path>`, which isn't there, so that opening the clone creates nothing in production; with
+    None they are left. Owner, mode and times stay. A second run changes nothing.
+
+    Raises PreconditionError (can't read), StorageError (can't write).
+    """
+    return _Pass(clone_roots, outside_dir, write=True).run()
+
+
+def check_read_only(image_roots: Sequence[tuple[str, str]]) -> list[Change]:
+    """What `repoint` would have to change so that nothing leads into a live root: not empty, and a read-only mount of
+    this image must be refused. Changes nothing."""
+    return _Pass(image_roots, None, write=False).run()
+
+
+# RocksDB's options files.
+
+
+def newest_options(names: Sequence[str]) -> str | None:
+    """The options file that RocksDB reads: the one with the highest number."""
+    numbered = [(int(match[1]), name) for name in names if (match := _OPTIONS.fullmatch(name))]
+    return max(numbered)[1] if numbered else None
+
+
+def option_paths(content: bytes) -> list[tuple[str, str]]:
+    """(key, absolute path) of the directories that an options file names."""
+    found: list[tuple[str, str]] = []
+    for line in os.fsdecode(content).split("\n"):
+        key, equals, value = line.partition("=")
+        key = key.strip()
+        if equals and key in (*_ONE_PATH, *_PATHS):
+            _mapped(key, value.rstrip("\r"), lambda path, key=key: found.append((key, path)))  # type: ignore[misc]
+    return found
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\(.)", lambda match: {"n": "\n", "r": "\r"}.get(match[1], match[1]), text)
+
+
+def _escape(text: str) -> str:
+    """As RocksDB's EscapeOptionString (options/options_helper.cc): a bare # would begin a comment."""
+    text = re.sub(r"[\\#:]", lambda match: "\\" + match[0], text)
+    return text.replace("\n", "\\n").replace("\r", "\\r")
+
+
+def _mapped(key: str, value: str, change: Callable[[str], str | None]) -> str:
+    """An option's value with every absolute path in it given to `change` (None: stays)."""
+    if key in _ONE_PATH:
+        path = _unescape(value.strip())
+        if not path.startswith("/") or (new := change(path)) is None:
+            return value
+        return _escape(new)
+
+    def one(match: re.Match[str]) -> str:
+        new = change(_unescape(match[0]))
+        return match[0] if new is None else _escape(new)
+
+    return re.sub(r"(?:(?<=[={\[,;:\s])|^)/(?:\\.|[^\\{}\[\];,=:\s])*", one, value)
+
+
+# Where a path leads.
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """A directory by its name and by its identity (device and place in its file system)."""
+
+    path: str
+    device: str
+    inside: str
+
+
+class _Worlds:
+    """Both worlds: which live root, or restored one, a path of this host lies in, and where that is in the other."""
+
+    def __init__(self, clone_roots: Sequence[tuple[str, str]]) -> None:
+        self.table = mounts.table()
+        self.pairs = [(os.path.normpath(live), os.path.normpath(clone)) for live, clone in clone_roots]
+        self.sides = [(self._side(live), self._side(clone)) for live, clone in self.pairs]
+        self._seen: dict[str, str | None] = {}
+
+    def _side(self, path: str) -> _Side:
+        mount = mounts.mount_of(path, self.table)
+        return _Side(path, mount.device, mounts.inside(path, mount))
+
+    def clone_of(self, live: str) -> str | None:
+        """Where the live path is restored; None if no root holds it. The deepest root counts."""
+        best = max(
+            (pair for pair in self.pairs if is_under(live, pair[0])), key=lambda pair: len(pair[0]), default=None
+        )
+        return None if best is None else _moved(live, *best)
+
+    def live_of(self, path: str) -> str | None:
+        """The live name of a path of this host that lies in a live root or a restored one: by name, or because
+        it shows the same directory (a bind mount). None: in neither. The clone counts first, it may lie deeper."""
+        if path not in self._seen:
+            self._seen[path] = self._find(path)
+        return self._seen[path]
+
+    def _find(self, path: str) -> str | None:
+        named = [(len(top), _moved(path, top, pair[0])) for pair in self.pairs for top in pair if is_under(path, top)]
+        if named:
+            return max(named)[1]
+        here = self._side(path)
+        shown = [
+            (len(side.inside), _moved(here.inside, side.inside, live.path))
+            for live, clone in self.sides
+            for side in (live, clone)
+            if side.device == here.device and is_under(here.inside, side.inside)
+        ]
+        return max(shown)[1] if shown else None
+
+
+def _moved(path: str, top: str, new_top: str) -> str:
+    rest = path[len(top.rstrip("/")) :]
+    return new_top.rstrip("/") + rest if rest.strip("/") else new_top
+
+
+@dataclass(frozen=True, slots=True)
+class _Led:
+    """Where a target leads. `target`: what it must be rewritten to so that it stays in the clone, None if it does
+    as it is. `outside`: the path outside every root that it leads to by itself, None if it doesn't."""
+
+    target: str | None
+    outside: str | None
+
+
+class _Pass:
+    """One run over all roots of a clone."""
+
+    def __init__(self, clone_roots: Sequence[tuple[str, str]], outside_dir: str | None, *, write: bool) -> None:
+        self.worlds = _Worlds(clone_roots)
+        self.outside_dir = None if outside_dir is None else os.path.realpath(outside_dir)
+        self.write = write
+        self.changes: list[Change] = []
+
+    def run(self) -> list[Change]:
+        clones = [clone for _, clone in self.worlds.pairs]
+        for clone in dict.fromkeys(clones):
+            try:
+                fd = os.open(clone, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except OSError as error:
+                raise PreconditionError(f"can't read the restored root: {error.strerror}", object=clone) from None
+            self._tree(fd, clone, set(clones) - {clone})
+        return self.changes
+
+    def _tree(self, top_fd: int, top: str, others: set[str]) -> None:
+        """Every directory below, by descriptor, so that a link put in a directory's place is never entered."""
+        open_now = [(top_fd, top, self._directory(top_fd, top))]
+        try:
+            while open_now:
+                fd, path, below = open_now[-1]
+                if not below:
+                    os.close(fd)
+                    open_now.pop()
+                    continue
+                name = below.pop()
+                child = os.path.join(path, name)
+                if child in others:
+                    continue
+                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+                child_fd = os.open(name, flags, dir_fd=fd)
+                open_now.append((child_fd, child, []))
+                open_now[-1][2].extend(self._directory(child_fd, child))
+        except OSError as error:
+            where = os.path.join(open_now[-1][1], str(error.filename or "")) if open_now else top
+            raise PreconditionError(f"can't read it: {error.strerror}", object=where) from None
+        finally:
+            for fd, _, _ in open_now:
+                os.close(fd)
+
+    def _directory(self, fd: int, path: str) -> list[str]:
+        """One directory: mend its links and options; return the names of the directories in it."""
+        before = os.fstat(fd)
+        below: list[str] = []
+        links: list[str] = []
+        files: list[str] = []
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    links.append(entry.name)
+                elif entry.is_dir(follow_symlinks=False):
+                    below.append(entry.name)
+                elif entry.is_file(follow_symlinks=False):
+                    files.append(entry.name)
+        count = len(self.changes)
+        if self.write and _TEMPORARY in (*links, *files):
+            os.unlink(_TEMPORARY, dir_fd=fd)
+        for name in sorted(links):
+            if name != _TEMPORARY:
+                self._link(fd, path, name)
+        if "CURRENT" in (*links, *files):
+            for name in sorted({*links, *files}):
+                if _OPTIONS.fullmatch(name):
+                    self._options(fd, path, name)
+        if self.write and len(self.changes) != count:
+            try:
+                os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
+                os.fsync(fd)
+            except OSError as error:
+                raise StorageError(f"can't write it: {error.strerror}", object=path) from None
+        return below
+
+    def _link(self, fd: int, directory: str, name: str) -> None:
+        before = os.readlink(name, dir_fd=fd)
+        after = self._wanted(before, directory)
+        if after is None or after == before:
+            return
+        path = os.path.join(directory, name)
+        self.changes.append(Change(path, "", before, after))
+        if not self.write:
+            return
+        found = os.lstat(name, dir_fd=fd)
+        try:
+            os.symlink(after, _TEMPORARY, dir_fd=fd)
+            self._dress(fd, found)
+            os.rename(_TEMPORARY, name, src_dir_fd=fd, dst_dir_fd=fd)
+        except OSError as error:
+            raise StorageError(f"can't re-point it: {error.strerror}", object=path) from None
+
+    def _options(self, fd: int, directory: str, name: str) -> None:
+        """An options file. One that is a link is mended where it leads, if that is in the clone (links were first)."""
+        path = os.path.join(directory, name)
+        if stat.S_ISLNK(os.lstat(name, dir_fd=fd).st_mode):
+            path = os.path.realpath(path)
+            if self.worlds.live_of(path) is None or not os.path.isfile(path):
+                return
+            directory, name = os.path.split(path)
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                self._options_file(fd, directory, name)
+            finally:
+                os.close(fd)
+        else:
+            self._options_file(fd, directory, name)
+
+    def _options_file(self, fd: int, directory: str, name: str) -> None:
+        path = os.path.join(directory, name)
+        file_fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+        with open(file_fd, "rb") as file:
+            found = os.fstat(file.fileno())
+            lines = os.fsdecode(file.read()).split("\n")
+        changed: list[Change] = []
+        for number, line in enumerate(lines):
+            left, equals, value = line.partition("=")
+            key, ending = left.strip(), "\r" if line.endswith("\r") else ""
+            if not equals or key.startswith("#"):
+                continue
+            value = value.removesuffix("\r")
+            new = _mapped(key, value, lambda target, key=key: self._option_wanted(target, directory, key))  # type: ignore[misc]
+            if new != value:
+                changed.append(Change(path, key, value, new))
+                lines[number] = f"{left}={new}{ending}"
+        self.changes += changed
+        if not changed or not self.write:
+            return
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            new_fd = os.open(_TEMPORARY, flags, 0o600, dir_fd=fd)
+            with open(new_fd, "wb") as file:
+                file.write(os.fsencode("\n".join(lines)))
+                file.flush()
+                os.fsync(file.fileno())
+            self._dress(fd, found)
+            os.rename(_TEMPORARY, name, src_dir_fd=fd, dst_dir_fd=fd)
+            os.fsync(fd)
+        except OSError as error:
+            raise StorageError(f"can't re-point it: {error.strerror}", object=path) from None
+
+    def _dress(self, fd: int, like: os.stat_result) -> None:
+        """Owner, mode and times of `like` for the temporary. Without root only our own files are in a clone."""
+        try:
+            os.chown(_TEMPORARY, like.st_uid, like.st_gid, dir_fd=fd, follow_symlinks=False)
+        except PermissionError:
+            pass
+        if not stat.S_ISLNK(like.st_mode):
+            os.chmod(_TEMPORARY, stat.S_IMODE(like.st_mode), dir_fd=fd)
+        os.utime(_TEMPORARY, ns=(like.st_atime_ns, like.st_mtime_ns), dir_fd=fd, follow_symlinks=False)
+
+    def _option_wanted(self, target: str, directory: str, key: str) -> str | None:
+        led = self._led(target, directory)
+        if led.outside is None or key not in (*_ONE_PATH, *_PATHS):
+            return led.target if led.outside is None else None
+        if self.outside_dir is None:
+            return None
+        # Logs about itself may go into the database's directory (an empty value says so). A log of writes that isn't
+        # in the image must be missed loudly: an empty value would open without it.
+        return "" if key == "db_log_dir" else self._cut(led.outside)
+
+    def _wanted(self, target: str, directory: str) -> str | None:
+        """The target that this link must have, None if it is right."""
+        led = self._led(target, directory)
+        if led.outside is not None:
+            return None if self.outside_dir is None else self._cut(led.outside)
+        return led.target
+
+    def _cut(self, path: str) -> str:
+        assert self.outside_dir is not None
+        if is_under(path, self.outside_dir):
+            return path
+        new = self.outside_dir + path
+        if len(os.fsencode(new)) > _LONGEST_TARGET:
+            new = os.path.join(self.outside_dir, sha256(os.fsencode(path)).hexdigest())
+        return new
+
+    def _led(self, target: str, directory: str) -> _Led:
+        """Follow `target`, the text of a link in the clone's `directory`, component by component.
+
+        `here` is the place in live names, `there` where the kernel would be. While `there` is where `here` is restored
+        the text is right; where they part, all text so far is replaced by the restored place. A link of the clone's
+        own met on the way is mended by itself, so what it does isn't this one's doing: its parts are not `own`.
+        """
+        worlds = self.worlds
+        todo = [(part, True) for part in target.split("/")[::-1] if part not in ("", ".")]
+        there = "/" if target.startswith("/") else directory
+        here = worlds.live_of(there) or there
+        rewritten: str | None = None
+        links, own_outside = 0, True
+        while todo:
+            part, own = todo.pop()
+            here, there = (
+                (os.path.dirname(here), os.path.dirname(there))
+                if part == ".."
+                else (os.path.join(here, part), os.path.join(there, part))
+            )
+            restored = worlds.clone_of(here)
+            if restored is None and (live := worlds.live_of(here)) is not None:
+                here = live
+                restored = worlds.clone_of(here)
+            place = restored or here
+            if there != place:
+                there = place
+                if own:
+                    rewritten = os.path.join(place, *(rest for rest, _ in reversed(todo)))
+            own_outside = own
+            # The clone's last link on the way is its own business; one elsewhere is nobody's, so it is looked through.
+            if restored is None or todo:
+                try:
+                    text = os.readlink(place)
+                except OSError:
+                    text = None
+                if text is not None:
+                    links += 1
+                    if links > _MOST_LINKS:
+                        return _Led(rewritten, None)  # a loop
+                    mine = own and restored is None
+                    todo += [(part, mine) for part in text.split("/")[::-1] if part not in ("", ".")]
+                    there = "/" if text.startswith("/") else os.path.dirname(place)
+                    here = worlds.live_of(there) or there
+                    own_outside = mine
+                    continue
+            cut = restored is None and self.outside_dir is not None
+            if cut and not own and (not todo or todo[-1][1]):
+                return _Led(rewritten, None)  # the clone's link that led here will be cut, and this one with it
+        if worlds.clone_of(here) is None and own_outside:
+            return _Led(rewritten, here)
+        return _Led(rewritten, None)

@@ -1,0 +1,428 @@
+"""From what a command was given to what must be snapshotted: target -> node -> data path -> roots. Knows mounts,
+links and a profile; must not know providers or verbs. Changes nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import hashlib
+import os
+import re
+import stat
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, UsageError
+from snapshotter.host import mounts, places
+from snapshotter.host.mounts import Mount, is_under
+from snapshotter.nodes.config import NODE_NAME, Config, Node
+from snapshotter.nodes.profiles import Profile
+from snapshotter.nodes.repoint import newest_options, option_paths
+
+_NETWORK = frozenset(
+    {
+        # fmt: off
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "smbfs",
+        "9p",
+        "ceph",
+        "glusterfs",
+        "lustre",
+        "beegfs",
+        "afs",
+        "davfs",
+        "orangefs",
+        "ocfs2",
+        "gfs2",
+        "coda",
+        "fuse.sshfs",
+        "fuse.glusterfs",
+        "fuse.ceph",
+        "fuse.s3fs",
+        "fuse.rclone",
+        "fuse.gcsfuse",
+        "fuse.mount-s3",
+        "fuse.davfs2",
+        "fuse.juicefs",
+        # fmt: on
+    }
+)
+_IN_MEMORY = frozenset({"tmpfs", "ramfs"})
+_NO_FILES = frozenset(
+    {
+        # fmt: off
+        "proc",
+        "sysfs",
+        "devtmpfs",
+        "devpts",
+        "cgroup",
+        "cgroup2",
+        "mqueue",
+        "debugfs",
+        "tracefs",
+        "securityfs",
+        "pstore",
+        "bpf",
+        "configfs",
+        "hugetlbfs",
+        "fusectl",
+        "efivarfs",
+        "binfmt_misc",
+        "autofs",
+        "nsfs",
+        "selinuxfs",
+        # fmt: on
+    }
+)
+_SYSTEM = re.compile(
+    r"/(etc|usr|bin|lib\w*|sbin|boot|dev|proc|sys|run|tmp|var|home|root|opt|srv|mnt|media|var/lib|var/log)?"
+)
+_SYSTEM_TREES = ("/etc", "/usr", "/dev", "/proc", "/sys", "/run", "/boot", "/var/log")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One root. `path` is canonical, `mount` what it lies on, `relative` its place below the data path: '' for the
+    data path itself, None for a root outside it."""
+
+    path: str
+    mount: Mount
+    relative: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What belongs to a node. `roots[0]` is the data path; those below it come next, then those elsewhere, each
+    in the order of their names. `links_outside`: links (and single mounted files) that are not followed, each with
+    why. `aliases`: (path, same content's path in a root): bind mounts that aren't stored a second time."""
+
+    roots: list[Found]
+    links_outside: list[str]
+    aliases: list[tuple[str, str]]
+    warnings: list[str]
+
+
+def canonical(path: str) -> str:
+    """Absolute, without links, `.` and `..`; of a path that is gone, as far as it can be told."""
+    return os.path.realpath(path)
+
+
+def target_id(path: str) -> str:
+    """16 hex that name a data path of this host: its name in the config, its path and a link to it are one target.
+    Built from the machine's identity (not its name) and the canonical path."""
+    host = places.host_name().rpartition("-")[2]
+    return hashlib.sha256(host.encode() + b"\0" + os.fsencode(canonical(path))).hexdigest()[:16]
+
+
+def resolve(name_or_path: str | None, config: Config, *, must_exist: bool = True) -> Node:
+    """The node that a command means: its name, a path of a configured node, any other directory (then with the
+    defaults, and a name from its last component), or None for the only node of the config. `must_exist=False` is
+    for what works with a data path that is gone (list, restore).
+
+    Raises UsageError (no target, not a directory), NotFoundError (unknown name, missing path), PreconditionError
+    (no permission).
+    """
+    if name_or_path is None:
+        if len(config.nodes) != 1:
+            names = ", ".join(sorted(config.nodes))
+            why = "the config has more than one node" if names else "the config has no node"
+            cure = f"name one of: {names}" if names else "give a path, or write a config with `snapshotter init`"
+            raise UsageError(f"no target given, and {why}", cure=cure)
+        node = next(iter(config.nodes.values()))
+    elif name_or_path in config.nodes:
+        node = config.nodes[name_or_path]
+    else:
+        node = _by_path(name_or_path, config)
+    if must_exist:
+        _check_directory(node.path)
+    return node
+
+
+def _by_path(given: str, config: Config) -> Node:
+    if not given or "\0" in given:
+        raise UsageError("is neither a node's name nor a path", object=repr(given))
+    if "/" not in given and given not in (".", "..") and not os.path.isdir(given):
+        near = get_close_matches(given, list(config.nodes), 1)
+        cure = f"did you mean {near[0]}?" if near else "give a node's name or a path"
+        if config.nodes and not near:
+            cure = f"one of: {', '.join(sorted(config.nodes))}; or a path"
+        raise NotFoundError(f"no node is called {given!r}", object=given, cure=cure)
+    path = canonical(given)
+    for node in config.nodes.values():
+        if canonical(node.path) == path:
+            return node
+    return Node(name=node_name(path), path=path)
+
+
+def node_name(path: str) -> str:
+    """A valid node's name from a path's last component; `node` where nothing of it can be kept."""
+    last = os.path.basename(path.rstrip("/")).lower()
+    name = re.sub(r"[^a-z0-9_.-]+", "-", last).lstrip("-_.")[:32].rstrip("-_.")
+    return name if NODE_NAME.fullmatch(name) else "node"
+
+
+def _check_directory(path: str) -> None:
+    try:
+        if not stat.S_ISDIR(os.stat(path).st_mode):
+            raise UsageError("is not a directory", object=path, cure="give the node's data directory")
+        os.scandir(path).close()
+    except OSError as error:
+        raise _readable(error, path) from None
+
+
+def _readable(error: OSError, path: str) -> SnapshotterError:
+    """What an operator can do about a directory that can't be looked at."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return NotFoundError("no such directory", object=path)
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return PreconditionError("no permission to read it", object=path, cure="run as root, or as the node's user")
+    return PreconditionError(f"can't read it: {error.strerror}", object=path)
+
+
+def mount_at(path: str, table: list[Mount]) -> Mount:
+    """The mount that the existing canonical `path` lies on, as the kernel says: the table alone can't tell where
+    mounts hide one another. Raises OSError."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+            found = re.search(rb"^mnt_id:\s*(\d+)", file.read(), re.MULTILINE)
+    finally:
+        os.close(fd)
+    by_id = {mount.id: mount for mount in table}
+    known = by_id.get(int(found[1])) if found else None
+    return known or mounts.mount_of(path, table)
+
+
+def roots(node: Node, profile: Profile) -> Layout:
+    """The directories that belong to the node: its data path, every mount below it, every directory that a link
+    below leads to, the node's `extra_paths`, the profile's extra roots, and what the databases' own options name;
+    each searched in turn. One that lies in another isn't named again.
+
+    Costs one walk over names (no stat per file). Raises PreconditionError (a file system that can't be snapshotted,
+    a directory that can't be read), NotFoundError and UsageError (the data path, extra_paths).
+    """
+    _check_directory(node.path)
+    search = _Search(canonical(node.path), profile)
+    for path in node.extra_paths:
+        _check_directory(path)
+        search.add(canonical(path), "extra_paths", explicit=True)
+    for path in profile.extra_roots:
+        path = canonical(os.path.join(search.data, path))
+        if os.path.isdir(path):
+            search.add(path, f"profile {profile.name}")
+    return search.layout()
+
+
+class _Search:
+    """The walk's state: what was found so far."""
+
+    def __init__(self, data: str, profile: Profile) -> None:
+        self.data = data
+        self.profile = profile
+        self.table = mounts.table()
+        self.mount_points = {mount.path for mount in self.table}
+        self.found: dict[str, Mount] = {}
+        self.outside: list[tuple[str, str, str]] = []  # (who leads there, where, why not)
+        self.aliases: dict[str, str] = {}
+        self.warnings: list[str] = []
+        if data == "/":
+            cure = "give the node's own directory"
+            raise PreconditionError("the whole system can't be a data path", object="/", cure=cure)
+        self.add(data, "data path", explicit=True)
+
+    def add(self, path: str, why: str, *, explicit: bool = False) -> None:
+        """Take the canonical directory `path` as a root, unless it is in one already or must not be one; search it
+        and what it leads to. `why` says who named it, for messages."""
+        waiting = [(path, why, explicit)]
+        while waiting:
+            path, why, explicit = waiting.pop()
+            if self._known(path):
+                continue
+            try:
+                mount = mount_at(path, self.table)
+            except OSError as error:
+                raise _readable(error, path) from None
+            if not os.path.isdir(path):
+                self.outside.append(("a mount", path, "a single file"))
+                continue
+            if self.found and (refused := self._must_not(path, mount, explicit)):
+                if explicit:
+                    raise UsageError(f"can't be a root: {refused}", object=path, cure="take it out of extra_paths")
+                self.outside.append((why, path, refused))
+                continue
+            if alias := next((seen for top in self.found if (seen := self._seen_in(top, path, mount))), None):
+                self.aliases[path] = alias
+                continue
+            _refuse_file_system(path, mount)
+            self.found[path] = mount
+            for below in mounts.mounts_below(path, self.table):
+                if self._visible(below):
+                    waiting.append((below.path, "a mount", False))
+            waiting += self._search(path)
+
+    def _known(self, path: str) -> bool:
+        """In a root already, on the root's own mount."""
+        if any(is_under(path, alias) for alias in self.aliases):
+            return True
+        tops = [top for top in self.found if is_under(path, top)]
+        if not tops:
+            return False
+        between = [point for point in self.mount_points if is_under(path, point)]
+        deepest = max(between, key=len, default="/")
+        return any(not is_under(deepest, top) or deepest == top for top in tops)
+
+    def _visible(self, mount: Mount) -> bool:
+        try:
+            return mount_at(mount.path, self.table) == mount
+        except OSError:
+            return False
+
+    def _must_not(self, path: str, mount: Mount, explicit: bool) -> str | None:
+        """Why this directory isn't followed to, or None."""
+        data_mount = self.found[self.data]
+        if is_under(self.data, path):
+            return "it holds the data path itself"
+        if path != self.data and mount.device == data_mount.device:
+            here, data = mounts.inside(path, mount), mounts.inside(self.data, data_mount)
+            if here != data and is_under(data, here):
+                return "it shows a directory that holds the data path itself"
+        if _SYSTEM.fullmatch(path):
+            return "a directory of the system"
+        if not explicit and any(is_under(path, tree) for tree in _SYSTEM_TREES) and not is_under(path, self.data):
+            return "a directory of the system"
+        return None
+
+    def _seen_in(self, top: str, path: str, mount: Mount) -> str | None:
+        """Where the directory `path` is seen in the root `top` through that root's own mount, or None."""
+        top_mount = self.found[top]
+        if mount.device != top_mount.device:
+            return None
+        here, there = mounts.inside(path, mount), mounts.inside(top, top_mount)
+        if not is_under(here, there):
+            return None
+        seen = os.path.normpath(os.path.join(top, os.path.relpath(here, there)))
+        try:
+            return seen if mount_at(seen, self.table).id == top_mount.id else None
+        except OSError:
+            return None
+
+    def _search(self, top: str) -> list[tuple[str, str, bool]]:
+        """Walk one root, not into other mounts, and return the directories that it leads to."""
+        leads: list[tuple[str, str, bool]] = []
+        waiting = [top]
+        while waiting:
+            directory = waiting.pop()
+            names: list[str] = []
+            try:
+                with os.scandir(directory) as entries:
+                    for entry in entries:
+                        if entry.is_symlink():
+                            leads += self._follow(entry.path)
+                        elif entry.is_dir(follow_symlinks=False) and entry.path not in self.mount_points:
+                            waiting.append(entry.path)
+                        names.append(entry.name)
+            except FileNotFoundError:
+                continue  # removed since it was listed: the node is running
+            except OSError as error:
+                raise _readable(error, directory) from None
+            if "CURRENT" in names:
+                leads += self._options(directory, names)
+        return leads
+
+    def _follow(self, link: str) -> list[tuple[str, str, bool]]:
+        """Where a link leads: a directory to search, or nothing (broken, a loop, a file, in a root already)."""
+        try:
+            path = os.path.realpath(link, strict=True)
+            is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM):
+                raise PreconditionError(
+                    "no permission to see where this link leads", object=link, cure="run as root, or as the node's user"
+                ) from None
+            if error.errno == errno.ELOOP:
+                self.warnings.append(f"{link}: a link that leads to itself")
+            elif error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+                raise _readable(error, link) from None
+            return []
+        if self._known(path):
+            return []
+        if is_directory:
+            return [(path, link, False)]
+        else:
+            self.outside.append((link, path, "not a directory, and outside the node's"))
+        return []
+
+    def _options(self, directory: str, names: list[str]) -> list[tuple[str, str, bool]]:
+        """The directories that a RocksDB's newest options file names."""
+        patterns = self.profile.option_files
+        newest = newest_options([name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns)])
+        if newest is None:
+            return []
+        file = os.path.join(directory, newest)
+        try:
+            with open(file, "rb") as opened:
+                content = opened.read()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _readable(error, file) from None
+        leads: list[tuple[str, str, bool]] = []
+        for key, path in option_paths(content):
+            if key == "db_log_dir":
+                continue  # where it writes about itself: nothing to restore
+            path = canonical(path)
+            if os.path.isdir(path):
+                leads.append((path, f"{file}: {key}", False))
+            else:
+                self.warnings.append(f"{file}: {key} names {path}, which isn't there")
+        return leads
+
+    def layout(self) -> Layout:
+        """What was found, each directory once. One that a directory found later holds is dropped here, so that the
+        order of finding makes no difference."""
+        kept: list[str] = []
+        for path, mount in self.found.items():
+            holder = None
+            for top in self.found:
+                if top != path and path != self.data and (seen := self._seen_in(top, path, mount)):
+                    same = self._seen_in(path, top, self.found[top]) is not None
+                    if not same or top in kept:
+                        holder = seen
+            if holder is None:
+                kept.append(path)
+            elif holder != path:
+                self.aliases[path] = holder
+        found = [Found(path, self.found[path], self._relative(path)) for path in kept]
+        found.sort(key=lambda root: (root.path != self.data, root.relative is None, root.path))
+        warned = [f"{path} shows the same as {same}: stored once" for path, same in sorted(self.aliases.items())]
+        return Layout(
+            roots=found,
+            # A link may have been judged before the root that holds its target was found.
+            links_outside=sorted(
+                {f"{who} -> {path}: {why}" for who, path, why in self.outside if not self._known(path)}
+            ),
+            aliases=sorted(self.aliases.items()),
+            warnings=sorted({*self.warnings, *warned}),
+        )
+
+    def _relative(self, path: str) -> str | None:
+        if path == self.data:
+            return ""
+        return os.path.relpath(path, self.data) if is_under(path, self.data) else None
+
+
+def _refuse_file_system(path: str, mount: Mount) -> None:
+    if mount.fstype in _IN_MEMORY:
+        why, cure = "lies in memory and is gone after a reboot", "move it to a disk"
+    elif mount.fstype in _NETWORK:
+        why, cure = "is a network file system: others write to it unseen", "snapshot it on its server"
+    elif mount.fstype in _NO_FILES:
+        why, cure = "is the kernel's, not files", "unmount it, or give the node's own directory"
+    else:
+        return
+    where = "" if mount.path == path else f" (mounted at {mount.path})"
+    raise PreconditionError(f"{mount.fstype} {why}{where}", object=path, cure=cure)

@@ -1,0 +1,73 @@
+"""delete: remove a set on a person's word. Never the last good one by mistake, never a pinned or attached one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from snapshotter.catalog import Catalog
+from snapshotter.core.errors import BusyError, UsageError
+from snapshotter.core.model import SnapshotSet
+from snapshotter.host.locks import Locks
+from snapshotter.verbs.documents import set_document
+from snapshotter.verbs.session import Session
+
+
+def lock_names(found: SnapshotSet) -> list[str]:
+    """What must not be worked on while this set goes: the set, its volumes (a take may be sharing from it), its
+    target."""
+    birth = found.birth
+    return [f"set:{found.set_id}", f"target:{birth.target}", *(f"{m.provider}:{m.volume}" for m in birth.members)]
+
+
+def check(entries: Catalog, found: SnapshotSet, *, last: bool) -> None:
+    """Raise if this set must stay. BusyError: pinned or attached; UsageError: the last good or verified one."""
+    if found.pinned:
+        raise BusyError("is pinned", object=found.set_id, cure=f"`snapshotter unpin {found.set_id}` first")
+    if found.attachments:
+        where = found.attachments[0].path or found.attachments[0].id
+        raise BusyError(f"is attached at {where}", object=found.set_id, cure=f"`snapshotter release {where}` first")
+    for kind, newest in (
+        ("good", entries.newest_good(found.birth.target)),
+        ("verified", entries.newest_verified(found.birth.target)),
+    ):
+        if newest is not None and newest.set_id == found.set_id and not last:
+            raise UsageError(f"is the newest {kind} set of its target", object=found.set_id, cure="--last deletes it")
+
+
+def plan(session: Session, selectors: list[str], *, last: bool, from_host: bool) -> list[SnapshotSet]:
+    """The sets that would go, each looked at before any of them is touched."""
+    entries = session.catalog()
+    chosen: dict[str, SnapshotSet] = {}
+    for selector in selectors:
+        if selector.startswith("latest"):
+            raise UsageError("delete takes no `latest`", object=selector, cure="give the set's id")
+        found = entries.pick(selector, careful=True, from_host=from_host)
+        check(entries, found, last=last)
+        chosen[found.set_id] = found
+    return list(chosen.values())
+
+
+def delete(session: Session, selectors: list[str], *, last: bool = False, from_host: bool = False) -> dict[str, Any]:
+    """Delete these sets. All are checked before the first is touched, and each again under its lock."""
+    gone = []
+    for found in plan(session, selectors, last=last, from_host=from_host):
+        with Locks(lock_names(found)):
+            entries = session.catalog()
+            now = next((entry for entry in entries.sets if entry.set_id == found.set_id), None)
+            if now is None:
+                continue  # somebody else deleted it: that is what was asked for
+            check(entries, now, last=last)
+            remove(session, now)
+            gone.append(set_document(now))
+    return {"deleted": gone}
+
+
+def remove(session: Session, found: SnapshotSet) -> None:
+    """The deletion itself, for who holds the locks and has checked. A set of several members loses its seal
+    first, so that one killed half way is a leftover for reap, not a damaged backup."""
+    holding = session.providers_of(found)
+    if len(found.birth.members) > 1 and found.sealed:
+        for provider in holding:
+            provider.mark(found.set_id, {"sealed": None})
+    for provider in holding:
+        provider.delete(found.set_id)

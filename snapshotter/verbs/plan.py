@@ -1,0 +1,232 @@
+"""What a take would do: target -> roots -> volumes -> providers -> quiesce -> grade. Changes nothing.
+
+`take` carries out exactly this plan, and `take --dry-run` prints it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from snapshotter import provider as providers
+from snapshotter.core.errors import PreconditionError, SnapshotterError, UsageError
+from snapshotter.core.model import Birth, Grade, Member, Quiesce, Root, Volume, new_set_id
+from snapshotter.host import mounts
+from snapshotter.host.places import host_name
+from snapshotter.nodes import profiles
+from snapshotter.nodes.config import Node
+from snapshotter.nodes.profiles import Profile
+from snapshotter.nodes.target import Layout, roots, target_id
+from snapshotter.provider import Provider
+from snapshotter.verbs.documents import when
+from snapshotter.verbs.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One root, the provider that will snapshot what it lies on, and the volume."""
+
+    root: str
+    provider: Provider
+    volume: Volume
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything decided before anything is done. `volumes` are in member order."""
+
+    node: Node
+    profile: Profile
+    layout: Layout
+    birth: Birth
+    volumes: tuple[Volume, ...]
+    providers: tuple[Provider, ...]  # one per volume
+    quiesce: Quiesce
+    grade: Grade
+    budget_s: float
+
+    @property
+    def set_id(self) -> str:
+        return self.birth.set_id
+
+    def by_provider(self) -> list[tuple[Provider, list[Volume]]]:
+        """Each provider once, with its volumes, in member order."""
+        groups: list[tuple[Provider, list[Volume]]] = []
+        for provider, volume in zip(self.providers, self.volumes, strict=True):
+            for known, volumes in groups:
+                if known is provider:
+                    volumes.append(volume)
+                    break
+            else:
+                groups.append((provider, [volume]))
+        return groups
+
+    def locks(self) -> list[str]:
+        return [f"target:{self.birth.target}", *(volume.key for volume in self.volumes)]
+
+    def document(self) -> dict[str, Any]:
+        """For `--dry-run`."""
+        return {
+            "set_id": self.set_id,
+            "node": self.node.name,
+            "target": self.birth.target,
+            "path": self.birth.path,
+            "profile": self.profile.name,
+            "taken_at": when(self.birth.taken_at),
+            "quiesce": str(self.quiesce),
+            "budget_ms": round(self.budget_s * 1000),
+            "grade": str(self.grade),
+            "volumes": [{"provider": volume.provider, "volume": volume.id} for volume in self.volumes],
+            "roots": [
+                {"origin": root.path, "volume": self.volumes[root.member].id, "path": root.inside}
+                for root in self.birth.roots
+            ],
+            "left_out": list(self.layout.links_outside),
+            "warnings": list(self.layout.warnings),
+        }
+
+
+def nearest(session: Session, node: Node, path: str, mount: mounts.Mount) -> tuple[Provider, Volume]:
+    """The provider that serves `path` and the volume it claims: by request, else the claim nearest to the file
+    system, else `copy`. It never falls through: a claim whose provider can't work is PreconditionError."""
+    asked = session.provider_name or node.provider
+    if asked:
+        provider = session.provider(asked, node)
+        volume = provider.claim(mount, path)
+        if volume is None:
+            raise PreconditionError(
+                f"provider {asked} can't snapshot {mount.fstype} on {mount.source}",
+                object=path,
+                cure=f"`snapshotter providers {path}` shows which can",
+            )
+    else:
+        for name in providers.names():
+            provider = session.provider(name, node)
+            volume = provider.claim(mount, path)
+            if volume is not None:
+                break
+        else:
+            raise PreconditionError(
+                f"no provider can snapshot {mount.fstype}", object=path, cure="move the data to a local file system"
+            )
+    reasons = provider.availability()
+    if reasons:
+        raise PreconditionError(f"provider {provider.name} can't work here: {'; '.join(reasons)}", object=path)
+    return provider, volume
+
+
+def make(
+    session: Session,
+    node: Node,
+    *,
+    now: datetime,
+    quiesce: str | None = None,
+    budget_s: float | None = None,
+    require: str | None = None,
+    allow_skew: bool = False,
+    slot: str = "",
+) -> Plan:
+    """Decide everything. Raises PreconditionError (grade, skew, providers), UsageError."""
+    profile = profiles.get(node.profile) if node.profile else profiles.detect(node.path)[0]
+    layout = roots(node, profile)
+    claims = [Claim(found.path, *nearest(session, node, found.path, found.mount)) for found in layout.roots]
+    volumes: list[Volume] = []
+    owners: list[Provider] = []
+    for claim in claims:
+        if claim.volume.key not in [volume.key for volume in volumes]:
+            volumes.append(claim.volume)
+            owners.append(claim.provider)
+    keys = [volume.key for volume in volumes]
+    birth = Birth(
+        set_id=new_set_id(now),
+        target=target_id(node.path),
+        node=node.name,
+        host=host_name(),
+        profile=profile.name,
+        roots=tuple(
+            Root(claim.root, keys.index(claim.volume.key), _inside(claim.root, claim.volume)) for claim in claims
+        ),
+        members=tuple(Member(volume.provider, volume.id) for volume in volumes),
+        taken_at=now,
+        # On one host the locks tell whether the run lives; the deadline only has to outlast the quiesce.
+        deadline=now + timedelta(seconds=max(1.0, budget_s or node.budget)),
+        slot=slot,
+    )
+    chosen = _quiesce(node, quiesce, owners, volumes)
+    grade = _grade(chosen, owners, volumes)
+    wanted = Grade(require or node.require)
+    if grade is Grade.SKEWED and not allow_skew:
+        raise PreconditionError(
+            f"the image would be skewed: {len(volumes)} volumes are not one instant and no writer is held"
+            if len(volumes) > 1
+            else f"the image would be skewed: {volumes[0].provider} needs the writers held",
+            object=node.path,
+            cure="leave --quiesce to auto, or say --allow-skew",
+        )
+    if grade.rank < wanted.rank and not (grade is Grade.SKEWED and allow_skew and require is None):
+        raise PreconditionError(
+            f"the grade would be {grade}, {wanted} is required", object=node.path, cure="--quiesce stop, or hooks"
+        )
+    plan = Plan(
+        node=node,
+        profile=profile,
+        layout=layout,
+        birth=birth,
+        volumes=tuple(volumes),
+        providers=tuple(owners),
+        quiesce=chosen,
+        grade=grade,
+        budget_s=budget_s or node.budget,
+    )
+    for provider, theirs in plan.by_provider():
+        provider.check(theirs, birth)
+    return plan
+
+
+def _inside(root: str, volume: Volume) -> str:
+    if volume.path is None:
+        raise SnapshotterError("a volume that was claimed by its path has none", object=volume.id)
+    relative = os.path.relpath(root, volume.path)
+    return "" if relative == "." else relative
+
+
+def _quiesce(node: Node, asked: str | None, owners: Sequence[Provider], volumes: Sequence[Volume]) -> Quiesce:
+    word = asked or node.quiesce
+    if word != "auto":
+        chosen = Quiesce(word)
+        if chosen is Quiesce.HOOKS and not (node.hold and node.release):
+            raise UsageError(
+                "quiesce hooks needs both", object=node.name, cure="set hold = [...] and release = [...] in the config"
+            )
+        if chosen is Quiesce.STOP and not (node.unit or node.stop):
+            raise UsageError(
+                "quiesce stop needs a service",
+                object=node.name,
+                cure="set unit, or stop, start and status, in the config",
+            )
+        return chosen
+    needs = {owner.traits.quiesce for owner in owners}
+    if Quiesce.PAUSE in needs or not _one_instant(owners, volumes):
+        return Quiesce.PAUSE
+    return Quiesce.FREEZE if Quiesce.FREEZE in needs else Quiesce.NONE
+
+
+def _one_instant(owners: Sequence[Provider], volumes: Sequence[Volume]) -> bool:
+    """One create() call makes all of it at one instant."""
+    return len(volumes) == 1 or (len(set(map(id, owners))) == 1 and owners[0].traits.atomic_across_volumes)
+
+
+def _grade(quiesce: Quiesce, owners: Sequence[Provider], volumes: Sequence[Volume]) -> Grade:
+    if quiesce in (Quiesce.STOP, Quiesce.HOOKS):
+        return Grade.APPLICATION
+    if quiesce is Quiesce.PAUSE:
+        return Grade.FILESYSTEM
+    if quiesce is Quiesce.FREEZE:
+        return Grade.FILESYSTEM
+    needs = {owner.traits.quiesce for owner in owners}
+    if Quiesce.PAUSE in needs or not _one_instant(owners, volumes):
+        return Grade.SKEWED
+    return Grade.CRASH if Quiesce.FREEZE in needs else Grade.FILESYSTEM

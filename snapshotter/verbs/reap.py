@@ -1,0 +1,78 @@
+"""reap: remove what an interrupted run left behind, and let go what it still holds.
+
+Only unsealed sets of this host whose deadline is past and whose locks are free, half-made and `verify` attachments of
+dead
+runs, what a driver alone can see of its dead runs, and dead runs' pauses and freezes. Never a pending, damaged or
+unknown set, never
+a person's clone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from snapshotter.core.errors import BusyError, SnapshotterError, UndoIncompleteError
+from snapshotter.core.model import Purpose, State, utc_now
+from snapshotter.host import mounts, quiesce
+from snapshotter.host.locks import Locks
+from snapshotter.host.places import host_name, same_host
+from snapshotter.verbs.delete import lock_names, remove
+from snapshotter.verbs.session import Session
+
+
+def reap(session: Session) -> dict[str, Any]:
+    """Returns what was let go and removed, and what is kept for now and why.
+    Raises UndoIncompleteError if something of a dead run could not be undone."""
+    let_go = quiesce.reap()
+    providers, gone = session.everywhere()
+    left: list[str] = []
+    kept: list[dict[str, str]] = []
+    removed: list[str] = []
+    released: list[str] = []
+    for provider in providers:
+        for attachment in sorted(provider.attachments(), key=lambda found: len(found.path), reverse=True):
+            half_made = attachment.since is None
+            if attachment.held or not (half_made or attachment.purpose is Purpose.VERIFY):
+                continue
+            try:
+                if attachment.path:
+                    mounts.unmount(attachment.path)
+                provider.detach(attachment.id)
+                released.append(attachment.id)
+            except SnapshotterError as error:
+                left.append(f"{attachment.id}: {error.line()}")
+    for found in session.catalog().sets:
+        if found.state is not State.INCOMPLETE:
+            continue
+        if not same_host(found.birth.host, host_name()):
+            kept.append({"set_id": found.set_id, "reason": f"it is being taken, or was left, by {found.birth.host}"})
+        elif utc_now() < found.birth.deadline:
+            kept.append({"set_id": found.set_id, "reason": "its deadline is not past"})
+        else:
+            try:
+                with Locks(lock_names(found)):
+                    # Looked at again: it may have been sealed just before the lock came free.
+                    now = [entry for entry in session.catalog(found.set_id).sets if entry.set_id == found.set_id]
+                    if now and now[0].state is State.INCOMPLETE:
+                        remove(session, now[0])
+                        removed.append(found.set_id)
+            except BusyError as error:
+                kept.append({"set_id": found.set_id, "reason": error.line()})
+            except SnapshotterError as error:
+                left.append(f"{found.set_id}: {error.line()}")
+    scratch: list[str] = []
+    for provider in providers:
+        try:
+            scratch += provider.reap()
+        except SnapshotterError as error:
+            left.append(f"{provider.name}: {error.line()}")
+    if left:
+        raise UndoIncompleteError("not everything could be reaped", left=left, cure="mend that and reap again")
+    return {
+        "let_go": let_go,
+        "removed": removed,
+        "released": sorted(set(released)),
+        "scratch": scratch,
+        "kept": kept,
+        "unavailable": [{"provider": entry.provider, "reason": entry.reason} for entry in gone],
+    }

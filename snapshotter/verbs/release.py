@@ -1,0 +1,97 @@
+"""release: end an attachment. Refused while something has it open and, for a clone written since, without a word."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from snapshotter.core.errors import BusyError, NotFoundError
+from snapshotter.core.model import Access, Attachment
+from snapshotter.host import mounts, processes
+from snapshotter.host.locks import Locks
+from snapshotter.verbs.documents import attachment_document
+from snapshotter.verbs.session import Session
+
+
+def release(session: Session, where: str, *, discard_changes: bool = False) -> dict[str, Any]:
+    """Unmount and remove what a restore made at `where` (a directory, or an attachment id). Returns its document.
+    Raises NotFoundError, BusyError (in use, or written since)."""
+    providers, _ = session.everywhere()
+    parts = [(provider, found) for provider in providers for found in provider.attachments()]
+    attachment_id = _identify([found for _, found in parts], where)
+    ours = [(provider, found) for provider, found in parts if found.id == attachment_id]
+    # The deepest first: a root may be mounted inside another.
+    paths = sorted({found.path for _, found in ours if found.path}, key=lambda path: path.count("/"), reverse=True)
+    attachments = [found for _, found in ours]
+    if any(found.held for found in attachments):
+        raise BusyError("is being made by a running restore", object=where, cure="wait for it, or stop it")
+    with Locks([f"attachment:{attachment_id}"]):
+        for path in paths:
+            _refuse_if_used(path)
+        if not discard_changes and attachments[0].access is Access.WRITABLE:
+            _refuse_if_changed(attachments)
+        for path in paths:
+            mounts.unmount(path)
+        for provider in {id(provider): provider for provider, _ in ours}.values():
+            provider.detach(attachment_id)
+        _tidy(min(attachments, key=lambda found: found.member).path)
+    return {"released": attachment_document(attachments), "set_id": attachments[0].set_id}
+
+
+def _identify(attachments: list[Attachment], where: str) -> str:
+    wanted = os.path.realpath(where)
+    for found in attachments:
+        if where == found.id or (found.path and os.path.realpath(found.path) == wanted):
+            return found.id
+    raise NotFoundError(
+        "nothing of ours is attached there", object=where, cure="`snapshotter show SET` names attachments"
+    )
+
+
+def _refuse_if_used(path: str) -> None:
+    users = processes.users_of(path)
+    if users:
+        some = ", ".join(f"{user.name} ({user.pid})" for user in users[:3])
+        more = f" and {len(users) - 3} more" if len(users) > 3 else ""
+        raise BusyError(f"is in use by {some}{more}", object=path, cure="end that first")
+
+
+def _refuse_if_changed(attachments: list[Attachment]) -> None:
+    for found in attachments:
+        # One that was never settled is half-made: nobody has worked in it.
+        changed = first_change(found.path, found.since.timestamp()) if found.path and found.since else None
+        if changed is not None:
+            raise BusyError(
+                f"was written to since it was restored ({changed})",
+                object=found.path,
+                cure="--discard-changes drops that",
+            )
+
+
+def first_change(top: str, since: float) -> str | None:
+    """Something under `top` whose inode changed after `since` (seconds, UTC), or None. Only ctime tells: it can't be
+    set back by a program."""
+    pending = [top]
+    while pending:
+        directory = pending.pop()
+        try:
+            if os.lstat(directory).st_ctime > since:
+                return directory
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                    elif entry.stat(follow_symlinks=False).st_ctime > since:
+                        return entry.path
+        except FileNotFoundError:
+            continue
+    return None
+
+
+def _tidy(top: str) -> None:
+    """Remove the directory of the roots outside, where nothing is left in it."""
+    for leftover in (f"{top}.roots/outside", f"{top}.roots"):
+        try:
+            os.rmdir(leftover)
+        except OSError:
+            continue

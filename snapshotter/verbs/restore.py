@@ -1,0 +1,222 @@
+"""restore --to and --mount: a set made usable beside the origin, which is never touched.
+
+`--to` is a writable clone, `--mount` read-only. The data path's content is at the directory given; roots below the data
+path at their relative place in it, roots outside it at `DIR.roots/<n>`. Nothing in it leads back into production.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from snapshotter.core.errors import (
+    BusyError,
+    JudgedBadError,
+    NotFoundError,
+    PreconditionError,
+    StorageError,
+    UsageError,
+)
+from snapshotter.core.interrupts import deferred
+from snapshotter.core.model import (
+    Access,
+    Grade,
+    MountSpec,
+    Root,
+    Snapshot,
+    SnapshotSet,
+    State,
+    Tree,
+    new_attachment_id,
+    utc_now,
+)
+from snapshotter.core.undo import Undo
+from snapshotter.host import mounts
+from snapshotter.host.locks import Locks
+from snapshotter.host.places import private_directory, run_directory
+from snapshotter.nodes import repoint
+from snapshotter.provider import Provider
+from snapshotter.verbs.session import Session
+
+
+def restore(
+    session: Session,
+    selector: str,
+    destination: str,
+    access: Access,
+    *,
+    from_host: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Attach the set at `destination`, an absent or empty directory whose parent exists.
+
+    Returns the `restore` document. Raises NotFoundError, JudgedBadError (incomplete, damaged), PreconditionError
+    (pending, no
+    root for a mount, a read-only image that leads into live data), UsageError (a bad destination)."""
+    found = session.select(selector, from_host=from_host)
+    warnings = judge(found)
+    top = destination_of(destination, found)
+    places = layout(found, top)
+    if found.marks.get("secrets") == "1":
+        warnings.append("it holds the node's keys: never start it while the original runs with the same keys")
+    attachment_id = new_attachment_id(utc_now())
+    document = {
+        "set_id": found.set_id,
+        "attachment_id": attachment_id,
+        "path": top,
+        "access": str(access),
+        "roots": [{"origin": root.path, "path": place} for root, place in places],
+        "withheld": [],
+        "warnings": warnings,
+    }
+    if dry_run:
+        return {**document, "attachment_id": None}
+    holding = {provider.name: provider for provider in session.providers_of(found)}
+    # Shared: two restores of one set may run at once; a delete may not.
+    with Locks([f"set:{found.set_id}"], exclusive=False), Undo(undo_command=f"snapshotter release {top}") as undo:
+        if access is Access.READ_ONLY and not os.path.isdir(top):
+            undo.push(top, lambda: _remove_if_empty(top))
+            os.mkdir(top)
+        for index, (root, place) in enumerate(places):
+            snapshot = next(member for member in found.snapshots if member.birth.member == root.member)
+            _attach_root(undo, holding[snapshot.provider], snapshot, root, attachment_id, access, place, index)
+        pairs = [(root.path, place) for root, place in places]
+        if access is Access.WRITABLE:
+            changes = repoint.repoint(pairs, f"{top}.roots/outside")
+        elif changes := repoint.check_read_only(pairs):
+            raise PreconditionError(
+                f"{_shown(changes[0])} leads to {changes[0].before}, a live place; read-only it can't be re-pointed",
+                object=found.set_id,
+                cure="restore it with --to",
+            )
+        # The moment first, then longer than a kernel tick: whatever is written from now on has a later ctime.
+        since = datetime.now(UTC)
+        time.sleep(0.02)
+        with deferred():
+            for provider in holding.values():
+                provider.settle(attachment_id, since)
+            undo.commit()
+    warnings += [f"{_shown(change)} led to {change.before}, and now to {change.after}" for change in changes]
+    return document
+
+
+def _shown(change: repoint.Change) -> str:
+    return f"{change.key} in {change.path}" if change.key else change.path
+
+
+def judge(found: SnapshotSet) -> list[str]:
+    """Warnings about a set that may be restored; raises for one that may not."""
+    if found.state is State.PENDING:
+        raise PreconditionError("the storage still copies it", object=found.set_id, cure="try again when it is ready")
+    if found.state is State.UNKNOWN:
+        raise PreconditionError(found.why, object=found.set_id, cure="make that provider work, then try again")
+    if found.state is not State.READY:
+        raise JudgedBadError(f"is {found.state}: {found.why}", object=found.set_id, cure="restore another set")
+    warnings = []
+    if found.corrupt:
+        warnings.append("it was verified and found corrupt")
+    if found.grade is Grade.SKEWED:
+        warnings.append(f"its volumes are {found.marks.get('skew-ms', '?')} ms apart: databases in it may disagree")
+    return warnings
+
+
+def destination_of(given: str, found: SnapshotSet) -> str:
+    """The canonical destination. Raises UsageError, NotFoundError, PreconditionError if it can't be one."""
+    top = os.path.abspath(given)
+    parent = os.path.realpath(os.path.dirname(top))
+    top = os.path.join(parent, os.path.basename(top))
+    if not os.path.isdir(parent):
+        raise NotFoundError("no such directory", object=parent, cure="make it first")
+    if os.path.islink(top) or (os.path.lexists(top) and not os.path.isdir(top)):
+        raise UsageError("is not a directory", object=top, cure="give an absent or empty directory")
+    if os.path.isdir(top):
+        try:
+            taken = os.listdir(top)
+        except OSError as error:
+            raise PreconditionError(f"can't read it: {error.strerror}", object=top) from None
+        if [name for name in taken if name != "lost+found"]:
+            raise UsageError("is not empty", object=top, cure="give an absent or empty directory")
+    if top == "/" or not os.path.basename(top):
+        raise UsageError("can't restore there", object=top, cure="give an absent or empty directory")
+    if os.path.lexists(f"{top}.roots") and len(found.birth.roots) > 1:
+        raise UsageError("is in the way", object=f"{top}.roots", cure="remove it, or restore elsewhere")
+    if not os.access(parent, os.W_OK) and not os.path.isdir(top):
+        raise PreconditionError("may not be written", object=parent, cure="run as root, or restore elsewhere")
+    for root in found.birth.roots:
+        live = os.path.realpath(root.path) if root.path.startswith("/") else ""
+        if live and (mounts.is_under(top, live) or mounts.is_under(live, top)):
+            raise UsageError(f"overlaps {root.path}, which is live", object=top, cure="restore elsewhere")
+    return top
+
+
+def layout(found: SnapshotSet, top: str) -> list[tuple[Root, str]]:
+    """Each root and where it appears: the data path at `top`, roots below it in their place, others beside it."""
+    places: list[tuple[Root, str]] = []
+    outside = 0
+    data_path = found.birth.path
+    for index, root in enumerate(found.birth.roots):
+        if index == 0:
+            places.append((root, top))
+        elif found.birth.paths_known and mounts.is_under(root.path, data_path):
+            places.append((root, os.path.join(top, os.path.relpath(root.path, data_path))))
+        else:
+            outside += 1
+            places.append((root, os.path.join(f"{top}.roots", str(outside))))
+    # A root inside another comes after it: its place must be there first.
+    return sorted(places, key=lambda pair: pair[1].count("/"))
+
+
+def _attach_root(
+    undo: Undo,
+    provider: Provider,
+    snapshot: Snapshot,
+    root: Root,
+    attachment_id: str,
+    access: Access,
+    place: str,
+    index: int,
+) -> None:
+    """Attach one root's volume and bring the root to its place."""
+    parent = os.path.dirname(place)
+    if not os.path.isdir(parent):
+        undo.push(parent, lambda: _remove_if_empty(parent))
+        os.makedirs(parent, mode=0o700)
+    undo.push(f"attachment {attachment_id}", lambda: provider.detach(attachment_id))
+    made = provider.attach(snapshot, attachment_id, access, place)
+    if isinstance(made, Tree):
+        if root.inside:
+            raise StorageError("a root below its volume's top can't be a plain tree", object=root.path)
+        return
+    bring(undo, made, root.inside, place, f"{attachment_id}-{index}")
+
+
+def bring(undo: Undo, made: MountSpec, inside: str, place: str, name: str) -> None:
+    """Mount `made` so that its directory `inside` is seen at `place`."""
+    if not os.path.isdir(place):
+        undo.push(place, lambda: _remove_if_empty(place))
+        os.mkdir(place)
+    if not inside:
+        undo.push(f"mount {place}", lambda: mounts.unmount(place))
+        mounts.mount(made, place)
+        return
+    staging = private_directory(os.path.join(private_directory(os.path.join(run_directory(), "staging")), name))
+    undo.push(staging, lambda: _remove_if_empty(staging))
+    undo.push(f"mount {staging}", lambda: mounts.unmount(staging))
+    mounts.mount(made, staging)
+    undo.push(f"mount {place}", lambda: mounts.unmount(place))
+    options: Sequence[str] = [option for option in made.options if option == "ro"]
+    mounts.mount(MountSpec(os.path.join(staging, inside), "bind", tuple(options)), place)
+    mounts.unmount(staging)
+    _remove_if_empty(staging)
+
+
+def _remove_if_empty(path: str) -> None:
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise BusyError(f"can't remove it: {error.strerror}", object=path) from None

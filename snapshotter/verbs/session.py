@@ -1,0 +1,119 @@
+"""What every verb works with: the config, the providers, the catalog, who may be told of progress.
+
+One per run of the command. Loads a provider when it is first asked for, never at start-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from snapshotter import catalog, provider
+from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, UsageError
+from snapshotter.core.model import Report, SnapshotSet, no_report
+from snapshotter.nodes.config import Config, Node
+from snapshotter.nodes.target import canonical, resolve, target_id
+from snapshotter.provider import Provider, Settings
+
+
+@dataclass(slots=True)
+class Session:
+    """`provider_name` and `options` are what the command line said (--provider, -o), above any node's own."""
+
+    config: Config
+    provider_name: str | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
+    report: Report = no_report
+    _made: dict[tuple[str, str], Provider] = field(default_factory=dict)
+
+    def provider(self, name: str, node: Node | None = None, *, chosen: bool = True) -> Provider:
+        """The instance for this node's options (the command line's go above them). Where it isn't the `chosen` one but
+        one of all, options meant for another provider are left out. Raises UsageError, PreconditionError."""
+        kind = provider.load(name)
+        options: dict[str, object] = {}
+        if node is not None and node.provider in (None, name):
+            own: dict[str, object] = {**node.options, **({"store": node.store} if node.store else {})}
+            options.update({key: value for key, value in own.items() if node.provider or key in kind.OPTIONS})
+        if self.provider_name in (None, name):
+            options.update({key: value for key, value in self.options.items() if chosen or key in kind.OPTIONS})
+        if node is None and not options:
+            paths = tuple(sorted(canonical(other.path) for other in self.config.nodes.values()))
+        else:
+            paths = (canonical(node.path),) if node is not None else ()
+        key = (name, repr((sorted(options.items(), key=str), paths, node.floor if node else None)))
+        if key not in self._made:
+            settings = Settings(
+                state=self.config.state,
+                options=provider.parse_options(kind, options),
+                paths=paths,
+                report=self.report,
+                **({"floor": node.floor} if node is not None else {}),
+            )
+            self._made[key] = kind(settings)
+        return self._made[key]
+
+    def everywhere(self, node: Node | None = None) -> tuple[list[Provider], list[catalog.Unavailable]]:
+        """One instance of every provider in every way that the config uses it, for the catalog; and those that
+        can't be asked, with the reason."""
+        wanted: list[tuple[str, Node | None]] = [(name, None) for name in provider.names()]
+        for other in [*self.config.nodes.values(), *([node] if node is not None else [])]:
+            wanted += [(name, other) for name in ([other.provider] if other.provider else ["copy"])]
+        made: dict[int, Provider] = {}
+        gone: dict[tuple[str, str], catalog.Unavailable] = {}
+        for name, owner in wanted:
+            try:
+                instance = self.provider(name, owner, chosen=False)
+            except SnapshotterError as error:
+                gone[(name, error.line())] = catalog.Unavailable(name, error.line())
+                continue
+            made[id(instance)] = instance
+        return list(made.values()), list(gone.values())
+
+    def catalog(self, set_id: str | None = None, node: Node | None = None) -> catalog.Catalog:
+        """Everything that is ours now, through every provider that can be asked."""
+        providers, gone = self.everywhere(node)
+        return catalog.read(providers, gone, set_id)
+
+    def providers_of(self, found: SnapshotSet) -> list[Provider]:
+        """The instances that hold members of this set. Raises PreconditionError if one can't be asked."""
+        holding: list[Provider] = []
+        providers, _ = self.everywhere()
+        for name in sorted({member.provider for member in found.birth.members}):
+            here = [
+                instance
+                for instance in providers
+                if instance.name == name and next(iter(instance.snapshots(found.set_id)), None) is not None
+            ]
+            if here:
+                holding.append(here[0])
+            elif any(snapshot.provider == name for snapshot in found.snapshots):
+                raise PreconditionError("its provider can't be asked now", object=f"{found.set_id} ({name})")
+        return holding
+
+    def select(self, selector: str, *, careful: bool = False, from_host: bool = False) -> SnapshotSet:
+        """The set that a person means: an id, a prefix, `latest[:TARGET]`, `latest-verified[:TARGET]`."""
+        word, colon, target = selector.partition(":")
+        if word not in ("latest", "latest-verified"):
+            return self.catalog().pick(selector, careful=careful, from_host=from_host)
+        identity = self._target_of(target if colon else None)
+        entries = self.catalog()
+        found = entries.newest_good(identity) if word == "latest" else entries.newest_verified(identity)
+        if found is None:
+            kind = "good" if word == "latest" else "verified"
+            raise NotFoundError(
+                f"there is no {kind} set", object=selector, cure="`snapshotter list` shows what there is"
+            )
+        return found
+
+    def _target_of(self, name: str | None) -> str:
+        """The identity of a target whose path may be gone: a restore must work then."""
+        try:
+            return target_id(resolve(name, self.config, must_exist=False).path)
+        except UsageError:
+            if name is not None:
+                raise
+            # Without a config, `latest` can still be meant: when there are sets of one target only.
+            targets = {found.birth.target for found in self.catalog().sets}
+            if len(targets) == 1:
+                return targets.pop()
+            raise

@@ -1,0 +1,177 @@
+"""take: an image of everything under a node's data path, without stopping it.
+
+plan -> locks -> undo stack -> prepare -> quiesce -> create -> end of the quiesce, checked -> marks and seal -> wait
+until
+ready. Before the seal every way out undoes everything; after it the set is kept.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from typing import Any
+
+from snapshotter.core.errors import Interrupted, PreconditionError, SnapshotterError, StorageError, worst
+from snapshotter.core.interrupts import deferred
+from snapshotter.core.labels import pack_hash
+from snapshotter.core.model import Quiesce, State, compact_time, utc_now
+from snapshotter.core.undo import Undo
+from snapshotter.host import quiesce as holding
+from snapshotter.host.locks import Locks
+from snapshotter.host.service import Commands, Service, SystemdUnit
+from snapshotter.nodes import profiles, rpc
+from snapshotter.nodes.config import Node
+from snapshotter.nodes.target import resolve
+from snapshotter.verbs import plan as planning
+from snapshotter.verbs.documents import set_document
+from snapshotter.verbs.plan import Plan
+from snapshotter.verbs.session import Session
+
+
+def take(
+    session: Session,
+    target: str | None = None,
+    *,
+    quiesce: str | None = None,
+    budget_s: float | None = None,
+    require: str | None = None,
+    allow_skew: bool = False,
+    dry_run: bool = False,
+    wait: bool = True,
+    wait_s: float = 24 * 3600.0,
+    slot: str = "",
+) -> dict[str, Any]:
+    """Take one target. Returns the set's document with `existing` (a set of the same slot was there already),
+    `warnings`
+    and `left_out`; for `dry_run` the plan's. Raises any of core.errors."""
+    node = resolve(target, session.config)
+    plan = planning.make(
+        session,
+        node,
+        now=utc_now(),
+        quiesce=quiesce,
+        budget_s=budget_s,
+        require=require,
+        allow_skew=allow_skew,
+        slot=slot,
+    )
+    if dry_run:
+        return plan.document()
+    notes = list(plan.layout.warnings)
+    with Locks(plan.locks()) as locks:
+        if slot and (existing := _of_slot(session, plan)) is not None:
+            return {**existing, "existing": True, "warnings": notes, "left_out": list(plan.layout.links_outside)}
+        notes += _carry_out(session, plan, locks)
+    document = _wait_until_ready(session, plan, wait_s if wait else 0.0)
+    return {**document, "existing": False, "warnings": notes, "left_out": list(plan.layout.links_outside)}
+
+
+def take_all(session: Session, **how: Any) -> tuple[dict[str, Any], list[SnapshotterError]]:
+    """Take every node of the config; one that fails doesn't stop the rest. Returns the document and the failures."""
+    sets, failed, errors = [], [], []
+    for name in session.config.nodes:
+        try:
+            sets.append(take(session, name, **how))
+        except Interrupted:
+            raise
+        except SnapshotterError as error:
+            errors.append(error)
+            failed.append({"node": name, **error.as_json()})
+    return {"sets": sets, "failed": failed, "exit": int(worst(errors))}, errors
+
+
+def _of_slot(session: Session, plan: Plan) -> dict[str, Any] | None:
+    for found in session.catalog(node=plan.node).of_target(plan.birth.target):
+        if found.birth.slot == plan.birth.slot and found.state in (State.READY, State.PENDING):
+            return set_document(found)
+    return None
+
+
+def _carry_out(session: Session, plan: Plan, locks: Locks) -> list[str]:
+    """From the first change to the seal. Returns notes for a person."""
+    set_id = plan.set_id
+    groups = plan.by_provider()
+    marks = {"quiesce": str(plan.quiesce), "grade": str(plan.grade)}
+    if any(profiles.matches(plan.birth.path, pattern) for pattern in plan.profile.secrets):
+        marks["secrets"] = "1"
+    with Undo(undo_command="snapshotter reap") as undo:
+        for provider, volumes in groups:
+            undo.push(f"set {set_id} at {provider.name}", lambda provider=provider: provider.delete(set_id))  # type: ignore[misc]
+            provider.prepare(volumes, plan.birth, plan.budget_s)
+        # Asked before the instant: the image holds at least this block.
+        head, silent = rpc.height(plan.node.rpc) if plan.node.rpc else (None, "")
+        with _hold(plan) as held:
+            first = time.monotonic()
+            for provider, volumes in groups:
+                provider.create(volumes, plan.birth, held.hold)
+            skew_ms = round((time.monotonic() - first) * 1000)
+        # Leaving the `with` proved that the writers were held throughout; else it raised and all is undone.
+        if plan.quiesce is not Quiesce.NONE:
+            marks["freeze-ms"] = str(max(1, round(held.held_ms or 0)))
+        if plan.grade == "skewed":
+            marks["skew-ms"] = str(max(1, skew_ms))
+        if head is not None:
+            marks["height"] = str(head.height)
+            marks["block"] = pack_hash(head.hash)
+        marks["sealed"] = compact_time(utc_now())
+        with deferred():
+            for provider, _ in groups:
+                provider.mark(set_id, marks)
+            undo.commit()
+    return held.notes + ([f"no height is known: {plan.node.rpc}: {silent}"] if silent else [])
+
+
+def _hold(plan: Plan) -> AbstractContextManager[holding.Held]:
+    paths = [root.path for root in plan.birth.roots]
+    what = plan.set_id
+    match plan.quiesce:
+        case Quiesce.NONE:
+            return holding.none()
+        case Quiesce.PAUSE:
+            unit = SystemdUnit(plan.node.unit) if plan.node.unit else None
+            return holding.pause(paths, plan.budget_s, what=what, cgroup=unit.control_group() if unit else None)
+        case Quiesce.FREEZE:
+            points = sorted({found.mount.path for found in plan.layout.roots})
+            return holding.freeze(points, plan.budget_s, what=what)
+        case Quiesce.STOP:
+            return holding.stop(service_of(plan.node), what, paths=paths)
+        case Quiesce.HOOKS:
+            return holding.hooks(plan.node.hold, plan.node.release, plan.budget_s, what=what)
+
+
+def service_of(node: Node) -> Service:
+    """The service manager's handle for a node that has one. Raises PreconditionError."""
+    if node.unit:
+        return SystemdUnit(node.unit)
+    if node.stop:
+        return Commands(stop_argv=node.stop, start_argv=node.start, status_argv=node.status)
+    raise PreconditionError(
+        "has no service", object=node.name, cure="set unit, or stop, start and status, in the config"
+    )
+
+
+def _wait_until_ready(session: Session, plan: Plan, patience_s: float) -> dict[str, Any]:
+    """The set's document once it isn't pending any more, or when patience ends. An interruption keeps the set."""
+    from snapshotter.core.model import Progress
+
+    give_up = time.monotonic() + patience_s
+    pause_s = 0.05
+    started = time.monotonic()
+    try:
+        while True:
+            found = next(entry for entry in session.catalog(plan.set_id, plan.node).sets if entry.set_id == plan.set_id)
+            if found.state is not State.PENDING or time.monotonic() >= give_up:
+                break
+            session.report(Progress("waiting for the store", round(time.monotonic() - started), None, "s"))
+            time.sleep(min(pause_s, max(0.0, give_up - time.monotonic())))
+            pause_s = min(pause_s * 2, 30.0)
+    except StopIteration:
+        raise StorageError(
+            "the set was sealed and is not listed any more", object=plan.set_id, cure="`snapshotter list`"
+        ) from None
+    except Interrupted as error:
+        error.message += f"; the set {plan.set_id} is sealed and kept"
+        raise
+    if found.state is State.DAMAGED:
+        raise StorageError(f"the storage lost the image: {found.why}", object=plan.set_id)
+    return set_document(found)

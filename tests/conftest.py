@@ -1,0 +1,69 @@
+"""Options of the whole suite, and its last word: what ran for real and what was skipped, and why."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", default=False, help="run slow matrices whole, not sampled")
+    parser.addoption(
+        "--require",
+        action="append",
+        default=[],
+        metavar="KIND",
+        help="make a skip of this kind a failure (root: everything that needs root on this machine)",
+    )
+
+
+MEASURED: list[str] = []
+
+
+@pytest.fixture
+def measured() -> Callable[[str], None]:
+    """Note a number for the summary: what a bar of an issue asks for, and what came out."""
+    return MEASURED.append
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "root" in config.getoption("--require") and os.geteuid() != 0:
+        raise pytest.UsageError("--require root: not root")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.geteuid() != 0:
+        for item in items:
+            if item.get_closest_marker("root"):
+                item.add_marker(pytest.mark.skip(reason="needs root: loop devices, mounts, freezing, other users"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  # type: ignore[no-untyped-def]
+    report = yield
+    if report.skipped and item.get_closest_marker("root") and "root" in item.config.getoption("--require"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped although --require root was given: {report.longrepr}"
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    ran = Counter(report.nodeid.split("/")[1] for report in terminalreporter.getreports("passed"))
+    skipped = Counter(str(report.longrepr[2]) for report in terminalreporter.getreports("skipped"))
+    terminalreporter.section("what ran for real")
+    user = "root" if os.geteuid() == 0 else f"user {os.geteuid()}"
+    terminalreporter.line(f"kernel {os.uname().release}, as {user}")
+    for kind, count in sorted(ran.items()):
+        terminalreporter.line(f"{count:5} passed in tests/{kind}")
+    for reason, count in skipped.most_common():
+        terminalreporter.line(f"{count:5} skipped: {reason}")
+    if not skipped:
+        terminalreporter.line("nothing was skipped")
+    for line in MEASURED:
+        terminalreporter.line(f"measured: {line}")
+    terminalreporter.line(
+        "not had here: a running Besu (a RocksDB shaped like Besu's stands in), systemd, a real cloud account"
+    )

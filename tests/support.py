@@ -1,0 +1,213 @@
+"""What the tests share: running the command, a node under load, loop file systems. Everything made here is undone
+here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+BESU = CHECKOUT / "tests" / "hot" / "besu_shaped.py"
+NOBODY = 65534
+
+
+def as_user(uid: int | None) -> list[str]:
+    """The words before a command that run it as another user."""
+    if uid is None or os.geteuid() != 0:
+        return []
+    return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+
+
+class Command:
+    """`snapshotter` as an operator runs it: another process, with its own state and run-time places."""
+
+    def __init__(self, home: Path, uid: int | None = None, config: str = "") -> None:
+        self.home = home
+        self.uid = uid
+        home.mkdir(parents=True, exist_ok=True)
+        self.config = home / "config.toml"
+        self.config.write_text(f'state = "{home}/state"\n' + config)
+        if uid is not None:
+            for path in (home, self.config):
+                os.chown(path, uid, uid)
+
+    def argv(self, *words: str) -> list[str]:
+        return [*as_user(self.uid), sys.executable, "-m", "snapshotter", *words, "--config", str(self.config)]
+
+    def environment(self) -> dict[str, str]:
+        return {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.home),
+            "SNAPSHOTTER_RUN": str(self.home / "run"),
+            "PYTHONPATH": str(CHECKOUT),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.argv(*words),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self.environment(),
+            cwd="/",
+        )
+
+    def run(self, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.argv(*words),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=self.environment(),
+            cwd="/",
+            timeout=timeout,
+        )
+
+    def json(self, *words: str, timeout: float = 300) -> dict[str, Any]:
+        """The answer of a command that must succeed."""
+        done = self.run(*words, "--json", timeout=timeout)
+        assert done.returncode == 0, f"{words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        document: dict[str, Any] = json.loads(done.stdout)
+        assert document.pop("schema") == 1
+        return document
+
+    def error(self, *words: str, exit_code: int) -> dict[str, Any]:
+        """The error of a command that must fail with this exit code: one line for a person, an object for a program."""
+        done = self.run(*words, "--json")
+        assert done.returncode == exit_code, f"{words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, done.stderr
+        error: dict[str, Any] = json.loads(done.stdout)["error"]
+        assert error["exit"] == exit_code
+        return {**error, "line": lines[0]}
+
+
+class Node:
+    """A Besu-shaped node under synced load, as a process of its own."""
+
+    def __init__(self, data: Path, *words: str, uid: int | None = None) -> None:
+        self.data = data
+        self.acks = data.parent / f"{data.name}.acks"
+        self.acks.unlink(missing_ok=True)
+        self.process = subprocess.Popen(
+            [*as_user(uid), sys.executable, str(BESU), "run", str(data), str(self.acks), *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1"},
+            cwd="/",
+        )
+
+    def acknowledged(self) -> int:
+        from tests.hot.besu_shaped import acknowledged
+
+        return acknowledged(self.acks)
+
+    def wait_for(self, number: int, timeout: float = 120) -> None:
+        give_up = time.monotonic() + timeout
+        while self.acknowledged() < number:
+            assert self.process.poll() is None, "the node died"
+            assert time.monotonic() < give_up, "the node is too slow"
+            time.sleep(0.02)
+
+    def state(self) -> str:
+        return state_of(self.process.pid)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+        self.process.wait(10)
+
+
+def state_of(pid: int) -> str:
+    """R, S, D, T, Z ..., or '' if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+class StopWatch(threading.Thread):
+    """Watches a process and notes what it had acknowledged while it was seen stopped: nothing of that may be
+    missing."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(daemon=True)
+        self.node = node
+        self.acknowledged_when_stopped = 0
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.is_set():
+            if self.node.state() == "T":
+                number = self.node.acknowledged()
+                if self.node.state() == "T":
+                    self.acknowledged_when_stopped = max(self.acknowledged_when_stopped, number)
+            time.sleep(0.001)
+
+    def __enter__(self) -> StopWatch:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.join()
+
+
+def check_database(data: Path, uid: int | None = None) -> dict[str, int]:
+    """Open the database with its engine in a process of its own, read everything."""
+    done = subprocess.run(
+        [*as_user(uid), sys.executable, str(BESU), "check", str(data)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1"},
+        cwd="/",
+        timeout=300,
+    )
+    assert done.returncode == 0, f"the database does not open: {done.stderr[-500:]}"
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
+
+
+@contextlib.contextmanager
+def loop_file_system(kind: str, where: Path, megabytes: int = 600, options: str = "") -> Iterator[Path]:
+    """A file system of this kind on a loop device of its own, mounted below `where`. Needs root."""
+    tag = uuid.uuid4().hex[:8]
+    image, point = where / f"{kind}-{tag}.img", where / f"{kind}-{tag}"
+    point.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(megabytes << 20)
+    make = {"btrfs": ["mkfs.btrfs", "-q"], "xfs": ["mkfs.xfs", "-q"], "ext4": ["mkfs.ext4", "-q", "-E", "nodiscard"]}
+    subprocess.run([*make[kind], str(image)], check=True, capture_output=True)
+    device = subprocess.run(
+        ["losetup", "--find", "--show", str(image)], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    try:
+        subprocess.run(["mount", *(["-o", options] if options else []), device, str(point)], check=True)
+        try:
+            yield point
+        finally:
+            for _ in range(50):
+                if subprocess.run(["umount", str(point)], capture_output=True).returncode == 0:
+                    break
+                time.sleep(0.1)
+            else:
+                subprocess.run(["umount", "-l", str(point)], capture_output=True)
+    finally:
+        subprocess.run(["losetup", "-d", device], capture_output=True)
+        image.unlink(missing_ok=True)
+        shutil.rmtree(point, ignore_errors=True)

@@ -1,0 +1,305 @@
+"""The command as an operator meets it: bad input ends with the right exit code, one line that has the cure, and nothing
+changed; answers keep to the documented shape."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import CHECKOUT, NOBODY, Command, loop_file_system
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    return Command(tmp_path / "etc")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    made = tmp_path / "place" / "node"
+    (made / "database").mkdir(parents=True)
+    (made / "database" / "000001.sst").write_bytes(b"x" * 100_000)
+    (made / "database" / "CURRENT").write_text("MANIFEST-1\n")
+    (made / "DATABASE_METADATA.json").write_text("{}")
+    (made / "key").write_text("0x" + "11" * 32)
+    os.chmod(made / "key", 0o600)
+    return made
+
+
+def inventory(top: Path) -> dict[str, tuple[int, int, int]]:
+    found = {}
+    for path in sorted(top.rglob("*")):
+        stat = path.lstat()
+        found[str(path.relative_to(top))] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return found
+
+
+SET_KEYS = {
+    "set_id", "target", "node", "host", "path", "taken_at", "state", "why", "grade", "good", "quiesce", "freeze_ms",
+    "skew_ms", "height", "block", "size_bytes", "pinned", "verify_level", "verify_at", "verify_outcome", "secrets",
+    "snapshots", "roots", "attachments",
+}  # fmt: skip
+
+
+def test_the_tour(command: Command, data: Path, tmp_path: Path) -> None:
+    """take, list, show, restore, pin, release, unpin, delete: each says in JSON what the contract says."""
+    before = inventory(data)
+    taken = command.json("take", str(data))
+    assert set(taken) == SET_KEYS | {"existing", "warnings", "left_out"}
+    assert (taken["state"], taken["grade"], taken["good"], taken["existing"]) == ("ready", "filesystem", True, False)
+    assert taken["secrets"] == 1 and taken["quiesce"] == "pause" and taken["height"] is None
+    identity = taken["set_id"]
+    listed = command.json("list")
+    assert listed["unavailable"] == [] and [set(entry) for entry in listed["sets"]] == [SET_KEYS]
+    assert command.json("show", identity[:-2])["set_id"] == identity
+    assert command.json("show", f"latest:{data}")["set_id"] == identity
+
+    clone = tmp_path / "clone"
+    restored = command.json("restore", identity, "--to", str(clone))
+    assert {"set_id", "attachment_id", "path", "roots", "withheld"} <= set(restored)
+    assert (clone / "key").stat().st_mode & 0o777 == 0o600
+    assert (clone / "database" / "000001.sst").read_bytes() == b"x" * 100_000
+    assert inventory(data) == before, "the origin is never touched"
+
+    error = command.error("delete", identity, "--yes", "--last", exit_code=5)
+    assert str(clone) in error["line"] and "release" in error["cure"]
+    (clone / "new").write_text("")
+    assert "--discard-changes" in command.error("release", str(clone), exit_code=5)["cure"]
+    assert command.json("release", str(clone), "--discard-changes")["set_id"] == identity
+    assert not clone.exists()
+    command.error("release", str(clone), exit_code=4)
+
+    assert command.json("pin", identity)["pinned"] is True
+    assert "unpin" in command.error("delete", identity, "--yes", "--last", exit_code=5)["cure"]
+    assert command.json("unpin", identity)["pinned"] is False
+    assert "--last" in command.error("delete", identity, "--yes", exit_code=2)["cure"]
+    assert "--yes" in command.error("delete", identity, "--last", exit_code=2)["cure"]
+    assert [gone["set_id"] for gone in command.json("delete", identity, "--last", "--yes")["deleted"]] == [identity]
+    assert command.json("list")["sets"] == []
+    command.error("delete", identity, "--yes", exit_code=4)
+
+
+def test_a_clone_not_written_to_is_released_without_a_word(command: Command, data: Path, tmp_path: Path) -> None:
+    identity = command.json("take", str(data))["set_id"]
+    command.json("restore", identity, "--to", str(tmp_path / "clone"))
+    shutil.copytree(tmp_path / "clone", tmp_path / "elsewhere")  # reading it is not writing to it
+    command.json("release", str(tmp_path / "clone"))
+    assert not (tmp_path / "clone").exists()
+
+
+def test_release_is_refused_while_somebody_sits_in_it(command: Command, data: Path, tmp_path: Path) -> None:
+    identity = command.json("take", str(data))["set_id"]
+    command.json("restore", identity, "--to", str(tmp_path / "clone"))
+    sitter = subprocess.Popen(["sleep", "600"], cwd=tmp_path / "clone")
+    try:
+        assert "sleep" in command.error("release", str(tmp_path / "clone"), exit_code=5)["line"]
+    finally:
+        sitter.kill()
+        sitter.wait()
+    command.json("release", str(tmp_path / "clone"))
+
+
+def test_dry_runs_change_nothing(command: Command, data: Path, tmp_path: Path) -> None:
+    before = inventory(tmp_path / "place")
+    planned = command.json("take", str(data), "--dry-run")
+    assert planned["quiesce"] == "pause" and planned["profile"] == "besu"
+    assert inventory(tmp_path / "place") == before
+    identity = command.json("take", str(data))["set_id"]
+    before = inventory(tmp_path / "place")
+    assert command.json("restore", identity, "--to", str(tmp_path / "c"), "-n")["path"] == str(tmp_path / "c")
+    assert inventory(tmp_path / "place") == before and not (tmp_path / "c").exists()
+
+
+def test_a_slot_is_taken_once(command: Command, data: Path) -> None:
+    first = command.json("take", str(data), "--slot", "daily-1")
+    again = command.json("take", str(data), "--slot", "daily-1")
+    assert again["existing"] and again["set_id"] == first["set_id"]
+    assert not command.json("take", str(data), "--slot", "daily-2")["existing"]
+
+
+def test_name_path_and_link_are_one_target(tmp_path: Path, data: Path) -> None:
+    command = Command(tmp_path / "etc", config=f'[node.validator-1]\npath = "{data}"\ntype = "validator"\n')
+    (tmp_path / "link").symlink_to(data)
+    names = [["validator-1"], [str(data)], [str(tmp_path / "link")], []]
+    taken = [command.json("take", *name) for name in names]
+    assert len({entry["target"] for entry in taken}) == 1
+    assert {entry["node"] for entry in taken} == {"validator-1"}
+    assert len(command.json("take", "--all")["sets"]) == 1
+
+
+def test_all_goes_on_after_a_node_that_fails(tmp_path: Path, data: Path) -> None:
+    config = f'[node.gone]\npath = "{tmp_path}/gone"\n[node.here]\npath = "{data}"\n'
+    done = Command(tmp_path / "etc", config=config).run("take", "--all", "--json")
+    document = json.loads(done.stdout)
+    assert done.returncode == 6
+    assert [entry["node"] for entry in document["sets"]] == ["here"]
+    assert [(entry["node"], entry["exit"]) for entry in document["failed"]] == [("gone", 4)]
+
+
+BAD = [
+    (["take", "{t}/absent"], 4, "no such directory"),
+    (["take", "{d}/key"], 2, "not a directory"),
+    (["take", "/"], 3, "own directory"),
+    (["take", "/dev/shm"], 3, "move it to a disk"),
+    (["take", "/proc"], 3, "kernel's"),
+    (["take", "nobody-has-this-name"], 4, "give a node's name or a path"),
+    (["take"], 2, "give a path"),
+    (["take", "{d}", "--provider", "cpoy"], 2, "did you mean copy"),
+    (["take", "{d}", "-o", "stroe=/x"], 2, "did you mean store"),
+    (["take", "{d}", "-o", "store"], 2, "KEY=VALUE"),
+    (["take", "{d}", "--budget", "soon"], 2, "5s"),
+    (["take", "{d}", "--quiesce", "none"], 3, "--allow-skew"),
+    (["take", "{d}", "--quiesce", "stop"], 2, "set unit"),
+    (["take", "{d}", "--quiesce", "hooks"], 2, "hold"),
+    (["take", "{d}", "--require", "application"], 3, "--quiesce stop"),
+    (["take", "{d}", "-o", "store={d}/inside"], 3, ""),
+    (["take", "--all"], 2, "init"),
+    (["take", "{d}", "--all"], 2, ""),
+    (["take", "{d}", "--no-such-flag"], 2, "--help"),
+    (["show", "s2020"], 4, "snapshotter list"),
+    (["show", "latest:{d}"], 4, "snapshotter list"),
+    (["restore", "s2020", "--to", "{t}/c"], 4, "snapshotter list"),
+    (["restore", "s2020"], 2, "--to DIR"),
+    (["restore", "s2020", "--to", "{t}/c", "--mount", "{t}/d"], 2, "--to DIR"),
+    (["release", "{t}"], 4, "show SET"),
+    (["delete", "latest:{d}", "--yes"], 2, "the set's id"),
+    (["delete", "s2020", "--yes"], 4, "snapshotter list"),
+    (["profile", "besuu"], 2, "did you mean besu"),
+    (["init", "{t}/absent"], 4, ""),
+    (["frobnicate"], 2, "--help"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_code", "cure"), BAD, ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None
+)
+def test_bad_input(command: Command, data: Path, tmp_path: Path, words: list[str], exit_code: int, cure: str) -> None:
+    before = inventory(tmp_path / "place")
+    error = command.error(*[word.format(t=tmp_path, d=data) for word in words], exit_code=exit_code)
+    assert cure in error["line"], error["line"]
+    assert inventory(tmp_path / "place") == before
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("stat = 1", "did you mean state"),
+        ("[node.a]\npath = 7", "expected a string"),
+        ("[node.a]\npath = '/x'\nbudgt = '5s'", "did you mean budget"),
+        ("[node.a]\npath = '/x'\nbudget = 5", "5s"),
+        ("[node.a]\npath = 'x'", "absolute"),
+        ("[node.a", "not TOML"),
+    ],
+)
+def test_bad_config(tmp_path: Path, text: str, says: str) -> None:
+    command = Command(tmp_path / "etc")
+    command.config.write_text(text)
+    assert says in command.error("list", exit_code=2)["line"]
+
+
+def test_restore_destinations(command: Command, data: Path, tmp_path: Path) -> None:
+    identity = command.json("take", str(data))["set_id"]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "full")
+    before = inventory(tmp_path / "place")
+    for place, code in [
+        ("full", 2),
+        ("full/file", 2),
+        ("link", 2),
+        ("absent/deep", 4),
+        ("place/node/in", 2),
+        ("place", 2),
+    ]:
+        command.error("restore", identity, "--to", str(tmp_path / place), exit_code=code)
+    assert inventory(tmp_path / "place") == before
+    assert (tmp_path / "full" / "file").read_text() == "mine"
+
+
+def test_ids_ambiguous_or_too_short(command: Command, data: Path) -> None:
+    first, second = (command.json("take", str(data))["set_id"] for _ in range(2))
+    assert "more of the id" in command.error("show", "s", exit_code=2)["line"]
+    common = next(k for k in range(len(first)) if first[k] != second[k])
+    assert "full id" in command.error("pin", first[: common + 1], exit_code=2)["line"]
+
+
+def test_reap_of_nothing(command: Command, data: Path) -> None:
+    command.json("take", str(data))
+    said = command.json("reap")
+    assert said["removed"] == [] and said["kept"] == [] and said["let_go"] == []
+    assert len(command.json("list")["sets"]) == 1
+
+
+@pytest.mark.root
+def test_without_permission(tmp_path: Path, data: Path) -> None:
+    """Another user's node: refused, in one line, and nothing made."""
+    for parent in [tmp_path, *tmp_path.parents][:3]:
+        os.chmod(parent, 0o755)
+    command = Command(tmp_path / "home", NOBODY)
+    before = inventory(tmp_path / "place")
+    os.chmod(data, 0o700)
+    command.error("take", str(data), exit_code=3)
+    os.chmod(data, 0o755)
+    command.error("take", str(data), exit_code=3)  # `key` can't be read
+    assert inventory(tmp_path / "place") == before
+
+
+@pytest.mark.root
+def test_read_only_mount(command: Command, data: Path, tmp_path: Path) -> None:
+    identity = command.json("take", str(data))["set_id"]
+    place = tmp_path / "ro"
+    command.json("restore", identity, "--mount", str(place))
+    try:
+        assert (place / "key").read_text().startswith("0x")
+        with pytest.raises(OSError, match="Read-only"):
+            (place / "new").write_text("")
+    finally:
+        command.json("release", str(place))
+    assert not os.path.ismount(place)
+
+
+@pytest.mark.root
+def test_store_full(tmp_path: Path, data: Path) -> None:
+    """No room in the store: refused before anything is made; the floor counts."""
+    (data / "database" / "000002.sst").write_bytes(os.urandom(60 << 20))
+    command = Command(tmp_path / "etc")
+    with loop_file_system("ext4", tmp_path, 100) as small:
+        store = small / "store"
+        command.json("take", str(data), "-o", f"store={store}")
+        error = command.error("take", str(data), "--quiesce", "pause", "-o", f"store={small}/other", exit_code=3)
+        assert "free" in error["line"]
+        assert len(command.json("list")["sets"]) == 1
+
+
+def test_completion_and_version(command: Command, data: Path) -> None:
+    identity = command.json("take", str(data))["set_id"]
+    environment = {**command.environment(), "XDG_CONFIG_HOME": str(command.home)}
+    os.makedirs(command.home / "snapshotter")
+    shutil.copy(command.config, command.home / "snapshotter" / "config.toml")
+    for shell in ("bash", "zsh", "fish"):
+        script = subprocess.run(
+            [sys.executable, "-m", "snapshotter"],
+            env={**environment, "_SNAPSHOTTER_COMPLETE": f"{shell}_source"},
+            capture_output=True, text=True, cwd=CHECKOUT,
+        )  # fmt: skip
+        assert "snapshotter" in script.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "snapshotter"],
+        env={**environment, "_SNAPSHOTTER_COMPLETE": "bash_complete", "COMP_WORDS": "snapshotter show s",
+        "COMP_CWORD": "2"},
+        capture_output=True, text=True, cwd=CHECKOUT,
+    )  # fmt: skip
+    assert identity in done.stdout
+    assert command.run("--version").returncode in (0, 2)
+
+
+def test_errors_for_a_person_are_one_line(command: Command) -> None:
+    done = command.run("show", "nonsense")
+    assert done.returncode == 4 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
