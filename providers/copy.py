@@ -18,18 +18,15 @@ flock on a set's directory says that somebody makes, marks, attaches or deletes 
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import json
 import os
-import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from snapshotter.core.errors import (
     BusyError,
@@ -39,7 +36,15 @@ from snapshotter.core.errors import (
     SnapshotterError,
     StorageError,
 )
-from snapshotter.core.labels import MARK_NAMES, LabelLimits, apply_marks, check_marks, decode_birth, encode_birth
+from snapshotter.core.labels import (
+    MARK_NAMES,
+    LabelLimits,
+    apply_marks,
+    check_marks,
+    decode_birth,
+    encode_birth,
+    path_hash,
+)
 from snapshotter.core.model import (
     ATTACHMENT_ID,
     SET_ID,
@@ -58,212 +63,42 @@ from snapshotter.core.model import (
     Volume,
 )
 from snapshotter.host import mounts, processes, tree
+from snapshotter.host.mirror import (
+    CLEAN,
+    SETTLED_NS,
+    Mirror,
+    Shares,
+    directory_identity,
+    manifest_lines,
+    remove_clone,
+)
 from snapshotter.host.mounts import Mount, is_under
+from snapshotter.host.store import (
+    STORE_CURE,
+    KnownStores,
+    Store,
+    canonical,
+    check_place,
+    default_store,
+    read_object,
+    readable,
+    refused,
+    room,
+    room_fd,
+    slurp,
+    sync_directory,
+    told,
+    write_object,
+)
 from snapshotter.provider import Option, Provider, Settings, Traits
 
-MARKER = "snapshotter.store"
-SCHEMA = 1
 PASSES = 3
 #: What the pause costs besides walks and copies (seconds): the order, image.json, the manifest's write.
 OVERHEAD_S = 0.010
-STORE_CURE = 'name a place for the copies: -o store=DIR, or options = { store = "DIR" }'
-
-#: Not local, or not storage: no image can be made of these, and none may live there.
-REFUSED_FSTYPES = frozenset(
-    "9p afs autofs beegfs binfmt_misc bpf ceph cgroup cgroup2 cifs coda configfs debugfs devpts devtmpfs efivarfs"
-    " gfs2 glusterfs hugetlbfs lustre mqueue ncpfs nfs nfs4 nsfs ocfs2 orangefs proc pstore ramfs rpc_pipefs"
-    " securityfs selinuxfs smb3 smbfs sysfs tmpfs tracefs vboxsf virtiofs vmhgfs".split()
-)
 
 
-def _refused(fstype: str) -> bool:
-    return fstype in REFUSED_FSTYPES or fstype.startswith("fuse")
-
-
-# ------------------------------------------------------------------------------------------------------- the store
-
-
-def _slurp(path: str, dir_fd: int) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=dir_fd)
-    try:
-        return os.read(fd, 1 << 20)
-    finally:
-        os.close(fd)
-
-
-def _read_object(path: str, dir_fd: int) -> dict[str, Any] | None:
-    """A JSON object of ours; None if absent. Raises ValueError if it is damaged."""
-    try:
-        read = json.loads(_slurp(path, dir_fd))
-    except FileNotFoundError:
-        return None
-    if not isinstance(read, dict) or read.get("schema") != SCHEMA:
-        raise ValueError(f"{path} is not of this schema")
-    return read
-
-
-def _write_object(path: str, content: Mapping[str, Any], dir_fd: int, *, durable: bool = True) -> None:
-    """Replace a file in one step; `durable`: on the disk when this returns."""
-    scratch = path + ".tmp"
-    fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=dir_fd)
-    with open(fd, "wb") as file:
-        file.write(json.dumps({"schema": SCHEMA, **content}, separators=(",", ":")).encode())
-        file.flush()
-        if durable:
-            os.fsync(fd)
-    os.rename(scratch, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
-    if durable:
-        _sync_directory(os.path.dirname(path) or ".", dir_fd)
-
-
-def _sync_directory(path: str, dir_fd: int) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-class Store:
-    """An open store. All goes by its descriptor: as root, somebody else may own the directory above it."""
-
-    def __init__(self, path: str, fd: int) -> None:
-        self.path = path
-        self.fd = fd
-
-    @classmethod
-    def open(cls, path: str) -> Store | None:
-        """The store at `path`, if there is one of this user's; None for anything else."""
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
-            return None
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                return None
-            raise StorageError(f"can't be read: {error.strerror}", object=path) from None
-        try:
-            if os.fstat(fd).st_uid == os.geteuid() and _read_object(MARKER, fd) is not None:
-                return cls(path, fd)
-        except (ValueError, OSError):
-            pass
-        os.close(fd)
-        return None
-
-    @classmethod
-    def make(cls, path: str) -> Store:
-        """The store at `path`, made if it isn't there; its place was checked (`place_for_store`)."""
-        try:
-            os.mkdir(path, 0o700)
-        except FileExistsError:
-            pass
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        store = cls(path, fd)
-        try:
-            check_ours(path, fd)
-            # Nothing here is for others, whatever default ACL the directory above hands down.
-            for name in ("system.posix_acl_default", "system.posix_acl_access"):
-                try:
-                    os.removexattr(fd, name)
-                except OSError:
-                    pass
-            os.fchmod(fd, 0o700)
-            for name in ("sets", "attachments", "trash"):
-                try:
-                    os.mkdir(name, 0o700, dir_fd=fd)
-                except FileExistsError:
-                    pass
-            if _read_object(MARKER, fd) is None:
-                _write_object(MARKER, {}, fd)
-                _sync_directory(os.path.dirname(path), fd)
-        except BaseException:
-            store.close()
-            raise
-        return store
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def names(self, directory: str) -> list[str]:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
-        try:
-            return os.listdir(fd)
-        except FileNotFoundError:
-            return []
-        finally:
-            os.close(fd)
-
-    def has(self, path: str) -> bool:
-        try:
-            os.stat(path, dir_fd=self.fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return True
-
-    @contextmanager
-    def locked(self, path: str, *, shared: bool = False, wait_s: float = 0.0) -> Iterator[bool]:
-        """Hold the lock of the directory `path`; False if it isn't there (any more). Raises BusyError."""
-        fd = self.lock(path, shared=shared, wait_s=wait_s)
-        try:
-            yield fd is not None
-        finally:
-            if fd is not None:
-                os.close(fd)
-
-    def lock(self, path: str, *, shared: bool = False, wait_s: float = 0.0) -> int | None:
-        """As `locked`; the lock is free when the descriptor is closed."""
-        give_up = time.monotonic() + wait_s
-        while True:
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self.fd)
-            except FileNotFoundError:
-                return None
-            try:
-                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-                # A deleter may have moved it away while we came: then what we locked isn't there any more.
-                if os.path.samestat(os.fstat(fd), os.stat(path, dir_fd=self.fd)):
-                    return fd
-            except BlockingIOError:
-                if time.monotonic() >= give_up:
-                    os.close(fd)
-                    raise BusyError(
-                        "another process works on it",
-                        object=os.path.basename(path).removeprefix(".new-"),
-                        cure="wait for it to end, then try again",
-                    ) from None
-                time.sleep(0.02)
-            except FileNotFoundError:
-                os.close(fd)
-                return None
-            except BaseException:
-                os.close(fd)
-                raise
-            os.close(fd)
-
-    def next_order(self) -> int:
-        """A number above all given out before; about the UTC second, so that those of several stores compare."""
-        fd = os.open("order", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self.fd)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            text = os.pread(fd, 64, 0).strip()
-            last = int(text) if text.isdigit() else self._highest_order()
-            number = max(last + 1, int(time.time()))
-            # In place and of fixed width: a torn write can't be, and a new file would lose the lock.
-            os.pwrite(fd, b"%020d\n" % number, 0)
-            return number
-        finally:
-            os.close(fd)
-
-    def _highest_order(self) -> int:
-        return max((snapshot.order for snapshot in self.snapshots()), default=0)
+class Sets(Store):
+    """The store with what this driver keeps in it."""
 
     def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
         """What is in this store. One damaged set hides no other."""
@@ -274,7 +109,7 @@ class Store:
     def _of_set(self, set_id: str) -> Iterator[Snapshot]:
         at = f"sets/{set_id}"
         try:
-            birth = decode_birth(_slurp(f"{at}/birth.json", self.fd).decode())
+            birth = decode_birth(slurp(f"{at}/birth.json", self.fd).decode())
         except (OSError, ValueError):
             return
         if birth is None or birth.set_id != set_id:
@@ -283,12 +118,12 @@ class Store:
         marks: dict[str, str] = {}
         image: dict[str, Any] = {}
         try:
-            read = (_read_object(f"{at}/marks.json", self.fd) or {}).get("marks", {})
+            read = (read_object(f"{at}/marks.json", self.fd) or {}).get("marks", {})
             marks = {name: value for name, value in read.items() if name in MARK_NAMES and isinstance(value, str)}
         except (OSError, ValueError, AttributeError):
             why = "its marks are damaged"
         try:
-            image = _read_object(f"{at}/image.json", self.fd) or {}
+            image = read_object(f"{at}/image.json", self.fd) or {}
             order = int(image.get("order", 0))
             parts = {int(number): part for number, part in image.get("members", {}).items()}
         except (OSError, ValueError, TypeError, AttributeError):
@@ -324,31 +159,30 @@ class Store:
             return f"its {os.path.basename(error.filename or 'image')} is gone"
         return "" if manifest.st_size == part.get("manifest_bytes") else "its manifest is damaged"
 
-    def remove(self, path: str) -> None:
-        """Remove the directory `path` of ours and all in it; absent is done. Raises StorageError."""
+    def next_order(self) -> int:
+        """A number above all given out before; about the UTC second, so that those of several stores compare."""
+        fd = os.open("order", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self.fd)
         try:
-            with tree.open_tree(path, dir_fd=self.fd, unlock=True) as top:
-                os.fchmod(top.top, 0o700)
-                tree.remove_content(top)
-            os.rmdir(path, dir_fd=self.fd)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise StorageError(
-                f"can't be removed: {error.strerror} ({error.filename!r})",
-                object=f"{self.path}/{path}",
-                cure="see `lsattr`, then run `snapshotter reap`",
-            ) from None
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            text = os.pread(fd, 64, 0).strip()
+            last = int(text) if text.isdigit() else self._highest_order()
+            number = max(last + 1, int(time.time()))
+            # In place and of fixed width: a torn write can't be, and a new file would lose the lock.
+            os.pwrite(fd, b"%020d\n" % number, 0)
+            return number
+        finally:
+            os.close(fd)
 
-    def discard(self, path: str, name: str) -> str:
-        """Move a directory to the trash, at once; what is left to do is to remove it (the result)."""
-        trashed = f"trash/{name}.{secrets.token_hex(4)}"
-        os.rename(path, trashed, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-        return trashed
+    def _highest_order(self) -> int:
+        return max((snapshot.order for snapshot in self.snapshots()), default=0)
 
     def leftovers(self) -> list[str]:
         """What dead runs left: trash, and sets that were never born. Not what a live one holds."""
         found = [f"trash/{name}" for name in self.names("trash")]
+        for name in self.names("attachments"):
+            # A record is written in no time: one that was begun a minute ago never will be.
+            if name.endswith(".tmp") and self.age_s(f"attachments/{name}") > 60:
+                self.unlink(f"attachments/{name}")
         for name in self.names("sets"):
             if name.startswith(".new-"):
                 try:
@@ -367,51 +201,11 @@ class Store:
             if not ATTACHMENT_ID.fullmatch(attachment_id) or not rest.endswith(".json"):
                 continue
             try:
-                record = _read_object(f"attachments/{name}", self.fd)
+                record = read_object(f"attachments/{name}", self.fd)
             except (ValueError, OSError):
                 continue
             if record is not None and record.get("id") == attachment_id:
                 yield f"attachments/{name}", record
-
-
-def check_ours(path: str, fd: int) -> None:
-    """Raise PreconditionError unless the open directory is, or may become, a store of this user's."""
-    if os.fstat(fd).st_uid != os.geteuid():
-        raise PreconditionError("belongs to another user, so it can't be the store", object=path, cure=STORE_CURE)
-    try:
-        if _read_object(MARKER, fd) is not None:
-            return
-    except (ValueError, OSError):
-        raise PreconditionError(
-            f"is a store that this version can't read ({MARKER})",
-            object=path,
-            cure="update snapshotter, or " + STORE_CURE,
-        ) from None
-    # What a run that died here before it wrote the marker may have left.
-    if set(os.listdir(fd)) - {"sets", "attachments", "trash", MARKER + ".tmp"}:
-        raise PreconditionError(
-            "is no store of ours, and not empty", object=path, cure="name an empty or absent directory: -o store=DIR"
-        )
-
-
-def default_store(path: str) -> str:
-    return os.path.join(os.path.dirname(path), ".snapshotter")
-
-
-def canonical(path: str) -> str:
-    """The real path of a store. A link in its place must be ours or root's: anybody's would lead us anywhere.
-    Raises PreconditionError."""
-    path = os.path.abspath(path)
-    try:
-        found = os.lstat(path)
-        if stat.S_ISLNK(found.st_mode) and found.st_uid not in (0, os.geteuid()):
-            raise PreconditionError("is another user's link, so it can't be the store", object=path, cure=STORE_CURE)
-    except OSError:
-        pass
-    return os.path.realpath(path)
-
-
-# ----------------------------------------------------------------------------------------------------- the driver
 
 
 @dataclass
@@ -420,7 +214,7 @@ class _Part:
 
     number: int
     volume: Volume
-    mirror: tree.Mirror
+    mirror: Mirror
     walk_s: float = 0.0
 
     @property
@@ -430,27 +224,50 @@ class _Part:
 
     def walk(self, tick: Callable[[], None]) -> dict[str, tree.Entry]:
         began = time.perf_counter()
-        try:
+        with self._named():
             found = tree.walk(self.mirror.source, mount_points(self.top), tick=tick)
-        except OSError as error:
-            error.filename = os.path.join(self.top, str(error.filename or ""))
-            raise
         self.walk_s = time.perf_counter() - began
         return found
+
+    def update(
+        self, now: Mapping[str, tree.Entry], is_volatile: Callable[[tree.Entry], bool], *, last: bool = False
+    ) -> None:
+        with self._named():
+            self.mirror.update(now, is_volatile)
+            if last:
+                self.mirror.finish(now)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors name the file as the operator knows it."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.path.join(self.top, str(error.filename or ""))) from error
 
 
 @dataclass
 class _Making:
     """A set between `prepare` and the end of `create`; closing it frees its lock."""
 
-    store: Store
+    store: Sets
     birth: Birth
     parts: list[_Part] = field(default_factory=list)
     mapped: frozenset[tuple[int, int]] = frozenset()
+    pid: int = field(default_factory=os.getpid)
     open: ExitStack = field(default_factory=ExitStack)
 
     def close(self) -> None:
         self.open.close()
+
+
+#: What this process makes, through whichever instance: our own lock isn't another run's. (Nor a forked child's.)
+_MAKING: dict[str, _Making] = {}
+
+
+def _own(set_id: str) -> _Making | None:
+    making = _MAKING.get(set_id)
+    return making if making is not None and making.pid == os.getpid() else None
 
 
 def mount_points(top: str) -> set[str]:
@@ -470,22 +287,26 @@ class CopyProvider(Provider):
         needs_host=True,
         limits=LabelLimits(),
     )
-    OPTIONS = {"store": Option(str, "directory for the copies (default: .snapshotter beside the data path)")}
+    OPTIONS: ClassVar[Mapping[str, Option]] = {
+        "store": Option(str, "directory for the copies (default: .snapshotter beside the data path)")
+    }
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.warnings: list[str] = []
-        self._making: dict[str, _Making] = {}
         self._used: list[str] = []
+        self._cache = KnownStores(os.path.join(settings.state, "copy-stores"))
         self._reported = 0.0
 
     def availability(self) -> list[str]:
         return []
 
     def claim(self, mount: Mount, path: str) -> Volume | None:
-        if _refused(mount.fstype):
+        if refused(mount.fstype):
             return None
-        return Volume(provider=self.name, id=path, path=path, fstype=mount.fstype)
+        # The path itself, unless it would take the birth record's room (400 bytes for everything).
+        short = len(os.fsencode(path)) <= 64 and path.isascii()
+        return Volume(provider=self.name, id=path if short else path_hash(path), path=path, fstype=mount.fstype)
 
     # -- which store ----------------------------------------------------------------------------------------------
 
@@ -498,77 +319,21 @@ class CopyProvider(Provider):
         tops = [volume.path for volume in volumes if volume.path is not None]
         if len(tops) != len(volumes) or not tops:
             raise PreconditionError("can only be copied where its files are seen", object=birth.node)
-        table = mounts.table()
         first = birth.members[birth.roots[0].member]
         data = next((v.path for v in volumes if v.id == first.volume and first.provider == self.name), None) or tops[0]
         named = self._named()
-        if named is None and any(mount.path == data for mount in table):
+        if named is None and mounts.is_mount_point(data):
             raise PreconditionError(
                 "is a mount point, so nothing beside it is on its disk", object=data, cure=STORE_CURE
             )
         store = canonical(named or default_store(data))
-        roots = dict.fromkeys([*tops, *(root.path for root in birth.roots if root.path.startswith("/"))])
-        at = mounts.mount_of(store, table)
-        for root in roots:
-            on = mounts.mount_of(root, table)
-            aliases = on.device == at.device
-            if is_under(store, root) or (aliases and is_under(mounts.inside(store, at), mounts.inside(root, on))):
-                raise PreconditionError(f"the store {store} lies inside {root}", object=store, cure=STORE_CURE)
-            if is_under(root, store) or (aliases and is_under(mounts.inside(root, on), mounts.inside(store, at))):
-                raise PreconditionError(f"{root} lies inside the store {store}", object=store, cure=STORE_CURE)
-        if _refused(at.fstype):
-            raise PreconditionError(f"the store {store} would be on {at.fstype}", object=store, cure=STORE_CURE)
-        try:
-            fd = os.open(store, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            above = os.path.dirname(store)
-            if not os.path.isdir(above):
-                raise PreconditionError("doesn't exist", object=above, cure=f"make it: mkdir -p {above}") from None
-            if not os.access(above, os.W_OK | os.X_OK, effective_ids=True) or at.read_only:
-                raise PreconditionError(
-                    "isn't writable, so no store can be made in it", object=above, cure=STORE_CURE
-                ) from None
-        except OSError as error:
-            raise PreconditionError(f"can't be the store: {error.strerror}", object=store, cure=STORE_CURE) from None
-        else:
-            try:
-                check_ours(store, fd)
-            finally:
-                os.close(fd)
+        check_place(store, list(dict.fromkeys([*tops, *(r.path for r in birth.roots if r.path.startswith("/"))])))
         return store
 
-    @property
-    def _cache(self) -> str:
-        return os.path.join(self.settings.state, "copy-stores")
-
-    def _cached(self) -> list[str]:
-        try:
-            with open(self._cache, "rb") as file:
-                return [os.fsdecode(line) for line in file.read().split(b"\n") if line.startswith(b"/")]
-        except OSError:
-            return []
-
-    def _remember(self, path: str) -> None:
-        """Best effort: `snapshots` finds a store without config by it."""
-        self._used = [*dict.fromkeys([*self._used, path])]
-        known = self._cached()
-        if path in known or "\n" in path:
-            return
-        # One that isn't there may be on a disk that isn't mounted now: those go only when there are many.
-        kept = known if len(known) < 50 else [each for each in known if os.path.isdir(each)]
-        scratch = f"{self._cache}.{os.getpid()}.tmp"
-        try:
-            os.makedirs(self.settings.state, 0o700, exist_ok=True)
-            with open(scratch, "wb") as file:
-                file.write(b"".join(os.fsencode(each) + b"\n" for each in [*kept, path]))
-            os.replace(scratch, self._cache)
-        except OSError:
-            return
-
-    def _known(self) -> Iterator[Store]:
+    def _known(self) -> Iterator[Sets]:
         """Every store that we know of, open for the time of the loop's body."""
         named = self._named()
-        paths = [named] if named else [*self._used, *self._cached(), *map(default_store, self.settings.paths)]
+        paths = [named] if named else [*self._used, *self._cache.read(), *map(default_store, self.settings.paths)]
         seen = set()
         for path in paths:
             try:
@@ -578,7 +343,7 @@ class CopyProvider(Provider):
             if path in seen:
                 continue
             seen.add(path)
-            store = Store.open(path)
+            store = Sets.open(path)
             if store is not None:
                 with store:
                     yield store
@@ -592,12 +357,12 @@ class CopyProvider(Provider):
         needed = 0
         for volume in volumes:
             needed += self._room_needed(volume, birth, above)
-        total, free = _room(above)
+        total, free = room(above)
         reserve = int(total * self.settings.floor)
         if needed + reserve > free:
             raise PreconditionError(
-                f"needs {_size(needed)} on the store's file system, where {_size(free)} are free and "
-                f"{_size(reserve)} ({self.settings.floor:.0%}) must stay so",
+                f"needs {readable(needed)} on the store's file system, where {readable(free)} are free and "
+                f"{readable(reserve)} ({self.settings.floor:.0%}) must stay so",
                 object=place,
                 cure="free some space, lower `floor`, or " + STORE_CURE,
             )
@@ -670,16 +435,16 @@ class CopyProvider(Provider):
         at = canonical(named or default_store(first))
         while not os.path.isdir(at):
             at = os.path.dirname(at)
-        total, free = _room(at)
+        total, free = room(at)
         return Space(total_bytes=total, free_bytes=free)
 
     # -- making ----------------------------------------------------------------------------------------------------
 
     def prepare(self, volumes: Sequence[Volume], birth: Birth, budget: float) -> None:
-        making = self._making.get(birth.set_id) or self._begin(volumes, birth)
+        making = _own(birth.set_id) or self._begin(volumes, birth)
         try:
-            making.mapped = processes.scan([part.top for part in making.parts]).mapped
-            with _told(making.store.path):
+            with told(making.store.path):
+                making.mapped = processes.scan([part.top for part in making.parts]).mapped
                 self._passes(making, budget)
         except BaseException:
             self._abandon(making)
@@ -689,9 +454,10 @@ class CopyProvider(Provider):
         """Let the set be born: its directory, locked, with its record in it."""
         _check_set_id(birth.set_id)
         place = self._place(volumes, birth)
-        with ExitStack() as undo, _told(place):
-            store = undo.enter_context(Store.make(place))
-            self._remember(place)
+        with ExitStack() as undo, told(place):
+            store = undo.enter_context(Sets.make(place))
+            self._used.append(place)
+            self._cache.add(place)
             for left in store.leftovers():
                 try:
                     store.remove(left)
@@ -700,9 +466,10 @@ class CopyProvider(Provider):
             scratch, at = f"sets/.new-{birth.set_id}", f"sets/{birth.set_id}"
             if store.has(at):
                 raise BusyError("is there already", object=birth.set_id, cure="take another set")
-            os.mkdir(scratch, 0o700, dir_fd=store.fd)
-            lock = store.lock(scratch)
-            assert lock is not None
+            lock = None
+            while lock is None:  # a reaper may take it for a leftover before we have its lock
+                os.mkdir(scratch, 0o700, dir_fd=store.fd)
+                lock = store.lock(scratch, wait_s=5.0)
             undo.callback(os.close, lock)
             making = _Making(store, birth)
             try:
@@ -717,9 +484,9 @@ class CopyProvider(Provider):
                 undo.callback(os.close, attic)
                 for volume in volumes:
                     making.parts.append(self._part(store, birth, volume, scratch, attic, undo))
-                _sync_directory(scratch, store.fd)
+                sync_directory(scratch, store.fd)
                 os.rename(scratch, at, src_dir_fd=store.fd, dst_dir_fd=store.fd)
-                _sync_directory("sets", store.fd)
+                sync_directory("sets", store.fd)
             except BaseException:
                 if store.has(scratch):
                     store.remove(store.discard(scratch, birth.set_id))
@@ -727,10 +494,10 @@ class CopyProvider(Provider):
                     store.remove(store.discard(at, birth.set_id))
                 raise
             making.open = undo.pop_all()
-        self._making[birth.set_id] = making
+        _MAKING[birth.set_id] = making
         return making
 
-    def _part(self, store: Store, birth: Birth, volume: Volume, at: str, attic: int, undo: ExitStack) -> _Part:
+    def _part(self, store: Sets, birth: Birth, volume: Volume, at: str, attic: int, undo: ExitStack) -> _Part:
         number = next(
             (k for k, m in enumerate(birth.members) if (m.provider, m.volume) == (self.name, volume.id)), None
         )
@@ -744,7 +511,7 @@ class CopyProvider(Provider):
         os.mkdir(f"{at}/{number}/tree", 0o700, dir_fd=store.fd)
         target = undo.enter_context(tree.open_tree(f"{at}/{number}/tree", dir_fd=store.fd))
 
-        def load() -> tree.Shares | None:
+        def load() -> Shares | None:
             shares = self._previous(birth, volume, store.path)
             if shares is not None:
                 undo_shares.callback(shares.dirs.close)
@@ -752,11 +519,11 @@ class CopyProvider(Provider):
 
         undo_shares = undo.enter_context(ExitStack())
         flush = tree.write_back_overlay if mounts.mount_of(volume.path).fstype == "overlay" else tree.write_back
-        return _Part(number, volume, tree.Mirror(source, target, attic, load_shares=load, flush=flush))
+        return _Part(number, volume, Mirror(source, target, attic, load_shares=load, flush=flush))
 
-    def _previous(self, birth: Birth, volume: Volume, place: str) -> tree.Shares | None:
+    def _previous(self, birth: Birth, volume: Volume, place: str) -> Shares | None:
         """The newest good image of the same volume of the same target in the store `place`."""
-        store = Store.open(place)
+        store = Sets.open(place)
         if store is None:
             return None
         with store:
@@ -777,10 +544,10 @@ class CopyProvider(Provider):
             clean: dict[str, tuple[int, int, int, int]] = {}
             try:
                 with open(os.open(f"{at}/manifest", os.O_RDONLY | os.O_CLOEXEC, dir_fd=store.fd)) as file:
-                    for path, flags, _, entry in tree.manifest_lines(file):
-                        if flags == tree.CLEAN and stat.S_ISREG(entry.mode):
+                    for path, flags, _, entry in manifest_lines(file):
+                        if flags == CLEAN and stat.S_ISREG(entry.mode):
                             clean[path] = (entry.ino, entry.size, entry.mtime_ns, entry.ctime_ns)
-                return tree.Shares(tree.open_tree(f"{at}/tree", dir_fd=store.fd), clean)
+                return Shares(tree.open_tree(f"{at}/tree", dir_fd=store.fd), clean)
             except (OSError, ValueError, TypeError):
                 return None  # nothing to share with: a full copy
 
@@ -790,9 +557,9 @@ class CopyProvider(Provider):
         before = None
         for number in range(1, PASSES + 1):
             for part in making.parts:
-                now = part.walk(_no_tick)
+                now = part.walk(tree.no_tick)
                 self._watch(making, part, now)
-                part.mirror.update(now, self._volatile(making.mapped))
+                part.update(now, self._volatile(making.mapped))
             # Else the copies of the pause would have to wait until these are on the disk.
             tree.syncfs(making.store.fd)
             expected, variable, unsettled_s = self._predict(making)
@@ -809,7 +576,7 @@ class CopyProvider(Provider):
             raise PreconditionError(
                 f"the writers would have to be held for about {expected:.1f} s, and may be for {budget:g} s",
                 object=making.birth.node,
-                cure=f"allow more, e.g. --budget {int(expected * 2) + 1}s, or stop the node for the copy (--quiesce stop)",
+                cure=f"allow more (--budget {int(expected * 2) + 1}s), or stop the node for the copy (--quiesce stop)",
             )
 
     def _predict(self, making: _Making) -> tuple[float, float, float]:
@@ -818,7 +585,7 @@ class CopyProvider(Provider):
         fixed, variable, wait = OVERHEAD_S, 0.0, 0.0
         clock = time.time_ns()
         for part in making.parts:
-            now = part.walk(_no_tick)
+            now = part.walk(tree.no_tick)
             mirror = part.mirror
             is_volatile = self._volatile(making.mapped)
             files = size = 0
@@ -831,7 +598,7 @@ class CopyProvider(Provider):
                 files += 1
                 old = mirror.have.get(path)
                 if old is not None and old.entry == entry:
-                    wait = max(wait, (entry.ctime_ns + tree.SETTLED_NS - clock) / 1e9)
+                    wait = max(wait, (entry.ctime_ns + SETTLED_NS - clock) / 1e9)
                 # A clone costs what must be written back first; a copy all of the file.
                 size += max(0, entry.size - (old.entry.size if old else 0)) if mirror.clones else entry.size
             costs = mirror.costs
@@ -848,7 +615,7 @@ class CopyProvider(Provider):
     def _watch(self, making: _Making, part: _Part, now: Mapping[str, tree.Entry]) -> None:
         """Progress, and the floor of free space, kept also when `check` foresaw less."""
         total = sum(entry.size for entry in now.values() if stat.S_ISREG(entry.mode))
-        size, _ = _room_fd(making.store.fd)
+        size, _ = room_fd(making.store.fd)
         reserve = int(size * self.settings.floor)
         done = looked = 0
 
@@ -858,7 +625,7 @@ class CopyProvider(Provider):
             looked -= count
             if looked <= 0:
                 looked = 64 << 20
-                _, free = _room_fd(making.store.fd)
+                _, free = room_fd(making.store.fd)
                 if free < reserve:
                     raise StorageError(
                         f"less than {self.settings.floor:.0%} of the store's file system is free",
@@ -880,9 +647,9 @@ class CopyProvider(Provider):
             if hold.deadline is not None and time.monotonic() > hold.deadline:
                 raise QuiesceError("the copy did not end in time", object=birth.set_id, cure="allow a longer budget")
 
-        making = self._making.get(birth.set_id) or self._begin(volumes, birth)
+        making = _own(birth.set_id) or self._begin(volumes, birth)
         try:
-            with _told(making.store.path):
+            with told(making.store.path):
                 self._fix(making, hold, tick)
                 found = {each.birth.member: each for each in making.store.snapshots(birth.set_id)}
                 made = tuple(found[part.number] for part in making.parts)
@@ -894,7 +661,7 @@ class CopyProvider(Provider):
             self._abandon(making, remove=False)
             raise
         self.warnings = [*dict.fromkeys(text for part in making.parts for text in part.mirror.warnings)]
-        del self._making[birth.set_id]
+        del _MAKING[birth.set_id]
         making.close()
         return made
 
@@ -906,12 +673,7 @@ class CopyProvider(Provider):
         members: dict[str, Any] = {}
         for part, now in zip(making.parts, walks, strict=True):
             part.mirror.tick = tick
-            try:
-                part.mirror.update(now, is_volatile)
-                part.mirror.finish(now)
-            except OSError as error:
-                error.filename = os.path.join(part.top, str(error.filename or ""))
-                raise
+            part.update(now, is_volatile, last=True)
         for part, now in zip(making.parts, walks, strict=True):
             changed = tree.difference(now, part.walk(tick))
             if changed is not None or now.keys() != part.mirror.have.keys():
@@ -935,12 +697,12 @@ class CopyProvider(Provider):
                 "manifest_bytes": len(text),
             }
         image = {"order": making.store.next_order(), "members": members}
-        _write_object(f"{at}/image.json", image, making.store.fd, durable=False)
+        write_object(f"{at}/image.json", image, making.store.fd, durable=False)
 
     def _abandon(self, making: _Making, *, remove: bool = True) -> None:
         """Undo a set in the making that failed: from here on nothing of it is listed."""
         set_id = making.birth.set_id
-        self._making.pop(set_id, None)
+        _MAKING.pop(set_id, None)
         try:
             left = making.store.discard(f"sets/{set_id}", set_id)
             if remove:
@@ -956,7 +718,7 @@ class CopyProvider(Provider):
         if set_id is not None and not SET_ID.fullmatch(set_id):
             return
         for store in self._known():
-            with _told(store.path):
+            with told(store.path):
                 yield from store.snapshots(set_id)
 
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
@@ -964,28 +726,28 @@ class CopyProvider(Provider):
         check_marks(changes)
         at = f"sets/{set_id}"
         for store in self._known():
-            with _told(store.path), store.locked(at, wait_s=5.0) as there:
-                found = next(store.snapshots(set_id), None) if there else None
-                if found is None:
+            with told(store.path), store.locked(at, wait_s=5.0) as there:
+                members = list(store.snapshots(set_id)) if there else []
+                if not members:
                     continue
                 if changes.get("sealed"):
-                    if found.state is not ImageState.READY:
-                        raise StorageError(f"can't be sealed: {found.why}", object=set_id)
+                    if why := next((each.why for each in members if each.state is not ImageState.READY), ""):
+                        raise StorageError(f"can't be sealed: {why}", object=set_id)
                     store.remove(f"{at}/attic")
                     tree.syncfs(store.fd)
-                _write_object(f"{at}/marks.json", {"marks": apply_marks(found.marks, changes)}, store.fd)
+                write_object(f"{at}/marks.json", {"marks": apply_marks(members[0].marks, changes)}, store.fd)
                 return
         raise NotFoundError("no such set in any store known here", object=set_id, cure="`snapshotter list` shows all")
 
     def delete(self, set_id: str) -> None:
         _check_set_id(set_id)
-        if set_id in self._making:
-            self._abandon(self._making[set_id])
+        if (making := _own(set_id)) is not None:
+            self._abandon(making)
         for store in self._known():
-            with _told(store.path):
+            with told(store.path):
                 self._delete_from(store, set_id)
 
-    def _delete_from(self, store: Store, set_id: str) -> None:
+    def _delete_from(self, store: Sets, set_id: str) -> None:
         for at in (f"sets/{set_id}", f"sets/.new-{set_id}"):
             with store.locked(at, wait_s=0.2) as there:
                 if not there:
@@ -1005,7 +767,7 @@ class CopyProvider(Provider):
     def reap(self) -> list[str]:
         removed = []
         for store in self._known():
-            with _told(store.path):
+            with told(store.path):
                 for left in store.leftovers():
                     store.remove(left)
                     removed.append(f"{store.path}/{left}")
@@ -1033,7 +795,7 @@ class CopyProvider(Provider):
             )
         at = f"sets/{set_id}"
         for store in self._known():
-            with _told(store.path), store.locked(at, shared=True, wait_s=5.0) as there:
+            with told(store.path), store.locked(at, shared=True, wait_s=5.0) as there:
                 if not there:
                     continue
                 found = next((each for each in store.snapshots(set_id) if each.birth.member == number), None)
@@ -1057,13 +819,13 @@ class CopyProvider(Provider):
                     "inode": None,
                 }
                 if access is Access.READ_ONLY:
-                    _write_object(name, record, store.fd)
+                    write_object(name, record, store.fd)
                     return MountSpec(f"{store.path}/{at}/{number}/tree", "bind", ("ro", "nosuid", "nodev"))
                 self._clone(store, f"{at}/{number}/tree", found.size_bytes or 0, name, record)
                 return Tree(destination)
         raise NotFoundError("no such set in any store known here", object=set_id, cure="`snapshotter list` shows all")
 
-    def _clone(self, store: Store, image: str, size: int, name: str, record: dict[str, Any]) -> None:
+    def _clone(self, store: Sets, image: str, size: int, name: str, record: dict[str, Any]) -> None:
         path = str(record["path"])
         real = os.path.realpath(path)
         if is_under(real, store.path) or is_under(store.path, real):
@@ -1071,7 +833,7 @@ class CopyProvider(Provider):
         try:
             if os.listdir(path):
                 raise PreconditionError("is not empty", object=path, cure="name an absent or an empty directory")
-            record["inode"] = _identity(path)
+            record["inode"] = directory_identity(path)
         except FileNotFoundError:
             above = os.path.dirname(real)
             if not os.path.isdir(above):
@@ -1079,12 +841,12 @@ class CopyProvider(Provider):
             record["made"] = True
         except NotADirectoryError:
             raise PreconditionError("is no directory", object=path, cure="name an absent or empty directory") from None
-        _write_object(name, record, store.fd)
-        with _told(path), ExitStack() as stack:
+        write_object(name, record, store.fd)
+        with told(path), ExitStack() as stack:
             if record["made"]:
                 os.mkdir(path, 0o700)
-                record["inode"] = _identity(path)
-                _write_object(name, record, store.fd)
+                record["inode"] = directory_identity(path)
+                write_object(name, record, store.fd)
             source = stack.enter_context(tree.open_tree(image, dir_fd=store.fd))
             target = stack.enter_context(tree.open_tree(path))
             done = 0
@@ -1096,31 +858,31 @@ class CopyProvider(Provider):
 
             def none_left() -> None:
                 # Asked when blocks turn out not to be shareable: better now than with a full disk.
-                _, free = _room_fd(target.top)
+                _, free = room_fd(target.top)
                 if size > free:
                     raise StorageError(
-                        f"the clone needs {_size(size)}, and {_size(free)} are free there",
+                        f"the clone needs {readable(size)}, and {readable(free)} are free there",
                         object=path,
                         cure="choose a directory on another file system",
                     )
 
-            mirror = tree.Mirror(source, target, step=step, load_shares=none_left)
+            made = Mirror(source, target, step=step, load_shares=none_left)
             now = tree.walk(source)
-            mirror.update(now)
-            mirror.finish(now)
-        self.warnings = mirror.warnings
+            made.update(now)
+            made.finish(now)
+        self.warnings = made.warnings
         # More than a tick of the kernel's clock: what is written to the clone from now on has a later ctime.
         time.sleep(0.02)
 
     def settle(self, attachment_id: str, since: datetime) -> None:
         found = False
         for store in self._known():
-            with _told(store.path):
+            with told(store.path):
                 for name, record in list(store.records()):
                     if record["id"] == attachment_id:
                         found = True
                         stamp = since.astimezone(UTC).isoformat()
-                        _write_object(name, {**record, "since": stamp, "maker": None}, store.fd)
+                        write_object(name, {**record, "since": stamp, "maker": None}, store.fd)
         if not found:
             raise NotFoundError("no such attachment", object=attachment_id)
 
@@ -1147,115 +909,25 @@ class CopyProvider(Provider):
         if not ATTACHMENT_ID.fullmatch(attachment_id):
             raise ValueError(f"{attachment_id!r} is no attachment id")
         for store in self._known():
-            with _told(store.path):
+            with told(store.path):
                 parts = [each for each in store.records() if each[1]["id"] == attachment_id]
                 # A member's place may lie inside another's.
                 for name, record in sorted(parts, key=lambda each: -len(str(each[1].get("path")))):
                     if record.get("access") == Access.WRITABLE:
-                        self._remove_clone(record)
-                    try:
-                        os.unlink(name, dir_fd=store.fd)
-                    except FileNotFoundError:
-                        pass
+                        with told(str(record["path"])):
+                            remove_clone(str(record["path"]), record["inode"], made=bool(record["made"]))
+                    store.unlink(name)
+                for name in store.names("attachments"):
+                    if name.startswith(attachment_id + ".") and name.endswith(".tmp"):  # killed while it was written
+                        store.unlink(f"attachments/{name}")
                 if parts:
-                    _sync_directory("attachments", store.fd)
-
-    @staticmethod
-    def _remove_clone(record: Mapping[str, Any]) -> None:
-        """Remove what attach made, and only that: the directory must be the very one."""
-        path = str(record["path"])
-        try:
-            top = tree.open_tree(path, unlock=True)
-        except PermissionError:
-            os.chmod(path, 0o700)
-            top = tree.open_tree(path, unlock=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                return
-            raise
-        with top:
-            if record.get("inode") is not None:
-                if list(_identity_fd(top.top)) != record["inode"]:
-                    return  # something else is there now
-                if below := mounts.mounts_below(os.path.realpath(path)):
-                    raise BusyError("something is mounted in it", object=path, cure=f"umount {below[0].path}")
-                tree.remove_content(top)
-        if record.get("made"):
-            try:
-                os.rmdir(path)
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or record.get("inode") is not None:
-                    raise
+                    sync_directory("attachments", store.fd)
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
-
-
-def _no_tick() -> None:
-    return None
 
 
 def _check_set_id(set_id: str) -> None:
     """Paths are built from it."""
     if not SET_ID.fullmatch(set_id):
         raise NotFoundError("is no set id", object=set_id, cure="`snapshotter list` shows all")
-
-
-def _identity(path: str) -> tuple[int, int]:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        return _identity_fd(fd)
-    finally:
-        os.close(fd)
-
-
-def _identity_fd(fd: int) -> tuple[int, int]:
-    """Names a directory for ever. Not by its device number, which may be another after a reboot; not by its inode
-    number alone, which is given out again at once."""
-    found = os.fstat(fd)
-    return found.st_ino, tree.born_ns(fd) or found.st_dev
-
-
-def _room(path: str) -> tuple[int, int]:
-    """(total, free) bytes of the file system there. Raises PreconditionError."""
-    try:
-        found = os.statvfs(path)
-    except OSError as error:
-        raise PreconditionError(f"can't be read: {error.strerror}", object=path) from None
-    return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
-
-
-def _room_fd(fd: int) -> tuple[int, int]:
-    found = os.fstatvfs(fd)
-    return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
-
-
-@contextmanager
-def _told(place: str) -> Iterator[None]:
-    """The kernel's errors in the operator's words."""
-    try:
-        yield
-    except OSError as error:
-        what = repr(error.filename) if error.filename else place
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(
-                "the file system is full", object=place, cure="free some space, or " + STORE_CURE
-            ) from None
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise PreconditionError(
-                f"{what}: {error.strerror}", object=place, cure="run as root, or as the user who owns it"
-            ) from None
-        raise StorageError(f"{what}: {error.strerror}", object=place) from None

@@ -6,7 +6,7 @@ Must know no storage and no policy. An image is judged by what its storage says 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from snapshotter.core.errors import NotFoundError, SnapshotterError, UsageError
 from snapshotter.core.labels import merge_marks
@@ -136,7 +136,7 @@ def _assemble(found: list[Snapshot], attachments: tuple[Attachment, ...], cannot
         elif any(snapshot.state is ImageState.PENDING for snapshot in found):
             state = State.PENDING
     return SnapshotSet(
-        birth=replace(birth, member=0),
+        birth=birth.of_member(0),
         snapshots=tuple(found),
         marks=marks,
         state=state,

@@ -7,7 +7,8 @@ stdout carries the answer (`--json`: one object, schema 1); warnings, progress a
 from __future__ import annotations
 
 import functools
-import json
+import gc
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from snapshotter import __version__
-from snapshotter.core.errors import Exit, PreconditionError, SnapshotterError, UsageError
+from snapshotter.core.errors import Exit, PreconditionError, SnapshotterError, UsageError, worst
 
 if TYPE_CHECKING:
     from snapshotter.verbs.session import Session
@@ -49,14 +50,14 @@ class Call:
             return Session(loaded, provider, given, human.Meter(sys.stderr))
         return Session(loaded, provider, given)
 
-    def answer(self, document: Mapping[str, Any], text: str, exit_code: int = 0) -> None:
-        """Print the answer: the document as JSON, or `text`. Warnings of the document go to stderr."""
+    def answer(self, document: Mapping[str, Any], text: Callable[[], str], exit_code: int = 0) -> None:
+        """Print the answer: the document as JSON, or its `text`. Warnings of the document go to stderr."""
         for warning in document.get("warnings") or ():
             click.echo(f"warning: {warning}", err=True)
         if self.as_json:
-            click.echo(json.dumps({"schema": 1, **document}))
-        elif text:
-            click.echo(text)
+            _print_json(document)
+        elif shown := text():
+            click.echo(shown)
         if exit_code:
             sys.exit(exit_code)
 
@@ -187,10 +188,10 @@ def take(
         document, errors = verb.take_all(session, **how)
         for error in errors:
             click.echo(f"error: {error.line()}", err=True)
-        call.answer(document, "\n".join(human.taken(done) for done in document["sets"]), document["exit"])
+        call.answer(document, lambda: "\n".join(human.taken(done) for done in document["sets"]), int(worst(errors)))
         return
     document = verb.take(session, target, **how)
-    call.answer(document, human.plan(document) if dry_run else human.taken(document))
+    call.answer(document, lambda: human.plan(document) if dry_run else human.taken(document))
 
 
 @cli.command("list")
@@ -204,7 +205,7 @@ def list_command(call: Call, target: str | None) -> None:
     document = verb.list_sets(call.session(), target)
     for gone in document["unavailable"]:
         click.echo(f"warning: not asked: {gone['provider']}: {gone['reason']}", err=True)
-    call.answer(document, human.table(document["sets"]))
+    call.answer(document, lambda: human.table(document["sets"]))
 
 
 @cli.command()
@@ -216,7 +217,7 @@ def show(call: Call, set_id: str) -> None:
     from snapshotter.verbs import list as verb
 
     document = verb.show(call.session(), set_id)
-    call.answer(document, human.details(document))
+    call.answer(document, lambda: human.details(document))
 
 
 @cli.command()
@@ -238,7 +239,7 @@ def restore(call: Call, set_id: str, to: str | None, mount: str | None, dry_run:
         raise UsageError("give one of --to DIR and --mount DIR", object=set_id)
     access = Access.WRITABLE if to else Access.READ_ONLY
     document = verb.restore(call.session(), set_id, to or mount or "", access, from_host=from_host, dry_run=dry_run)
-    call.answer(document, human.restored(document, dry_run))
+    call.answer(document, lambda: human.restored(document, dry_run))
 
 
 @cli.command()
@@ -252,7 +253,9 @@ def release(call: Call, directory: str, discard_changes: bool) -> None:
     from snapshotter.verbs import release as verb
 
     document = verb.release(call.session(), directory, discard_changes=discard_changes)
-    call.answer(document, f"released {document['released']['path'] or directory} (set {document['set_id']} stays)")
+    call.answer(
+        document, lambda: f"released {document['released']['path'] or directory} (set {document['set_id']} stays)"
+    )
 
 
 @cli.command()
@@ -270,7 +273,7 @@ def delete(call: Call, set_ids: tuple[str, ...], yes: bool, last: bool, from_hos
     chosen = verb.plan(session, list(set_ids), last=last, from_host=from_host)
     confirm(yes, "delete", [found.set_id for found in chosen])
     document = verb.delete(session, [found.set_id for found in chosen], last=last, from_host=from_host)
-    call.answer(document, "\n".join(f"deleted {human.brief(gone)}" for gone in document["deleted"]))
+    call.answer(document, lambda: "\n".join(f"deleted {human.brief(gone)}" for gone in document["deleted"]))
 
 
 def confirm(yes: bool, act: str, objects: list[str]) -> None:
@@ -293,7 +296,7 @@ def _pin(name: str, pinned: bool, text: str) -> None:
         from snapshotter.verbs import pin as verb
 
         document = verb.pin(call.session(), set_id, pinned=pinned, from_host=from_host)
-        call.answer(document, human.brief(document))
+        call.answer(document, lambda: human.brief(document))
 
 
 _pin("pin", True, "Keep a set whatever happens.")
@@ -308,7 +311,7 @@ def reap(call: Call) -> None:
     from snapshotter.verbs import reap as verb
 
     document = verb.reap(call.session())
-    call.answer(document, human.reaped(document))
+    call.answer(document, lambda: human.reaped(document))
 
 
 @cli.command()
@@ -325,7 +328,7 @@ def init(call: Call, path: str, kind: str | None, write: bool, provider: str | N
     if write and call.config and not os.path.exists(call.config):
         call.config = None  # it is about to be made
     document = verb.init(call.session(provider, options), path, kind=kind, write=where)
-    call.answer(document, document["toml"] + (f"# written to {where}" if where else ""))
+    call.answer(document, lambda: document["toml"] + (f"# written to {where}" if where else ""))
 
 
 @cli.command()
@@ -337,7 +340,7 @@ def profile(call: Call, name: str | None) -> None:
     from snapshotter.verbs import profile as verb
 
     document = verb.profile(call.session(), name)
-    call.answer(document, human.profile(document))
+    call.answer(document, lambda: human.profile(document))
 
 
 @cli.command()
@@ -350,13 +353,24 @@ def providers(call: Call, target: str | None, provider: str | None, options: tup
     from snapshotter.verbs import providers as verb
 
     document = verb.providers(call.session(provider, options), target)
-    call.answer(document, human.providers(document), int(Exit.PRECONDITION) if document["refusal"] else 0)
+    call.answer(document, lambda: human.providers(document), int(Exit.PRECONDITION) if document["refusal"] else 0)
+
+
+def _print_json(document: Mapping[str, Any]) -> None:
+    import msgspec
+
+    try:
+        click.echo(msgspec.json.encode({"schema": 1, **document}))
+    except UnicodeEncodeError:  # a path that isn't UTF-8: its odd bytes become lone surrogates, as Python's json has it
+        import json
+
+        click.echo(json.dumps({"schema": 1, **document}))
 
 
 def _fail(error: SnapshotterError, as_json: bool) -> int:
     click.echo(f"error: {error.line()}", err=True)
     if as_json:
-        click.echo(json.dumps({"schema": 1, "error": error.as_json()}))
+        _print_json({"error": error.as_json()})
     return int(error.exit)
 
 
@@ -365,6 +379,9 @@ def run(argv: list[str]) -> int:
     from snapshotter.core import interrupts
 
     interrupts.install()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")  # a path that isn't UTF-8 is printed as its bytes
     # click parses --json only when the rest parses; an error object is owed also when it doesn't.
     as_json = "--json" in argv
     verbose = "-v" in argv or "--verbose" in argv
@@ -407,6 +424,7 @@ def _traceback() -> None:
 
 def main() -> None:
     """The console script."""
+    gc.set_threshold(100_000, 50, 50)  # ten thousand sets are many objects and no cycles
     sys.exit(run(sys.argv[1:]))
 
 

@@ -54,6 +54,9 @@ class Grade(StrEnum):
         return list(Grade).index(self)
 
 
+_GRADES = {str(grade): grade for grade in Grade}
+
+
 class Quiesce(StrEnum):
     """How writes are held still for the instant of the snapshot."""
 
@@ -157,7 +160,7 @@ class Birth:
         return self.roots[0].path
 
     def of_member(self, index: int) -> Birth:
-        return replace(self, member=index)
+        return self if index == self.member else replace(self, member=index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,8 +282,7 @@ class SnapshotSet:
 
     @property
     def grade(self) -> Grade | None:
-        text = self.marks.get("grade")
-        return Grade(text) if text in list(Grade) else None
+        return _GRADES.get(self.marks.get("grade", ""))
 
     @property
     def corrupt(self) -> bool:

@@ -58,18 +58,19 @@ class Guard:
         self.path = os.path.join(_directory(), name)
         self._open: list[int] = []
         self._orders = self._answers = -1
+        me = identity(os.getpid())
+        assert me is not None
+        owner = ("owner", str(me[0]), str(me[1]), *_boot(), str(budget_s), what)
         try:
             self._record = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
             self._open.append(self._record)
-            self._start(budget_s)
+            self.note(*owner)
+            self._start()
         except BaseException:
             self.close(undone=True)  # the watchdog, if it is there, ends with its pipe
             raise
 
-    def _start(self, budget_s: float) -> None:
-        me = identity(os.getpid())
-        assert me is not None
-        self.note("owner", str(me[0]), str(me[1]), *_boot(), str(budget_s), self.what)
+    def _start(self) -> None:
         top = cgroup2()
         argv = [sys.executable, "-I", "-S", os.path.abspath(watchdog.__file__), self.path, str(os.getpid())]
         argv += [os.path.join(top, "cgroup.procs") if top else "", *map(str, self._fds)]
@@ -216,6 +217,10 @@ class Held(ABC):
                 raise self._void(failures) from error
             if interruption is not None:
                 raise interruption from error
+            if isinstance(error, OSError):
+                raise PreconditionError(
+                    f"can't hold the writers still: {error.strerror or error}", object=str(error.filename or self._what)
+                ) from error
             raise
 
     def __exit__(
@@ -228,6 +233,8 @@ class Held(ABC):
         try:
             if kind is None:
                 lost = self._lost_anything()
+        except OSError as found:
+            lost = f"can't see ({found.strerror}: {found.filename})"
         except BaseException as found:
             error = found
         failures, fired, interruption = self._let_go()
@@ -284,8 +291,9 @@ def _owner_gone(path: str) -> bool | None:
     return namespace == here[1] and not alive((int(pid), int(begun)))
 
 
-def _dead_records() -> Iterator[tuple[str, bool]]:
-    """Records whose run and watchdog are dead, each locked while the caller looks at it: (path, is anything held?)."""
+def _dead_records(patience_s: float = 0.0) -> Iterator[tuple[str, bool]]:
+    """Records whose run and watchdog are dead, each locked while the caller looks at it: (path, is anything held?).
+    A lock is waited for a little: a watchdog may be letting go just now, or be dying."""
     directory = _directory()
     for name in sorted(os.listdir(directory)):
         path = os.path.join(directory, name)
@@ -296,7 +304,15 @@ def _dead_records() -> Iterator[tuple[str, bool]]:
         except FileNotFoundError:
             continue
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            until = time.monotonic() + patience_s
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= until:
+                        raise
+                    time.sleep(0.02)
             if os.fstat(fd).st_nlink:
                 yield path, _owner_gone(path) is True
         except BlockingIOError:
@@ -320,7 +336,7 @@ def reap() -> list[str]:
     Raises UndoIncompleteError, after all were tried."""
     done: list[str] = []
     failures: list[str] = []
-    for path, held in _dead_records():
+    for path, held in _dead_records(patience_s=1.0):
         failed = watchdog.undo_record(path) if held else []
         if failed:
             failures += failed

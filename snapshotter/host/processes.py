@@ -25,6 +25,8 @@ _PF_KTHREAD = 0x00200000  # include/linux/sched.h
 _SHARED_MAP = re.compile(rb"^([0-9a-f]+-[0-9a-f]+) .w.s [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) (\d+) +(/.*)$", re.M)
 _ANY_MAP = re.compile(rb"^([0-9a-f]+-[0-9a-f]+) .... [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) (\d+) +(/.*)$", re.M)
 _DELETED = " (deleted)"
+#: Every daemon has some of these.
+_NEVER_DATA = ("/dev/null", "/dev/pts/", "/memfd:")
 
 #: Process id and start time (clock ticks after boot): a pid alone may be somebody else's by now.
 Identity = tuple[int, int]
@@ -78,13 +80,17 @@ class _Stat:
         return self.state in "ZXx" and self.threads <= 1
 
 
-def _read(path: str) -> bytes:
+def _read(path: str, long: bool = False) -> bytes:
+    """A file of /proc. Only a `long` one (maps) comes in parts."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        parts = []
-        while part := os.read(fd, 1 << 18):
-            parts.append(part)
-        return b"".join(parts)
+        found = os.read(fd, 1 << 16)
+        if long:
+            parts = [found]
+            while part := os.read(fd, 1 << 18):
+                parts.append(part)
+            found = b"".join(parts)
+        return found
     finally:
         os.close(fd)
 
@@ -109,6 +115,15 @@ def _stat(where: str) -> _Stat | None:
 
 def _pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _every_pid() -> Iterator[int]:
+    """Those that were there, and those that were born while the caller looked at them: their parents may have ended
+    before they were looked at."""
+    done: set[int] = set()
+    while new := [pid for pid in _pids() if pid not in done]:
+        done.update(new)
+        yield from new
 
 
 def _status(pid: int, wanted: Sequence[bytes]) -> dict[bytes, list[bytes]]:
@@ -174,6 +189,7 @@ class Scanner:
         self._read_tables_of: set[int] = set()
         self._places: dict[str, list[str]] = {}  # device -> directories in its file system
         self._devices: set[int] = set()  # st_dev
+        self._prefixes: dict[Mount, list[str]] = {}  # what a mount shows of the places, as paths
         for path in self._paths:
             here = mount_of(path, own)
             self._add_place(here.device, inside(path, here), path)
@@ -207,7 +223,7 @@ class Scanner:
         mapped: set[tuple[int, int]] = set()
         refused: list[Process] = []
         assumed: list[Process] = []
-        for pid in _pids() if only is None else only:
+        for pid in _every_pid() if only is None else only:
             seen = _stat(str(pid))
             if seen is None or seen.kernel_thread or seen.dead or (pid, seen.starttime) in settled:
                 continue
@@ -264,7 +280,7 @@ class Scanner:
                 return target
         for found, _ in self._open_files(base, pid, writable=False):
             return found
-        for match in _ANY_MAP.finditer(_read(f"{base}/maps")):
+        for match in _ANY_MAP.finditer(_read(f"{base}/maps", long=True)):
             target = _map_path(match[5])
             if self._path_is_ours(pid, target, f"{int(match[2], 16)}:{int(match[3], 16)}"):
                 return target
@@ -281,7 +297,7 @@ class Scanner:
                     if writable and not entry.stat(follow_symlinks=False).st_mode & stat.S_IWUSR:
                         continue
                     link = os.readlink(entry.path)
-                    if not link.startswith("/"):
+                    if not link.startswith("/") or link.startswith(_NEVER_DATA):
                         continue  # a socket, a pipe
                     info = _read(f"{base}/fdinfo/{entry.name}")
                 except (FileNotFoundError, ProcessLookupError):
@@ -304,13 +320,21 @@ class Scanner:
     def _below(self, mount: Mount, path: str) -> bool:
         if not is_under(path, mount.path):
             return True  # seen from another root: can't be told apart, so it counts
-        where = inside(path, mount)
-        return any(is_under(where, place) for place in self._places[mount.device])
+        prefixes = self._prefixes.get(mount)
+        if prefixes is None:
+            prefixes = self._prefixes[mount] = [
+                mount.path
+                if is_under(mount.root, place)
+                else os.path.join(mount.path, os.path.relpath(place, mount.root))
+                for place in self._places[mount.device]
+                if is_under(place, mount.root) or is_under(mount.root, place)
+            ]
+        return any(is_under(path, prefix) for prefix in prefixes)
 
     def _mounts_seen_by(self, pid: int, fresh: bool = False) -> list[Mount]:
         namespace = os.readlink(f"/proc/{pid}/ns/mnt")
         if fresh or namespace not in self._tables:
-            self._tables[namespace] = parse(_read(f"/proc/{pid}/mountinfo"))
+            self._tables[namespace] = parse(_read(f"/proc/{pid}/mountinfo", long=True))
             self._by_id.update((mount.id, mount) for mount in self._tables[namespace])
         return self._tables[namespace]
 
@@ -329,7 +353,7 @@ class Scanner:
 
     def _maps(self, base: str, pid: int) -> list[tuple[tuple[int, int], str]]:
         """((st_dev, st_ino), path) of files of ours that are mapped shared and writable."""
-        maps = _read(f"{base}/maps")
+        maps = _read(f"{base}/maps", long=True)
         if b"w-s " not in maps and b"wxs " not in maps:
             return []
         found = []

@@ -27,16 +27,16 @@ _UNCAUGHT = {"SIGKILL", "SIGSTOP", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIG
 
 
 def line(*parts: str) -> bytes:
-    """A record's line: words are percent-encoded where they hold blanks, controls or non-ASCII; an empty one is `%`.
+    """A record's line: words are percent-encoded where they hold blanks, controls, `;`, non-ASCII; an empty one is `%`.
     It begins with the line break and ends with a mark: so what a full disk cut short is known, and spoils no other."""
     return (
         b"\n"
         + b" ".join(
-            b"".join(bytes([c]) if 0x21 <= c <= 0x7E and c != 0x25 else b"%%%02x" % c for c in os.fsencode(part))
+            b"".join(bytes([c]) if 0x21 <= c <= 0x7E and c not in b"%;" else b"%%%02x" % c for c in os.fsencode(part))
             or b"%"
             for part in parts
         )
-        + b" ."
+        + b" ;"
     )
 
 
@@ -57,7 +57,7 @@ def read_record(path: str) -> list[list[str]]:
             content = file.read()
     except FileNotFoundError:
         return []
-    return [words(text[:-2]) for text in content.split(b"\n") if text.endswith(b" .")]
+    return [words(text[:-2]) for text in content.split(b"\n") if text.endswith(b" ;")]
 
 
 def start_time(pid: int) -> int | None:

@@ -342,7 +342,7 @@ class _Pass:
         assert self.outside_dir is not None
         if is_under(path, self.outside_dir):
             return path
-        new = self.outside_dir + path
+        new = self.outside_dir + (path if path != "/" else "/ROOT")
         if len(os.fsencode(new)) > _LONGEST_TARGET:
             new = os.path.join(self.outside_dir, sha256(os.fsencode(path)).hexdigest())
         return new
@@ -359,7 +359,7 @@ class _Pass:
         there = "/" if target.startswith("/") else directory
         here = worlds.live_of(there) or there
         rewritten: str | None = None
-        links, own_outside = 0, True
+        links = 0
         while todo:
             part, own = todo.pop()
             here, there = (
@@ -367,6 +367,8 @@ class _Pass:
                 if part == ".."
                 else (os.path.join(here, part), os.path.join(there, part))
             )
+            if there == self.outside_dir:
+                here = "/"  # a link that was cut already (this run may follow one that was killed): what it meant
             restored = worlds.clone_of(here)
             if restored is None and (live := worlds.live_of(here)) is not None:
                 here = live
@@ -376,7 +378,6 @@ class _Pass:
                 there = place
                 if own:
                     rewritten = os.path.join(place, *(rest for rest, _ in reversed(todo)))
-            own_outside = own
             # The clone's last link on the way is its own business; one elsewhere is nobody's, so it is looked through.
             if restored is None or todo:
                 try:
@@ -391,11 +392,4 @@ class _Pass:
                     todo += [(part, mine) for part in text.split("/")[::-1] if part not in ("", ".")]
                     there = "/" if text.startswith("/") else os.path.dirname(place)
                     here = worlds.live_of(there) or there
-                    own_outside = mine
-                    continue
-            cut = restored is None and self.outside_dir is not None
-            if cut and not own and (not todo or todo[-1][1]):
-                return _Led(rewritten, None)  # the clone's link that led here will be cut, and this one with it
-        if worlds.clone_of(here) is None and own_outside:
-            return _Led(rewritten, here)
-        return _Led(rewritten, None)
+        return _Led(rewritten, here if worlds.clone_of(here) is None else None)

@@ -20,64 +20,16 @@ from snapshotter.nodes.config import NODE_NAME, Config, Node
 from snapshotter.nodes.profiles import Profile
 from snapshotter.nodes.repoint import newest_options, option_paths
 
-_NETWORK = frozenset(
-    {
-        # fmt: off
-        "nfs",
-        "nfs4",
-        "cifs",
-        "smb3",
-        "smbfs",
-        "9p",
-        "ceph",
-        "glusterfs",
-        "lustre",
-        "beegfs",
-        "afs",
-        "davfs",
-        "orangefs",
-        "ocfs2",
-        "gfs2",
-        "coda",
-        "fuse.sshfs",
-        "fuse.glusterfs",
-        "fuse.ceph",
-        "fuse.s3fs",
-        "fuse.rclone",
-        "fuse.gcsfuse",
-        "fuse.mount-s3",
-        "fuse.davfs2",
-        "fuse.juicefs",
-        # fmt: on
-    }
-)
+_NETWORK = """
+    nfs nfs4 cifs smb3 smbfs 9p ceph glusterfs lustre beegfs afs davfs orangefs ocfs2 gfs2 coda
+    fuse.sshfs fuse.glusterfs fuse.ceph fuse.s3fs fuse.rclone fuse.gcsfuse fuse.mount-s3 fuse.davfs2
+    fuse.juicefs
+"""
 _IN_MEMORY = frozenset({"tmpfs", "ramfs"})
-_NO_FILES = frozenset(
-    {
-        # fmt: off
-        "proc",
-        "sysfs",
-        "devtmpfs",
-        "devpts",
-        "cgroup",
-        "cgroup2",
-        "mqueue",
-        "debugfs",
-        "tracefs",
-        "securityfs",
-        "pstore",
-        "bpf",
-        "configfs",
-        "hugetlbfs",
-        "fusectl",
-        "efivarfs",
-        "binfmt_misc",
-        "autofs",
-        "nsfs",
-        "selinuxfs",
-        # fmt: on
-    }
-)
+_NO_FILES = """
+    proc sysfs devtmpfs devpts cgroup cgroup2 mqueue debugfs tracefs securityfs pstore bpf configfs
+    hugetlbfs fusectl efivarfs binfmt_misc autofs nsfs selinuxfs
+"""
 _SYSTEM = re.compile(
     r"/(etc|usr|bin|lib\w*|sbin|boot|dev|proc|sys|run|tmp|var|home|root|opt|srv|mnt|media|var/lib|var/log)?"
 )
@@ -259,10 +211,10 @@ class _Search:
                 continue
             _refuse_file_system(path, mount)
             self.found[path] = mount
-            for below in mounts.mounts_below(path, self.table):
-                if self._visible(below):
-                    waiting.append((below.path, "a mount", False))
             waiting += self._search(path)
+            # Taken before what links lead to: a directory mounted below the data path is restored in its place there.
+            below = [mount for mount in mounts.mounts_below(path, self.table) if self._visible(mount)]
+            waiting += [(mount.path, "a mount", False) for mount in below]
 
     def _known(self, path: str) -> bool:
         """In a root already, on the root's own mount."""
@@ -418,9 +370,9 @@ class _Search:
 def _refuse_file_system(path: str, mount: Mount) -> None:
     if mount.fstype in _IN_MEMORY:
         why, cure = "lies in memory and is gone after a reboot", "move it to a disk"
-    elif mount.fstype in _NETWORK:
+    elif mount.fstype in _NETWORK.split():
         why, cure = "is a network file system: others write to it unseen", "snapshot it on its server"
-    elif mount.fstype in _NO_FILES:
+    elif mount.fstype in _NO_FILES.split():
         why, cure = "is the kernel's, not files", "unmount it, or give the node's own directory"
     else:
         return

@@ -11,7 +11,7 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any
 
-from snapshotter.core.errors import Interrupted, PreconditionError, SnapshotterError, StorageError, worst
+from snapshotter.core.errors import Interrupted, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.interrupts import deferred
 from snapshotter.core.labels import pack_hash
 from snapshotter.core.model import Quiesce, State, compact_time, utc_now
@@ -67,7 +67,8 @@ def take(
 
 
 def take_all(session: Session, **how: Any) -> tuple[dict[str, Any], list[SnapshotterError]]:
-    """Take every node of the config; one that fails doesn't stop the rest. Returns the document and the failures."""
+    """Take every node of the config; one that fails doesn't stop the rest. Returns the document (`sets`, `failed`) and
+    the failures; where only a part was done, a StorageError that says so is the last of them."""
     sets, failed, errors = [], [], []
     for name in session.config.nodes:
         try:
@@ -77,7 +78,9 @@ def take_all(session: Session, **how: Any) -> tuple[dict[str, Any], list[Snapsho
         except SnapshotterError as error:
             errors.append(error)
             failed.append({"node": name, **error.as_json()})
-    return {"sets": sets, "failed": failed, "exit": int(worst(errors))}, errors
+    if sets and errors:
+        errors.append(StorageError(f"{len(errors)} of {len(session.config.nodes)} nodes were not taken"))
+    return {"sets": sets, "failed": failed}, errors
 
 
 def _of_slot(session: Session, plan: Plan) -> dict[str, Any] | None:

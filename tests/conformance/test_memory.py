@@ -48,7 +48,9 @@ class MemoryHarness(Harness):
 
     def foreign(self, volume: Volume) -> Callable[[], bool]:
         self.made += 1
-        ours = next(iter(self.store.objects), "s20261122t100630z-5f3a9c-0")
+        ours = next(
+            (name for name in self.store.objects if name not in self.store.foreign), "s20261122t100630z-5f3a9c-0"
+        )
         record = pack(make_birth([volume]), STRICT)
         mine = {
             f"{ours}-{self.made}": {"owner": "another-tool", "birth": "1970-01-01"},
@@ -58,7 +60,7 @@ class MemoryHarness(Harness):
         }
         for name, labels in mine.items():
             self.store.add_foreign(name, labels)
-        return lambda: all(self.store.objects[name].labels == labels for name, labels in mine.items())
+        return lambda: {name: self.store.objects[name].labels for name in self.store.foreign if name in mine} == mine
 
     def objects(self) -> set[str]:
         kept = {f"object {name}" for name in self.store.objects}

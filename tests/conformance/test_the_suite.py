@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from snapshotter.provider import Provider, Settings
 from snapshotter.testing import MemoryProvider
 from snapshotter.testing.conformance import ProviderConformance
 from snapshotter.testing.harness import fill
-from snapshotter.testing.images import remove
+from snapshotter.testing.images import read_tree, remove
 from snapshotter.testing.memory import STRICT, StoredObject
 from tests.conformance.test_memory import MemoryHarness
 
@@ -181,11 +182,14 @@ class MarksEverySet(MemoryProvider):
 
 
 class OneAfterTheOther(MemoryProvider):
-    """Claims one instant and has two."""
+    """Claims one instant and has two, 50 ms apart."""
 
     def create(self, volumes: Sequence[Volume], birth: Birth, hold: Hold) -> tuple[Snapshot, ...]:
-        vars(self)["traits"] = replace(self.traits, atomic_across_volumes=False)
-        return super().create(volumes, birth, hold)
+        made = super().create(volumes, birth, hold)
+        for snapshot, volume in list(zip(made, volumes, strict=True))[1:]:
+            time.sleep(0.05)
+            self.store.objects[snapshot.id].image = read_tree(self._top(volume))
+        return made
 
 
 class SwapBackLoses(MemoryProvider):

@@ -192,7 +192,7 @@ def test_bad_input(command: Command, data: Path, tmp_path: Path, words: list[str
         ("stat = 1", "did you mean state"),
         ("[node.a]\npath = 7", "expected a string"),
         ("[node.a]\npath = '/x'\nbudgt = '5s'", "did you mean budget"),
-        ("[node.a]\npath = '/x'\nbudget = 5", "5s"),
+        ("[node.a]\npath = '/x'\nbudget = 5", "a string such as"),
         ("[node.a]\npath = 'x'", "absolute"),
         ("[node.a", "not TOML"),
     ],

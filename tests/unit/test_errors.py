@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from snapshotter.core import errors
@@ -15,6 +15,7 @@ KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and is
 anything = st.text(st.characters())  # lone surrogates too: file names have them
 
 
+@settings(deadline=None)
 @given(st.sampled_from(KINDS), anything, anything, anything, st.lists(anything, max_size=3), anything)
 @example(KINDS[0], "a\nb\r\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029c", "o\nbj", "cu\rre", ["le\nft"], "un\ndo")
 def test_a_line_is_one_line_with_everything_in_it(
@@ -49,6 +50,7 @@ def test_the_exit_codes_are_the_contract() -> None:
     assert len({kind.code for kind in KINDS}) == len(KINDS)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(KINDS)))
 def test_the_worst_of_many(kinds: list[type[SnapshotterError]]) -> None:
     found = worst([kind("x") for kind in kinds])

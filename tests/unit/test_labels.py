@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from snapshotter.core import labels
@@ -72,6 +72,7 @@ def encoded(birth: Birth) -> str | None:
         return None
 
 
+@settings(deadline=None)
 @given(births())
 def test_a_record_comes_back_and_is_never_too_long(birth: Birth) -> None:
     text = encoded(birth)
@@ -88,6 +89,7 @@ def test_a_record_comes_back_and_is_never_too_long(birth: Birth) -> None:
         assert root == known or (root.path, root.inside) == (path_hash(known.path), "")
 
 
+@settings(deadline=None)
 @given(births())
 def test_hashed_paths_are_found_again_by_their_path(birth: Birth) -> None:
     text = encoded(birth)
@@ -100,6 +102,7 @@ def test_hashed_paths_are_found_again_by_their_path(birth: Birth) -> None:
     assert [root.path for root in found.roots] == [root.path for root in birth.roots]
 
 
+@settings(deadline=None)
 @given(births())
 def test_every_member_tells_of_the_same_set(birth: Birth) -> None:
     texts = [encoded(birth.of_member(index)) for index in range(len(birth.members))]
@@ -108,6 +111,7 @@ def test_every_member_tells_of_the_same_set(birth: Birth) -> None:
     assert len({found.of_member(0) for found in back if found is not None}) <= 1
 
 
+@settings(deadline=None)
 @given(births())
 def test_a_record_read_back_can_be_written_again(birth: Birth) -> None:
     """A driver copies records: what was hashed must not come back as a known path."""
@@ -118,6 +122,7 @@ def test_a_record_read_back_can_be_written_again(birth: Birth) -> None:
         assert decode_birth(encode_birth(back)) == back
 
 
+@settings(deadline=None)
 @given(births(), st.sampled_from(sorted(STORES)))
 def test_every_store_gives_back_what_it_took(birth: Birth, store: str) -> None:
     limits = STORES[store]
@@ -131,6 +136,7 @@ def test_every_store_gives_back_what_it_took(birth: Birth, store: str) -> None:
     assert unpack({**noise, **pairs}) == decode_birth(text)
 
 
+@settings(deadline=None)
 @given(births())
 def test_a_store_that_is_too_small_refuses(birth: Birth) -> None:
     if encoded(birth) is not None:
@@ -139,6 +145,7 @@ def test_a_store_that_is_too_small_refuses(birth: Birth) -> None:
         assert refused.value.cure
 
 
+@settings(deadline=None)
 @given(births(), st.data())
 def test_a_lost_or_cut_chunk_is_no_record(birth: Birth, data: st.DataObject) -> None:
     if encoded(birth) is None:
@@ -199,6 +206,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.text())
 @example("[" * 200_000)
 @example('{"v":1,"s":' * 50_000)
@@ -208,6 +216,7 @@ def test_garbage_is_no_record(text: str) -> None:
     assert unpack({"birth": text}) is None
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["birth0", "birth1", "birth2"]), st.text(max_size=40)))
 @example({"birth0": "\u00e9"})
 @example({"birth0": "/w=="})
@@ -216,6 +225,7 @@ def test_garbage_chunks_are_no_record(pairs: dict[str, str]) -> None:
     assert unpack(pairs) is None
 
 
+@settings(deadline=None)
 @given(st.sampled_from("vstnhprimadl") | st.sampled_from(["at", "dl", "sl", "x"]), json_values)
 @example("at", 1e300)
 @example("at", 10**400)
@@ -235,6 +245,7 @@ def test_a_damaged_field_never_raises(key: str, value: object) -> None:
         assert back.taken_at.tzinfo is not None
 
 
+@settings(deadline=None)
 @given(st.text(), st.text())
 def test_only_our_marks_with_values_that_every_store_holds(name: str, value: str) -> None:
     good = bool(value) and len(value) <= 63 and set(value) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-")
@@ -253,6 +264,7 @@ marks = st.dictionaries(st.sampled_from(sorted(MARK_NAMES)), st.sampled_from(["1
 changes = st.dictionaries(st.sampled_from(sorted(MARK_NAMES)), st.none() | st.sampled_from(["1", "2", "ok"]))
 
 
+@settings(deadline=None)
 @given(marks, changes)
 def test_changes_apply_and_applying_twice_is_once(before: dict[str, str], change: dict[str, str | None]) -> None:
     after = apply_marks(before, change)
@@ -261,6 +273,7 @@ def test_changes_apply_and_applying_twice_is_once(before: dict[str, str], change
     assert apply_marks(after, change) == after
 
 
+@settings(deadline=None)
 @given(st.lists(marks, min_size=1, max_size=4))
 def test_a_set_is_what_all_its_members_say(members: list[dict[str, str]]) -> None:
     merged = merge_marks(members)
@@ -272,6 +285,7 @@ def test_a_set_is_what_all_its_members_say(members: list[dict[str, str]]) -> Non
     assert merge_marks([]) == {}
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=32, max_size=32))
 def test_a_block_hash_fits_a_mark(raw: bytes) -> None:
     value = labels.pack_hash("0x" + raw.hex())
@@ -279,6 +293,7 @@ def test_a_block_hash_fits_a_mark(raw: bytes) -> None:
     assert labels.unpack_hash(value) == "0x" + raw.hex()
 
 
+@settings(deadline=None)
 @given(st.text())
 @example("aaaaaaaa")
 @example("0x")

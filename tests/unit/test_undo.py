@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapshotter.core import interrupts
@@ -15,6 +15,7 @@ from snapshotter.core.errors import BusyError, Exit, Interrupted, StorageError, 
 from snapshotter.core.undo import Undo
 
 
+@settings(deadline=None)
 @given(st.lists(st.booleans(), max_size=8), st.booleans())
 def test_all_run_in_reverse_and_the_failed_are_named(fails: list[bool], by_error: bool) -> None:
     ran: list[int] = []
