@@ -624,7 +624,7 @@ class CopyProvider(Provider):
             done += count
             looked -= count
             if looked <= 0:
-                looked = 64 << 20
+                looked = 16 << 20
                 _, free = room_fd(making.store.fd)
                 if free < reserve:
                     raise StorageError(

@@ -108,7 +108,8 @@ class Provider(ABC):
         """Fix the instant: one snapshot per volume, in their order, born with their record: all or none (what was
         made before a failure is removed). Runs inside the quiesce, so it does only what must be done there, and
         ends before `hold.deadline`. Snapshots may be PENDING. Not sealed, unless the store did so at birth.
-        Raises StorageError, PreconditionError (an unseen writer), QuiesceError (deadline)."""
+        Raises StorageError, PreconditionError (an unseen writer), QuiesceError (deadline), BusyError if the set has
+        an image already, which stays as it is."""
 
     @abstractmethod
     def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
@@ -117,7 +118,8 @@ class Provider(ABC):
 
     @abstractmethod
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
-        """Change marks on every member that is here (None removes; `core.labels.apply_marks`). Setting `sealed`
+        """Change marks on every member that is here, all or none (None removes; `core.labels.apply_marks`, whose
+        ValueError for what is no mark of ours gets out). Setting `sealed`
         is the last thing written, and returns only when neither the image nor the mark can be lost to a power cut.
         Raises
         NotFoundError."""
@@ -139,7 +141,9 @@ class Provider(ABC):
     ) -> MountSpec | Tree:
         """Make the image usable, and record that first. Never mounts: it says how (`MountSpec`), or fills
         `destination`, an absent or empty directory, itself (`Tree`). WRITABLE must leave the snapshot's bytes as they
-        are; READ_ONLY must not be writable. One attachment id may span several snapshots, each with its destination.
+        are; READ_ONLY must not be writable. A destination that isn't empty is left alone; the same part of an
+        attachment
+        twice is refused, or is the same again. One attachment id may span several snapshots, each with its destination.
         Raises PreconditionError (needs root, no such access), StorageError (invalid image, no space)."""
 
     @abstractmethod
@@ -161,7 +165,8 @@ class Provider(ABC):
 
     def swap(self, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:
         """Put a clone of `snapshot` in `volume`'s place; the volume's content is set aside under `swap_id`.
-        The volume is not in use. A snapshot of the set-aside stays a snapshot. Only where `traits.swaps`."""
+        The volume is not in use. A snapshot of the set-aside stays a snapshot. Only where `traits.swaps`.
+        Raises BusyError while another swap of the volume is open."""
         raise NotImplementedError
 
     def swap_back(self, swap_id: str) -> None:
@@ -169,8 +174,8 @@ class Provider(ABC):
         raise NotImplementedError
 
     def swap_commit(self, swap_id: str) -> None:
-        """The set-aside is removed, the clone stays. Never loses a snapshot: refuses (BusyError) by name while
-        any depends on the set-aside."""
+        """The set-aside is removed, the clone stays. Absent is done. Never loses a snapshot: refuses (BusyError) by
+        name while any depends on the set-aside."""
         raise NotImplementedError
 
     def swaps(self) -> Iterator[str]:

@@ -3,13 +3,17 @@ here."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import threading
 import time
 import uuid
@@ -18,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-BESU = CHECKOUT / "tests" / "hot" / "besu_shaped.py"
+BESU = ["-m", "tests.hot.besu_shaped"]
 NOBODY = 65534
 
 
@@ -27,6 +31,40 @@ def as_user(uid: int | None) -> list[str]:
     if uid is None or os.geteuid() != 0:
         return []
     return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+
+
+@functools.cache
+def interpreter(uid: int | None) -> tuple[str, str]:
+    """(interpreter, PYTHONPATH) that this user can run snapshotter and the test nodes with. Root's own interpreter or
+    checkout may lie where others can't go (/root): then Debian's is used, and a copy of the packages."""
+    if uid is None or os.geteuid() != 0:
+        return sys.executable, str(CHECKOUT)
+    packages = sysconfig.get_paths()["purelib"]
+    wanted = "import click, msgspec, tenacity, rocksdict, snapshotter.cli, tests.hot.besu_shaped"
+    tried = []
+    for program, path in [(sys.executable, str(CHECKOUT)), ("/usr/bin/python3", f"{CHECKOUT}:{packages}"), ("", "")]:
+        if not program:
+            copy = tempfile.mkdtemp(prefix="snapshotter-packages-", dir="/var/tmp")
+            atexit.register(shutil.rmtree, copy, ignore_errors=True)
+            os.chmod(copy, 0o755)
+            shutil.copytree(packages, f"{copy}/packages", ignore=shutil.ignore_patterns("mypy*", "ruff*", "pip*"))
+            for name in ("snapshotter", "providers", "tests"):
+                shutil.copytree(CHECKOUT / name, f"{copy}/{name}")
+            program, path = "/usr/bin/python3", f"{copy}:{copy}/packages"
+        done = subprocess.run(
+            [*as_user(uid), program, "-c", wanted],
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            cwd="/",
+        )
+        real = subprocess.run(
+            [*as_user(uid), program, "-c", "import os, sys; os.execv(sys.executable, ['python3', '-V'])"]
+        )
+        if done.returncode == 0 and real.returncode == 0:
+            return program, path
+        tried.append(f"{program} with {path}: {done.stderr[-200:]}")
+    raise AssertionError(f"no interpreter that user {uid} can run: {tried}")
 
 
 class Command:
@@ -43,14 +81,15 @@ class Command:
                 os.chown(path, uid, uid)
 
     def argv(self, *words: str) -> list[str]:
-        return [*as_user(self.uid), sys.executable, "-m", "snapshotter", *words, "--config", str(self.config)]
+        program = interpreter(self.uid)[0]
+        return [*as_user(self.uid), program, "-m", "snapshotter", *words, "--config", str(self.config)]
 
     def environment(self) -> dict[str, str]:
         return {
             "PATH": os.environ["PATH"],
             "HOME": str(self.home),
             "SNAPSHOTTER_RUN": str(self.home / "run"),
-            "PYTHONPATH": str(CHECKOUT),
+            "PYTHONPATH": interpreter(self.uid)[1],
             "PYTHONDONTWRITEBYTECODE": "1",
         }
 
@@ -104,10 +143,10 @@ class Node:
         self.acks = data.parent / f"{data.name}.acks"
         self.acks.unlink(missing_ok=True)
         self.process = subprocess.Popen(
-            [*as_user(uid), sys.executable, str(BESU), "run", str(data), str(self.acks), *words],
+            [*as_user(uid), interpreter(uid)[0], *BESU, "run", str(data), str(self.acks), *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1"},
+            env={**os.environ, "PYTHONPATH": interpreter(uid)[1], "PYTHONDONTWRITEBYTECODE": "1"},
             cwd="/",
         )
 
@@ -171,10 +210,10 @@ class StopWatch(threading.Thread):
 def check_database(data: Path, uid: int | None = None) -> dict[str, int]:
     """Open the database with its engine in a process of its own, read everything."""
     done = subprocess.run(
-        [*as_user(uid), sys.executable, str(BESU), "check", str(data)],
+        [*as_user(uid), interpreter(uid)[0], *BESU, "check", str(data)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1"},
+        env={**os.environ, "PYTHONPATH": interpreter(uid)[1], "PYTHONDONTWRITEBYTECODE": "1"},
         cwd="/",
         timeout=300,
     )

@@ -5,9 +5,12 @@ Exit codes are part of the command-line contract (README, "Exit codes"). A trace
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, ClassVar
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Exit(IntEnum):
@@ -55,7 +58,7 @@ class SnapshotterError(Exception):
         self.undo_command = undo_command
 
     def line(self) -> str:
-        """The one line for a terminal or a log. Line breaks from a tool's output are folded."""
+        """The one line for a terminal or a log. Line breaks are folded, control characters (of a file's name) shown."""
         text = self.message
         if self.object and self.object not in text:
             text = f"{self.object}: {text}"
@@ -65,7 +68,7 @@ class SnapshotterError(Exception):
             text += f"; {self.cure}"
         if self.undo_command:
             text += f"; undo: {self.undo_command}"
-        return " ".join(text.split())
+        return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", " ".join(text.split()))
 
     def as_json(self) -> dict[str, Any]:
         """The `error` object of the JSON contract."""

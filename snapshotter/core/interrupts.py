@@ -41,7 +41,9 @@ def install() -> None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """No `Interrupted` inside; one that came is raised at the end, unless another exception is on its way."""
+    """No `Interrupted` inside; one that came is raised at the end, or, where another exception is on its way, at the
+    end
+    of the next block: a run that was asked to end doesn't go on with the next node."""
     global _depth, _pending
     _depth += 1
     try:

@@ -61,7 +61,7 @@ class LabelLimits:
 def encode_birth(birth: Birth) -> str:
     """The record as compact JSON. Paths that would make it longer than 400 bytes become hashes, longest first
     and the data path last. Raises PreconditionError if even that is too long."""
-    roots = [[root.member, root.path, root.inside] for root in birth.roots]
+    roots = [_fold(root, birth.members[root.member].volume) for root in birth.roots]
     record: dict[str, Any] = {
         "v": SCHEMA,
         "s": birth.set_id,
@@ -91,7 +91,7 @@ def encode_birth(birth: Birth) -> str:
                 object=birth.node,
                 cure="give the node a shorter name, or fewer volumes",
             )
-        roots[longest][1:] = [_hashed(str(roots[longest][1])), ""]
+        roots[longest][1:] = [_hashed(birth.roots[longest].path), birth.roots[longest].inside]
         record["x"] = 1
     return text
 
@@ -117,7 +117,7 @@ def decode_birth(text: str) -> Birth | None:
             node=str(record["n"]),
             host=str(record["h"]),
             profile=str(record["p"]),
-            roots=tuple(Root(path=str(p), member=int(m), inside=str(i)) for m, p, i in record["r"]),
+            roots=tuple(_unfold(entry, members) for entry in record["r"]),
             members=members,
             taken_at=datetime.fromtimestamp(record["at"], UTC),
             deadline=datetime.fromtimestamp(record["dl"], UTC),
@@ -243,9 +243,26 @@ def _hashed(path: str) -> str:
     return "#" + hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
+def _fold(root: Root, volume: str) -> list[Any]:
+    """A root in few bytes: `=` for a path that is its volume's id; `inside` as the number of the path's last components
+    that it has."""
+    depth = root.inside.count("/") + 1 if root.inside else 0
+    inside: int | str = depth if root.path.split("/")[-depth:] == root.inside.split("/") or not depth else root.inside
+    return [root.member, "=" if root.path == volume else root.path, inside]
+
+
+def _unfold(entry: list[Any], members: tuple[Member, ...]) -> Root:
+    member, path, inside = int(entry[0]), str(entry[1]), entry[2]
+    if not 0 <= member < len(members):
+        raise ValueError("no such member")
+    if path == "=":
+        path = members[member].volume
+    if isinstance(inside, int):
+        inside = "/".join(path.split("/")[-inside:]) if inside else ""
+    return Root(path=path, member=member, inside=str(inside))
+
+
 def _weight(root: list[Any]) -> int:
-    """How much hashing this root's path would save; 0 if nothing."""
+    """How many bytes hashing this root's path would save; 0 if none."""
     path = str(root[1])
-    if path.startswith("#"):
-        return 0
-    return max(0, len(_dump({"": path})) + len(_dump({"": root[2]})) - len(_hashed("")) - 12)
+    return 0 if path.startswith("#") else max(0, len(_dump({"": path})) - len(_dump({"": _hashed(path)})))

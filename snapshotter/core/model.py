@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 
-SET_ID = re.compile(r"s\d{8}t\d{6}z-[0-9a-f]{6}")
-ATTACHMENT_ID = re.compile(r"a\d{8}t\d{6}z-[0-9a-f]{6}")
+SET_ID = re.compile(r"s[0-9]{8}t[0-9]{6}z-[0-9a-f]{6}")
+ATTACHMENT_ID = re.compile(r"a[0-9]{8}t[0-9]{6}z-[0-9a-f]{6}")
 
 
 def utc_now() -> datetime:

@@ -1,5 +1,5 @@
-"""What the kernel says of, and does to, a btrfs: subvolumes, snapshots, the top level without a mount in anybody's view.
-Knows no provider, no set and no record.
+"""What the kernel says of a btrfs and does to it: subvolumes, snapshots, the top level without a mount in anybody's
+view. Knows no provider, no set and no record.
 
 Everything is an ioctl or a system call on an open directory: no child, no output to parse. Numbers and layouts are from
 <linux/btrfs.h> and <linux/mount.h>, the same on every 64-bit Linux since 5.2.
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from snapshotter.core.errors import PreconditionError, StorageError
+from snapshotter.core.errors import StorageError
 from snapshotter.host.mounts import Mount, table
 
 TOP_LEVEL = 5  # BTRFS_FS_TREE_OBJECTID
@@ -44,7 +44,7 @@ _ROOT_READ_ONLY = 1  # BTRFS_ROOT_SUBVOL_RDONLY, in what GET_SUBVOL_INFO says
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # the same on every architecture
 _SET_FLAG, _SET_STRING, _CMD_CREATE = 0, 1, 6
 _ATTRS = 0x2 | 0x4 | 0x8 | 0x10  # nosuid, nodev, noexec, noatime
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
+DIRECTORY = os.O_RDONLY | os.ODIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -163,13 +163,13 @@ def default_subvolume(fd: int) -> int:
 
 
 def nested(fd: int) -> list[tuple[str, Subvolume]]:
-    """Every subvolume below the top of the one at `fd` (opened at its top), with its path from there. Also without root,
-    as far as this user may look. Raises OSError."""
+    """Every subvolume below the one at `fd` (opened at its top), with its path from there, above before below. Also
+    without root, as far as this user may look. Raises OSError."""
     found: list[tuple[str, Subvolume]] = []
     for name, directory in _children(fd):
         path = directory + name
         try:
-            child = os.open(path, _DIRECTORY, dir_fd=fd)
+            child = os.open(path, DIRECTORY, dir_fd=fd)
         except FileNotFoundError:
             continue
         try:
@@ -219,7 +219,7 @@ def live_nested(path: str) -> list[str]:
         if above == top or os.stat(above).st_dev != os.stat(top).st_dev:
             return []  # a plain directory that is mounted by itself
         top = above
-    fd = os.open(top, _DIRECTORY)
+    fd = os.open(top, DIRECTORY)
     try:
         relative = os.path.relpath(path, top)
         inside = "" if relative == "." else relative + "/"
@@ -332,7 +332,7 @@ class FileSystem:
 
     def open_top(self) -> int:
         """The top level (subvolume 5), open. By a mount of our own that is in nobody's mount table, and goes with the
-        last descriptor, however this process ends. Raises StorageError, PreconditionError (needs root), OSError."""
+        last descriptor, however this process ends. Needs root. Raises StorageError, OSError."""
         source = os.fsencode(self.source())
         context = _system_call(_FSOPEN, b"btrfs", 1)
         try:
@@ -346,7 +346,7 @@ class FileSystem:
         finally:
             os.close(context)
         try:
-            return os.open(".", _DIRECTORY, dir_fd=mounted)
+            return os.open(".", DIRECTORY, dir_fd=mounted)
         finally:
             os.close(mounted)
 
@@ -358,7 +358,7 @@ def mounted(mounts: Sequence[Mount] | None = None) -> list[FileSystem]:
         if mount.fstype != "btrfs" or mount.device in found:
             continue
         try:
-            fd = os.open(mount.path, _DIRECTORY)
+            fd = os.open(mount.path, DIRECTORY)
         except OSError:
             continue  # hidden under another mount, or a single file
         try:
@@ -444,7 +444,3 @@ def needs() -> list[str]:
         return ["snapshots of btrfs need root (CAP_SYS_ADMIN): run as root, or use --provider copy"]
     return []
 
-
-def denied(error: OSError, name: str) -> PreconditionError:
-    """What to say where the kernel refused for want of privilege."""
-    return PreconditionError(f"may not be done here: {error.strerror}", object=name, cure="run as root, outside containers")

@@ -383,6 +383,8 @@ class Mirror:
                 return
             raise
         for name in names:
+            if name.startswith("trusted.SGI_ACL_"):  # how XFS shows root its ACLs a second time
+                continue
             try:
                 value = os.getxattr(source, name, follow_symlinks=follow)
                 os.setxattr(target, name, value, follow_symlinks=follow)

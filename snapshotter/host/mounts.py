@@ -80,15 +80,23 @@ def is_under(path: str, top: str) -> bool:
 
 
 def mount_of(path: str, mounts: Sequence[Mount] | None = None) -> Mount:
-    """The mount that the canonical path `path` lies on: the deepest mount point above it, the newest of those mounted
-    over one another. Raises NotFoundError (a mount namespace without a root that we can see)."""
-    best: Mount | None = None
-    for mount in table() if mounts is None else mounts:
-        if is_under(path, mount.path) and (best is None or len(mount.path) >= len(best.path)):
-            best = mount
-    if best is None:
+    """The mount that the canonical path `path` lies on, found as the kernel finds it: down the path from the root mount,
+    stepping into each mount on the way, so that one which a later mount hides isn't met. Raises NotFoundError (a mount
+    namespace without a root that we can see)."""
+    mounts = table() if mounts is None else mounts
+    ids = {mount.id for mount in mounts}
+    tops = [mount for mount in mounts if mount.parent not in ids or mount.parent == mount.id]
+    here = max((top for top in tops if is_under(path, top.path)), key=lambda top: len(top.path), default=None)
+    if here is None:
         raise NotFoundError("no mount is above this path", object=path)
-    return best
+    seen = {here.id}
+    while True:
+        inner = [m for m in mounts if m.parent == here.id and m.id not in seen and is_under(path, m.path)]
+        if not inner:
+            return here
+        shortest = min(len(mount.path) for mount in inner)
+        here = [mount for mount in inner if len(mount.path) == shortest][-1]
+        seen.add(here.id)
 
 
 def mounts_below(path: str, mounts: Sequence[Mount] | None = None) -> list[Mount]:

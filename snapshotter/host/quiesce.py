@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from snapshotter.core.command import run
@@ -24,6 +25,7 @@ from snapshotter.host.service import Service
 __all__ = ["Held", "freeze", "hooks", "leftovers", "none", "on_device_mapper", "pause", "reap", "stop", "sync"]
 
 FIFREEZE = 0xC0045877  # linux/fs.h: _IOWR('X', 119, int)
+_VFORK_S = 0.02  # longer than this, a writer that doesn't stop may be waiting for its child
 _ROUNDS = 50  # of scanning for writers that are born while we stop the others
 
 
@@ -122,8 +124,9 @@ class _Pause(Held):
         for _ in range(_ROUNDS):
             for writer in new:
                 self._stop(writer)
+            names = ", ".join(map(self._name, self._ours - self._settled))
+            self._wait(self._all_stopped(), f"did not stop in time: one of {names}")
             held = self._ours | self._before
-            self._wait(self._all_stopped(held), "these did not stop in time: " + ", ".join(map(self._name, held)))
             found = self._scanner.scan(self._settled)
             self._mapped |= found.mapped
             self._settled |= held
@@ -186,11 +189,23 @@ class _Pause(Held):
         finally:
             os.close(fd)
 
-    def _all_stopped(self, held: Iterable[Identity]) -> Iterator[bool]:
-        waiting = set(held) - self._settled
+    def _all_stopped(self) -> Iterator[bool]:
+        waiting = self._ours - self._settled
+        unblock_at = time.monotonic() + _VFORK_S
         while True:
-            waiting = {who for who in waiting if stopped(*who) is False}
+            waiting = {who for who in waiting & self._ours if stopped(*who) is False}
             yield not waiting
+            if time.monotonic() > unblock_at:
+                self._unblock({pid for pid, _ in waiting})
+                unblock_at = time.monotonic() + _VFORK_S
+
+    def _unblock(self, parents: set[int]) -> None:
+        """A thread that has vforked doesn't stop before its child has ended or runs its program. So a child that was
+        stopped before that goes on; if it still can write then, the next scan finds it."""
+        for child in list(self._ours):
+            if parents.intersection(ancestors(child[0])[:1]) and stopped(*child):
+                watchdog.resume(*child)
+                self._ours.discard(child)
 
     def _lost(self) -> str:
         for who in self._ours | self._before:

@@ -70,7 +70,8 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in (b"Z", b"X") and int(fields[17]) <= 1 else int(fields[19])
 
 
-def _resume(pid: int, begun: int) -> None:
+def resume(pid: int, begun: int) -> None:
+    """Let that very process go on; gone is fine."""
     try:
         fd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -139,7 +140,7 @@ def _run(argv: list[str]) -> None:
 
 def _undo(act: list[str], fds: dict[int, int]) -> None:
     if act[0] == "cont":
-        _resume(int(act[1]), int(act[2]))
+        resume(int(act[1]), int(act[2]))
     elif act[0] == "unfreeze":
         _unfreeze(act[1])
     elif act[0] == "thaw":

@@ -204,6 +204,10 @@ class _Search:
             if self.found and (refused := self._must_not(path, mount, explicit)):
                 if explicit:
                     raise UsageError(f"can't be a root: {refused}", object=path, cure="take it out of extra_paths")
+                if os.path.isfile(why.partition(": ")[0]):
+                    # A database without its log would open, and have lost what was in it.
+                    said = f"names {path}, {refused}: a set without it is no backup"
+                    raise PreconditionError(said, object=why, cure="move that to a directory of the node's own")
                 self.outside.append((why, path, refused))
                 continue
             if alias := next((seen for top in self.found if (seen := self._seen_in(top, path, mount))), None):
@@ -304,8 +308,7 @@ class _Search:
             return []
         if is_directory:
             return [(path, link, False)]
-        else:
-            self.outside.append((link, path, "not a directory, and outside the node's"))
+        self.outside.append((link, path, "not a directory, and outside the node's"))
         return []
 
     def _options(self, directory: str, names: list[str]) -> list[tuple[str, str, bool]]:

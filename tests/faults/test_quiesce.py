@@ -140,6 +140,34 @@ while True:
             assert stands_still(data)
 
 
+def test_a_writer_that_has_just_vforked_is_held(data: Path, zoo: Zoo, run_dir: Path, tmp_path: Path) -> None:
+    """It can't stop before its child runs a program; that child has its files open, and would be stopped too."""
+    source, program = tmp_path / "vforks.c", tmp_path / "vforks"
+    source.write_text("""
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+int main(int count, char **words) {
+    int fd = open(words[1], O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+    for (;;) {
+        write(fd, "x", 1);
+        pid_t child = vfork();
+        if (child == 0) { usleep(200000); execl("/bin/true", "true", (char *)0); _exit(1); }
+        waitpid(child, 0, 0);
+    }
+}
+""")
+    if subprocess.run(["cc", "-w", "-o", str(program), str(source)], check=False).returncode != 0:
+        pytest.skip("no C compiler")
+    zoo.run(str(program), str(data / "db"))
+    until((data / "db").exists)
+    for attempt in range(3):
+        with quiesce.pause([str(data)], BUDGET, f"s{attempt}"):
+            assert stands_still(data, 0.5)
+        moves(data)
+
+
 def test_a_crowd_with_children_is_held(data: Path, zoo: Zoo, run_dir: Path) -> None:
     for number in range(6):
         zoo.writer(data / f"db{number}", "import os\nos.fork(); os.fork()\n" + WRITER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 
 import pytest
 from hypothesis import example, given, settings
@@ -26,7 +27,9 @@ def test_a_line_is_one_line_with_everything_in_it(
     assert len(line.splitlines()) <= 1
     assert str(error) == line
     for part in (message, thing, cure, *left, undo):
-        assert all(word in line for word in part.split())
+        shown = "".join(f"\\x{ord(c):02x}" if unicodedata.category(c) == "Cc" and not c.isspace() else c for c in part)
+        assert all(word in line for word in shown.split())
+    assert not any(unicodedata.category(c) == "Cc" for c in line), "a file's name must not drive the terminal"
     document = json.loads(json.dumps(error.as_json()))
     assert set(document) == {"code", "exit", "message", "object", "cure", "left", "undo_command"}
     assert document["exit"] == int(kind.exit)

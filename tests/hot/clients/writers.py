@@ -24,7 +24,7 @@ from pathlib import Path
 from tests.hot.besu_shaped import payload
 from tests.support import CHECKOUT, Node, as_user
 
-KEPT = 2000
+KEPT = 600
 PAUSE_S = 0.001  # between records: the writer must not starve the tests of a small machine
 
 
