@@ -46,6 +46,7 @@ class Traits:
     writable_clone: bool
     swaps: bool  # a clone can take its origin's place
     needs_host: bool  # works only on the host that sees the data path
+    subvolumes_apart: bool = False  # a snapshot ends at nested btrfs subvolumes: they are volumes of their own
     limits: LabelLimits = field(default_factory=LabelLimits)
 
 

@@ -50,9 +50,11 @@ class Found:
 class Layout:
     """What belongs to a node. `roots[0]` is the data path; those below it come next, then those elsewhere, each
     in the order of their names. `links_outside`: links (and single mounted files) that are not followed, each with
-    why. `aliases`: (path, same content's path in a root): bind mounts that aren't stored a second time."""
+    why. `aliases`: (path, same content's path in a root): bind mounts that aren't stored a second time. `subvolumes`:
+    btrfs subvolumes below the roots that aren't mounts: roots too for a provider whose snapshots end at them."""
 
     roots: list[Found]
+    subvolumes: list[Found]
     links_outside: list[str]
     aliases: list[tuple[str, str]]
     warnings: list[str]
@@ -180,6 +182,7 @@ class _Search:
         self.found: dict[str, Mount] = {}
         self.outside: list[tuple[str, str, str]] = []  # (who leads there, where, why not)
         self.aliases: dict[str, str] = {}
+        self.subvolumes: dict[str, Mount] = {}
         self.warnings: list[str] = []
         if data == "/":
             cure = "give the node's own directory"
@@ -215,7 +218,7 @@ class _Search:
                 continue
             _refuse_file_system(path, mount)
             self.found[path] = mount
-            waiting += self._search(path)
+            waiting += self._search(path, mount)
             # Taken before what links lead to: a directory mounted below the data path is restored in its place there.
             below = [mount for mount in mounts.mounts_below(path, self.table) if self._visible(mount)]
             waiting += [(mount.path, "a mount", False) for mount in below]
@@ -266,7 +269,7 @@ class _Search:
         except OSError:
             return None
 
-    def _search(self, top: str) -> list[tuple[str, str, bool]]:
+    def _search(self, top: str, mount: Mount) -> list[tuple[str, str, bool]]:
         """Walk one root, not into other mounts, and return the directories that it leads to."""
         leads: list[tuple[str, str, bool]] = []
         waiting = [top]
@@ -280,6 +283,8 @@ class _Search:
                             leads += self._follow(entry.path)
                         elif entry.is_dir(follow_symlinks=False) and entry.path not in self.mount_points:
                             waiting.append(entry.path)
+                            if mount.fstype == "btrfs" and _is_subvolume(entry):
+                                self.subvolumes[entry.path] = mount
                         names.append(entry.name)
             except FileNotFoundError:
                 continue  # removed since it was listed: the node is running
@@ -356,6 +361,7 @@ class _Search:
         warned = [f"{path} shows the same as {same}: stored once" for path, same in sorted(self.aliases.items())]
         return Layout(
             roots=found,
+            subvolumes=[Found(path, self.subvolumes[path], self._relative(path)) for path in sorted(self.subvolumes)],
             # A link may have been judged before the root that holds its target was found.
             links_outside=sorted(
                 {f"{who} -> {path}: {why}" for who, path, why in self.outside if not self._known(path)}
@@ -368,6 +374,14 @@ class _Search:
         if path == self.data:
             return ""
         return os.path.relpath(path, self.data) if is_under(path, self.data) else None
+
+
+def _is_subvolume(directory: os.DirEntry[str]) -> bool:
+    """The top of a btrfs subvolume always has inode 256 (btrfs-subvolume(8))."""
+    try:
+        return directory.stat(follow_symlinks=False).st_ino == 256
+    except OSError:
+        return False
 
 
 def _refuse_file_system(path: str, mount: Mount) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from snapshotter import provider as providers
 from snapshotter.core.errors import PreconditionError, SnapshotterError, UsageError
+from snapshotter.core.labels import decode_birth, encode_birth
 from snapshotter.core.model import Birth, Grade, Member, Quiesce, Root, Volume, new_set_id
 from snapshotter.host import mounts
 from snapshotter.host.places import host_name
@@ -133,6 +134,10 @@ def make(
     profile = profiles.get(node.profile) if node.profile else profiles.detect(node.path)[0]
     layout = roots(node, profile)
     claims = [Claim(found.path, *nearest(session, node, found.path, found.mount)) for found in layout.roots]
+    for nested in layout.subvolumes:
+        holder = max((c for c in claims if mounts.is_under(nested.path, c.root)), key=lambda c: len(c.root))
+        if holder.provider.traits.subvolumes_apart:
+            claims.append(Claim(nested.path, *nearest(session, node, nested.path, nested.mount)))
     volumes: list[Volume] = []
     owners: list[Provider] = []
     for claim in claims:
@@ -155,6 +160,12 @@ def make(
         deadline=now + timedelta(seconds=max(1.0, budget_s or node.budget)),
         slot=slot,
     )
+    if len(birth.roots) > 1 and not _remembered(birth):
+        raise PreconditionError(
+            f"the paths of its {len(birth.roots)} roots are too long to be recorded",
+            object=node.path,
+            cure="shorten them",
+        )
     chosen = _quiesce(node, quiesce, owners, volumes)
     grade = _grade(chosen, owners, volumes)
     wanted = Grade(require or node.require)
@@ -184,6 +195,12 @@ def make(
     for provider, theirs in plan.by_provider():
         provider.check(theirs, birth)
     return plan
+
+
+def _remembered(birth: Birth) -> bool:
+    """Whether the birth record has room for the paths; a restore of several roots needs them."""
+    decoded = decode_birth(encode_birth(birth))
+    return decoded is not None and decoded.paths_known
 
 
 def _inside(root: str, volume: Volume) -> str:

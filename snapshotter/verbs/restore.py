@@ -153,15 +153,15 @@ def destination_of(given: str, found: SnapshotSet) -> str:
 
 
 def layout(found: SnapshotSet, top: str) -> list[tuple[Root, str]]:
-    """Each root and where it appears: the data path at `top`, roots below it in their place, others beside it."""
-    places: list[tuple[Root, str]] = []
+    """Each root and where it appears: the data path at `top`, a root below another in its place, others beside."""
+    data, *others = found.birth.roots
+    places = [(data, top)]
     outside = 0
-    data_path = found.birth.path
-    for index, root in enumerate(found.birth.roots):
-        if index == 0:
-            places.append((root, top))
-        elif found.birth.paths_known and mounts.is_under(root.path, data_path):
-            places.append((root, os.path.join(top, os.path.relpath(root.path, data_path))))
+    for root in sorted(others, key=lambda root: root.path.count("/")):
+        above = [pair for pair in places if mounts.is_under(root.path, pair[0].path)]
+        if above:
+            holder, place = max(above, key=lambda pair: len(pair[0].path))
+            places.append((root, os.path.join(place, os.path.relpath(root.path, holder.path))))
         else:
             outside += 1
             places.append((root, os.path.join(f"{top}.roots", str(outside))))
