@@ -1,38 +1,29 @@
-"""btrfs: read-only snapshots of subvolumes, writable clones, and swaps, by the kernel's own calls (`host.btrfs`).
-Must know no policy: what is kept, and for how long, is the core's.
+"""btrfs: read-only snapshots of subvolumes, writable clones, and swaps, by the kernel's own calls (`host.btrfs`). Must
+know no policy: what is kept, and for how long, is the core's.
 
-No `btrfs` command and no binding: PyPI's `btrfsutil` is a source that wants the C library and its headers, while the
-ioctls need no child, no parsing, and give errno instead of prose. A take costs the kernel's own snapshot and one fsync.
+No `btrfs` command and no binding: PyPI's `btrfsutil` is a source that wants a C library and its headers, while the
+ioctls need no child and no parsing, and give an errno instead of prose. A take costs the kernel's snapshot and a fsync.
 
-A *volume* is a subvolume, named `<first 13 digits of the file system's UUID>:<path from the top level>`. The path and not
-the kernel's number is its identity, because a swap puts another subvolume in that place, and it is still the same target.
-13 digits, because the birth record has 400 bytes for all volumes of a set.
+A *volume* is a subvolume: `<first 13 characters of the file system's UUID>:<path from the top level>`. The path and not
+the kernel's number is its identity: a swap puts another subvolume in that place, and it is still the same target. Not
+the whole UUID, because a birth record has 400 bytes for all the volumes of its set.
 
-What we keep is in one subvolume at the top level, `.snapshotter-btrfs` (0700; a subvolume, so that a snapshot of the top
-level does not hold it), reached by a private mount. Records are extended attributes of directories, in root's `trusted.`:
+Ours are (`host.btrfs_store`), in the subvolume .snapshotter-btrfs at the top level:
 
-    sets/<set id>/             .birth .order .marks; holds <member>, the read-only snapshots
-    attachments/<id>.<member>/ .attachment; holds clone, where writable
-    swaps/<swap id>/           .swap; holds other: the clone before the exchange, the set-aside after it
-    trash/                     scratch: everything is born by a rename out of it, and dies by a rename into it
-
-An attribute is metadata: it is in the transaction of its directory, and the snapshot's call ends with the commit of its own. So
-there is no image on the disk without its birth record, and no file to fsync before it. flock on a directory says that
-somebody works on it.
+    sets/<set id>/             birth, order, marks; in it <member>: the read-only snapshots
+    attachments/<id>.<member>/ attachment; in it clone, where writable
+    swaps/<swap id>/           swap; in it other: the clone before the exchange, the set-aside after it
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import json
 import os
 import re
-import secrets
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any
 
@@ -62,422 +53,26 @@ from snapshotter.core.model import (
     Volume,
 )
 from snapshotter.host import btrfs, mounts, processes
-from snapshotter.host.btrfs import STORE, FileSystem, Subvolume
+from snapshotter.host.btrfs import DIRECTORY, STORE, FileSystem, Subvolume
+from snapshotter.host.btrfs_store import (
+    Store,
+    as_object,
+    open_directory,
+    read_object,
+    read_only,
+    read_record,
+    subvolume_at,
+    told,
+    write_record,
+)
 from snapshotter.host.mounts import Mount, is_under
 from snapshotter.provider import Provider, Settings, Traits
 
 FSTAB = "/etc/fstab"
-KINDS = ("sets", "attachments", "swaps", "trash")
-_MARKER = "store"
-_ID_DIGITS = 13
-_MAX_RECORD = 3800  # a file system with 4 KiB nodes has no room for a longer attribute
-_PROBE_S = 0.5  # how long an answer to "do you take changes?" is believed
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
-
-
-@contextmanager
-def _told(what: str) -> Iterator[None]:
-    """The kernel's errors as ours."""
-    try:
-        yield
-    except OSError as error:
-        raise _translated(error, what) from error
-
-
-def _translated(error: OSError, what: str) -> SnapshotterError:
-    if error.errno == errno.ENOSPC:
-        return StorageError(
-            "is full (data or metadata)", object=what, cure="delete old sets, or see `btrfs filesystem usage`"
-        )
-    if error.errno == errno.EDQUOT:
-        return StorageError("a quota of the file system is used up", object=what, cure="see `btrfs qgroup show`")
-    if error.errno == errno.EROFS:
-        return _read_only(what)
-    if error.errno in (errno.EPERM, errno.EACCES):
-        return btrfs.denied(error, what)
-    return StorageError(f"the file system refused: {error.strerror}", object=what)
-
-
-def _read_only(what: str) -> PreconditionError:
-    return PreconditionError(
-        "the file system is read-only", object=what, cure=f"see `dmesg`, then: mount -o remount,rw {what}"
-    )
-
-
-def _open(path: str, dir_fd: int) -> int | None:
-    """The directory, open; None if there is none. Never through a link."""
-    try:
-        return os.open(path, _DIRECTORY, dir_fd=dir_fd)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            return None
-        raise
-
-
-def _record(fd: int, name: str) -> bytes | None:
-    try:
-        return os.getxattr(fd, f"trusted.snapshotter.{name}")
-    except OSError as error:
-        if error.errno == errno.ENODATA:
-            return None
-        raise
-
-
-def _write_record(fd: int, name: str, content: bytes) -> None:
-    os.setxattr(fd, f"trusted.snapshotter.{name}", content)
-
-
-def _object(content: bytes | None) -> dict[str, Any] | None:
-    """A JSON object of ours; None for anything else."""
-    try:
-        read = json.loads(content.decode("utf-8", "surrogateescape")) if content else None
-    except ValueError:
-        return None
-    return read if isinstance(read, dict) and read.get("schema") == 1 else None
-
-
-def _json(content: Mapping[str, Any], what: str) -> bytes:
-    text = json.dumps({"schema": 1, **content}, separators=(",", ":"), ensure_ascii=False)
-    raw = text.encode("utf-8", "surrogateescape")
-    if len(raw) > _MAX_RECORD:
-        raise PreconditionError("its path is too long to be recorded", object=what, cure="choose a shorter path")
-    return raw
-
-
-# ------------------------------------------------------------------------------------------------------- the store
-
-
-class Store:
-    """One file system with its top level open, and our subvolume in it (`fd`, -1 while there is none)."""
-
-    def __init__(self, fs: FileSystem) -> None:
-        self.fs = fs
-        self.name = fs.mount.path
-        self.key = fs.uuid[:_ID_DIGITS]
-        self.fd = -1
-        self.top = fs.open_top()
-        try:
-            self._look()
-        except BaseException:
-            self.close()
-            raise
-
-    def _look(self) -> None:
-        fd = _open(STORE, self.top)
-        if fd is None:
-            return
-        found = os.fstat(fd)
-        if btrfs.is_top(found) and found.st_uid == 0 and _record(fd, _MARKER) is not None:
-            self.fd = fd
-        else:
-            os.close(fd)
-
-    def check_place(self) -> None:
-        """Raise PreconditionError unless our subvolume is there or can be."""
-        if self.fd >= 0:
-            return
-        try:
-            found = os.stat(STORE, dir_fd=self.top, follow_symlinks=False)
-        except FileNotFoundError:
-            return
-        fd = _open(STORE, self.top)
-        # What a run that died here before the marker may have left is fine.
-        if fd is not None:
-            try:
-                if btrfs.is_top(found) and found.st_uid == 0 and not set(os.listdir(fd)) - set(KINDS):
-                    return
-            finally:
-                os.close(fd)
-        raise PreconditionError(
-            f"has {STORE} at its top level, which is not ours", object=self.name, cure="move that away"
-        )
-
-    def make(self) -> None:
-        """Our subvolume, made if it isn't there."""
-        if self.fd >= 0:
-            return
-        self.check_place()
-        try:
-            btrfs.make_subvolume(self.top, STORE)
-        except FileExistsError:
-            pass
-        fd = os.open(STORE, _DIRECTORY, dir_fd=self.top)
-        try:
-            os.fchmod(fd, 0o700)
-            for kind in KINDS:
-                try:
-                    os.mkdir(kind, 0o700, dir_fd=fd)
-                except FileExistsError:
-                    pass
-            _write_record(fd, _MARKER, b"1")
-        except BaseException:
-            os.close(fd)
-            raise
-        self.fd = fd
-
-    def close(self) -> None:
-        for fd in (self.fd, self.top):
-            if fd >= 0:
-                os.close(fd)
-        self.fd = self.top = -1
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def names(self, kind: str) -> list[str]:
-        fd = _open(kind, self.fd)
-        if fd is None:
-            return []
-        try:
-            return os.listdir(fd)
-        finally:
-            os.close(fd)
-
-    def has(self, path: str) -> bool:
-        try:
-            os.stat(path, dir_fd=self.fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return True
-
-    def lock(self, path: str, wait_s: float = 0.0) -> int | None:
-        """The directory, open and locked until the descriptor is closed; None if it isn't there (any more).
-        Raises BusyError."""
-        give_up = time.monotonic() + wait_s
-        while True:
-            fd = _open(path, self.fd)
-            if fd is None:
-                return None
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # It may have been moved away while we came.
-                if os.path.samestat(os.fstat(fd), os.stat(path, dir_fd=self.fd, follow_symlinks=False)):
-                    return fd
-            except BlockingIOError:
-                if time.monotonic() >= give_up:
-                    os.close(fd)
-                    raise BusyError(
-                        "another process works on it",
-                        object=os.path.basename(path),
-                        cure="wait for it to end, then try again",
-                    ) from None
-                time.sleep(0.02)
-            except FileNotFoundError:
-                pass
-            except BaseException:
-                os.close(fd)
-                raise
-            os.close(fd)
-
-    @contextmanager
-    def locked(self, path: str, wait_s: float = 5.0) -> Iterator[int | None]:
-        fd = self.lock(path, wait_s)
-        try:
-            yield fd
-        finally:
-            if fd is not None:
-                os.close(fd)
-
-    def born(self, kind: str, name: str, records: Mapping[str, bytes]) -> int:
-        """A directory that appears with its records in it; open and locked. Raises BusyError if it is there."""
-        while True:
-            scratch = f"trash/{name}.{secrets.token_hex(4)}"
-            os.mkdir(scratch, 0o700, dir_fd=self.fd)
-            try:
-                fd = self.lock(scratch)
-            except BusyError:
-                continue  # reap is just taking it for a leftover
-            if fd is None:
-                continue
-            try:
-                for record, content in records.items():
-                    _write_record(fd, record, content)
-                btrfs.rename(self.fd, scratch, self.fd, f"{kind}/{name}")
-            except FileExistsError:
-                os.close(fd)
-                self.destroy(scratch)
-                raise BusyError("is there already", object=name, cure="take another id") from None
-            except FileNotFoundError:
-                os.close(fd)
-                continue
-            except BaseException:
-                os.close(fd)
-                raise
-            return fd
-
-    def discard(self, path: str) -> str:
-        """Move a directory of ours to the trash, at once, and return where it is. On a full file system, where even that
-        may have no room, it stays in its place: removing alone is always possible."""
-        trashed = f"trash/{os.path.basename(path)}.{secrets.token_hex(4)}"
-        try:
-            btrfs.rename(self.fd, path, self.fd, trashed)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            return path
-        return trashed
-
-    def destroy(self, path: str) -> None:
-        """Remove a directory of ours with the subvolumes in it, and those in them; absent is done."""
-        fd = _open(path, self.fd)
-        if fd is None:
-            return
-        try:
-            for name in os.listdir(fd):
-                self._destroy_subvolume(fd, name)
-        except PermissionError as error:
-            raise BusyError(
-                f"can't be removed now: {error.strerror}",
-                object=f"{self.name} {STORE}/{path}",
-                cure="is it the default subvolume, or being sent? then `snapshotter reap`",
-            ) from error
-        finally:
-            os.close(fd)
-        try:
-            os.rmdir(path, dir_fd=self.fd)
-        except FileNotFoundError:
-            pass
-
-    @staticmethod
-    def _destroy_subvolume(parent: int, name: str) -> None:
-        fd = _open(name, parent)
-        if fd is None:
-            return
-        try:
-            below = btrfs.nested(fd)
-            for path, _ in reversed(below):  # what somebody made inside a clone goes with the clone
-                at = os.open(os.path.dirname(path) or ".", _DIRECTORY, dir_fd=fd)
-                try:
-                    btrfs.destroy(at, os.path.basename(path))
-                finally:
-                    os.close(at)
-        finally:
-            os.close(fd)
-        try:
-            btrfs.destroy(parent, name)
-        except FileNotFoundError:
-            pass
-
-    def clear_trash(self, of: str) -> None:
-        """Finish what was moved to the trash under this id."""
-        for name in self.names("trash"):
-            if name.startswith(of + "."):
-                with self.locked(f"trash/{name}", wait_s=0.2):
-                    self.destroy(f"trash/{name}")
-
-    def next_order(self) -> int:
-        """A number above all given out before on this file system; about the UTC second, so that those of several file
-        systems and providers compare."""
-        fd = os.open("sets", _DIRECTORY, dir_fd=self.fd)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            last = int(_record(fd, "order") or b"0")
-            number = max(last + 1, int(time.time()))
-            _write_record(fd, "order", str(number).encode())
-            return number
-        finally:
-            os.close(fd)
-
-    def subvolume(self, path: str) -> int:
-        """The subvolume at this path from the top level, open. Raises PreconditionError if there is none, or if the way
-        there leads through a link."""
-        what = f"{self.key}:{path}"
-        fd = _open(path.lstrip("/") or ".", self.top)
-        if fd is None:
-            raise PreconditionError("there is no such subvolume", object=what, cure="was it removed, or renamed?")
-        try:
-            if not btrfs.is_top(os.fstat(fd)):
-                raise PreconditionError(
-                    "is a plain directory, mounted by itself",
-                    object=what,
-                    cure="give the path where its whole subvolume is mounted",
-                )
-            if btrfs.path_of(fd) != path:
-                raise PreconditionError(f"is not the subvolume {btrfs.path_of(fd)}, where this leads", object=what)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
-
-    def mounted_at(self, path: str) -> list[str]:
-        """Where this path from the top level, or something below it, is mounted by itself in our sight."""
-        here = [mount for mount in mounts.table() if mount.device == self.fs.mount.device]
-        return [mount.path for mount in here if is_under(mount.root, path)]
-
-    def refuse_if_mounted(self, path: str, name: str) -> None:
-        for point in self.mounted_at(f"/{STORE}/{path}"):
-            raise BusyError(f"is mounted at {point}", object=name, cure=f"umount {point}")
-
-    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(directory, record) of each attachment's part here."""
-        for name in self.names("attachments"):
-            if ATTACHMENT_ID.fullmatch(name.partition(".")[0]):
-                fd = _open(f"attachments/{name}", self.fd)
-                if fd is not None:
-                    try:
-                        record = _object(_record(fd, "attachment"))
-                    finally:
-                        os.close(fd)
-                    if record is not None:
-                        yield f"attachments/{name}", record
-
-    def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
-        """What is in this store."""
-        for name in [set_id] if set_id is not None else self.names("sets"):
-            fd = _open(f"sets/{name}", self.fd) if SET_ID.fullmatch(name) else None
-            if fd is not None:
-                try:
-                    yield from self._of_set(fd, name)
-                finally:
-                    os.close(fd)
-
-    def _of_set(self, fd: int, set_id: str) -> Iterator[Snapshot]:
-        birth = decode_birth((_record(fd, "birth") or b"").decode("ascii", "replace"))
-        if birth is None or birth.set_id != set_id:
-            return
-        read = (_object(_record(fd, "marks")) or {}).get("marks", {})
-        marks = {name: value for name, value in read.items() if name in MARK_NAMES and isinstance(value, str)}
-        order = _record(fd, "order") or b""
-        for number, member in enumerate(birth.members):
-            if member.provider != BtrfsProvider.name or not member.volume.startswith(self.key + ":"):
-                continue
-            why = _lacks(fd, str(number))
-            yield Snapshot(
-                provider=BtrfsProvider.name,
-                id=f"{self.key}:/{STORE}/sets/{set_id}/{number}",
-                birth=birth.of_member(number),
-                state=ImageState.INVALID if why else ImageState.READY,
-                marks=marks,
-                order=int(order) if order.isdigit() else 0,
-                why=why,
-            )
-
-
-def _lacks(at: int, name: str) -> str:
-    """Why this is no image, for a person; '' if it is one. Asked of the kernel."""
-    fd = _open(name, at)
-    if fd is None:
-        return "its snapshot is gone"
-    try:
-        if not btrfs.is_top(os.fstat(fd)):
-            return "its snapshot is a plain directory"
-        found = btrfs.subvolume(fd)
-    except FileNotFoundError:
-        return "its snapshot is gone"
-    finally:
-        os.close(fd)
-    if not found.read_only:
-        return "its snapshot was made writable, so it may have been changed"
-    return "" if found.origin else "its snapshot is no snapshot"
-
-
-# ----------------------------------------------------------------------------------------------------- the driver
+_UUID_PART = 13
+_BELIEVED_S = 0.5  # how long a file system's answer to "do you take changes?" is
+_PATIENCE_S = 3.0
+_SWAP_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 
 
 class BtrfsProvider(Provider):
@@ -495,7 +90,7 @@ class BtrfsProvider(Provider):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self._making: dict[str, ExitStack] = {}
+        self._prepared: dict[str, list[str]] = {}  # set id -> file systems that have its directory
         self._answered: dict[str, float] = {}
 
     # -- which file system ----------------------------------------------------------------------------------------
@@ -510,54 +105,56 @@ class BtrfsProvider(Provider):
             top = path
             while not btrfs.is_top(os.stat(top)) and top != mount.path:
                 top = os.path.dirname(top)
-            fd = os.open(top, _DIRECTORY)
+            fd = os.open(top, DIRECTORY)
             try:
-                key = btrfs.file_system_id(fd)[:_ID_DIGITS]
+                key = btrfs.file_system_id(fd)[:_UUID_PART]
             finally:
                 os.close(fd)
         except OSError as error:
             raise PreconditionError(f"can't look at it: {error.strerror}", object=path, cure="run as root") from None
-        # Where `top` is no subvolume's (a directory mounted by itself) its top is out of sight: `check` refuses it.
+        # Where this is no subvolume (a directory that is mounted by itself) the top is out of sight: `check` refuses.
         return Volume(self.name, f"{key}:{mounts.inside(top, mount)}", top, mount.fstype)
 
-    def _known(self, *, make: Sequence[str] | None = None) -> Iterator[Store]:
-        """Every file system that has a store of ours, open for the time of the loop's body; or (`make`) those of these
-        volumes, whether they have one or not. One that can't be opened hides no other: its error comes last."""
-        keys = None if make is None else {volume.partition(":")[0] for volume in make}
-        here = [fs for fs in btrfs.mounted() if keys is None or fs.uuid[:_ID_DIGITS] in keys]
+    def _file_systems(self) -> list[FileSystem]:
+        return btrfs.mounted()
+
+    def _stores(self, of: Sequence[str] | None = None) -> Generator[Store, None, None]:
+        """Every file system here that has a store of ours, open for the time of the loop's body; or those `of` these
+        volumes, store or not. One that can't be opened hides no other: its error comes last."""
+        keys = None if of is None else {volume.partition(":")[0] for volume in of}
+        here = [fs for fs in self._file_systems() if keys is None or _key(fs) in keys]
         if here and (reasons := btrfs.needs()):
-            raise PreconditionError(reasons[0].partition(": ")[0], object="btrfs", cure=reasons[0].partition(": ")[2])
+            message, _, cure = reasons[0].partition(": ")
+            raise PreconditionError(message, object="btrfs", cure=cure)
         failed: SnapshotterError | None = None
         for fs in here:
             try:
-                with _told(fs.mount.path):
+                with told(fs.mount.path):
                     store = Store(fs)
             except SnapshotterError as error:
-                failed = failed or error
-                continue
-            with store, _told(store.name):
+                if any(mount.device == fs.mount.device for mount in mounts.table()):
+                    failed = failed or error
+                continue  # unmounted since we looked
+            with store:
                 if keys is not None or store.fd >= 0:
                     yield store
         if failed is not None:
             raise failed
 
-    def _at(self, stack: ExitStack, volume: str) -> Store:
-        """The file system of this volume, open. Raises PreconditionError if it isn't mounted here."""
-        store = next(self._held(stack, [volume]), None)
+    def _store_of(self, stack: ExitStack, volume: str) -> Store:
+        """The volume's file system, open until the stack ends. Raises PreconditionError if it isn't mounted here."""
+        found = self._stores(of=[volume])
+        stack.callback(found.close)
+        store = next(found, None)
         if store is None:
             raise PreconditionError("its file system isn't mounted here", object=volume, cure="mount it")
         return store
 
-    def _held(self, stack: ExitStack, volumes: Sequence[str]) -> Iterator[Store]:
-        found = self._known(make=volumes)
-        stack.callback(found.close)  # type: ignore[attr-defined]
-        yield from found
-
-    def _writable(self, store: Store, *, patience_s: float = 3.0, now: bool = False) -> None:
+    def _writable(self, store: Store, *, patience_s: float = _PATIENCE_S, now: bool = False) -> None:
         """Raise unless the file system takes changes. `now`: ask, however short ago it said that it did."""
         if store.fs.read_only:
-            raise _read_only(store.name)
-        if now or time.monotonic() - self._answered.get(store.fs.uuid, -_PROBE_S) >= _PROBE_S:
+            raise read_only(store.name)
+        if now or time.monotonic() - self._answered.get(store.fs.uuid, -_BELIEVED_S) >= _BELIEVED_S:
             btrfs.refuse_if_stuck(store.top, store.name, patience_s)
             self._answered[store.fs.uuid] = time.monotonic()
 
@@ -565,29 +162,29 @@ class BtrfsProvider(Provider):
 
     def check(self, volumes: Sequence[Volume], birth: Birth) -> None:
         encode_birth(birth)
-        floor = self.settings.floor
         for volume in volumes:
             with ExitStack() as stack:
-                store = self._at(stack, volume.id)
-                with _told(store.name):
+                store = self._store_of(stack, volume.id)
+                with told(store.name):
                     self._writable(store)
                     store.check_place()
                     self._check_subvolume(store, volume, birth)
                     total, free = _room(store.top)
-            if free < total * floor:
+            if free < total * self.settings.floor:
                 raise PreconditionError(
-                    f"has {free >> 20} MiB free of {total >> 20}, and {floor:.0%} must stay so, because snapshots keep "
-                    "what is deleted",
+                    f"has {free >> 20} MiB free of {total >> 20}, and {self.settings.floor:.0%} must stay so, as "
+                    "snapshots keep what is deleted",
                     object=store.name,
                     cure="delete old sets, free some space, or lower `floor`",
                 )
 
     def _check_subvolume(self, store: Store, volume: Volume, birth: Birth) -> None:
-        path = volume.id.partition(":")[2]
+        path = _path(volume.id)
+        what = volume.path or volume.id
         if is_under(path, f"/{STORE}") and not is_under(path, f"/{STORE}/attachments"):
             raise PreconditionError(
-                "is in snapshotter's own store: an old mount of what a swap set aside?",
-                object=volume.path or volume.id,
+                "shows what is in snapshotter's own store: an old mount of what a swap set aside?",
+                object=what,
                 cure="unmount it and mount it again",
             )
         fd = store.subvolume(path)
@@ -600,136 +197,134 @@ class BtrfsProvider(Provider):
             if birth.members[root.member].volume != volume.id:
                 continue
             for below in inside:
-                if is_under(f"/{below}", f"/{root.inside}") and f"{store.key}:{_join(path, below)}" not in covered:
+                # A snapshot has an empty directory in its place.
+                if _within(below, root.inside) and f"{_key(store.fs)}:{_join(path, below)}" not in covered:
                     raise PreconditionError(
-                        f"{below!r} in it is a subvolume of its own, which no snapshot of this one holds",
-                        object=volume.path or volume.id,
-                        cure=f"add it: extra_paths = [{_join(volume.path or '', below)!r}]",
+                        f"{below!r} in it is a subvolume of its own, which its snapshot would not hold",
+                        object=what,
+                        cure=f"extra_paths = [{_join(what, below)!r}]",
                     )
 
     def space(self, volumes: Sequence[Volume]) -> Space:
         total = free = 0
         detail: dict[str, int] = {}
-        for store in self._known(make=[volume.id for volume in volumes]):
-            room = _room(store.top)
-            total, free = total + room[0], free + room[1]
-            for name, number in btrfs.usage(store.top).items():
-                detail[name] = detail.get(name, 0) + number
+        for store in self._stores(of=[volume.id for volume in volumes]):
+            with told(store.name):
+                room = _room(store.top)
+                total, free = total + room[0], free + room[1]
+                for name, number in btrfs.usage(store.top).items():
+                    detail[name] = detail.get(name, 0) + number
         return Space(total_bytes=total, free_bytes=free, detail=detail)
 
     # -- making ---------------------------------------------------------------------------------------------------
 
     def prepare(self, volumes: Sequence[Volume], birth: Birth, budget: float) -> None:
-        if not SET_ID.fullmatch(birth.set_id):
-            raise ValueError(f"{birth.set_id!r} is no set id")
-        if birth.set_id not in self._making:
-            with ExitStack() as stack:
-                self._begin(stack, volumes, birth)
-                self._making[birth.set_id] = stack.pop_all()
-
-    def _begin(self, stack: ExitStack, volumes: Sequence[Volume], birth: Birth) -> None:
-        """The set's directory, with its record, on every file system that it is on."""
+        """The set's directory, with its record, on each file system that it will be on."""
+        _check_id(SET_ID, birth.set_id)
+        if birth.set_id in self._prepared:
+            return
         record = encode_birth(birth.of_member(0)).encode()
-        born: list[Store] = []
         try:
-            for fs in dict.fromkeys(volume.id.partition(":")[0] for volume in volumes):
-                store = self._at(stack, f"{fs}:")
-                with _told(store.name):
+            for key in dict.fromkeys(volume.id.partition(":")[0] for volume in volumes):
+                with ExitStack() as stack:
+                    store = self._store_of(stack, f"{key}:")
+                    stack.enter_context(told(store.name))
                     self._writable(store)
                     store.make()
-                    order = str(store.next_order()).encode()
-                    stack.callback(os.close, store.born("sets", birth.set_id, {"birth": record, "order": order}))
-                    born.append(store)
+                    records = {"birth": record, "order": str(_next_order(store)).encode()}
+                    os.close(store.born("sets", birth.set_id, records))
+                    self._prepared.setdefault(birth.set_id, []).append(key)
         except BaseException:
-            self._withdraw(born, birth.set_id)
+            self._withdraw(birth.set_id)
             raise
 
     def create(self, volumes: Sequence[Volume], birth: Birth, hold: Hold) -> tuple[Snapshot, ...]:
         self.prepare(volumes, birth, 0.0)
-        making = self._making.pop(birth.set_id)
-        stores: list[Store] = []
-        with making:
-            try:
-                for volume in volumes:
-                    store = self._at(making, volume.id)
-                    stores.append(store)
-                    with _told(volume.path or volume.id):
-                        self._shoot(store, volume, birth, hold)
-            except BaseException:
-                self._withdraw(stores, birth.set_id)
-                raise
-            made = {found.birth.member: found for store in stores for found in store.snapshots(birth.set_id)}
+        made: dict[int, Snapshot] = {}
+        try:
+            for volume in volumes:
+                with ExitStack() as stack:
+                    store = self._store_of(stack, volume.id)
+                    stack.enter_context(told(volume.path or volume.id))
+                    made[_member(birth, volume)] = self._shoot(store, volume, birth, hold)
+        except BaseException:
+            self._withdraw(birth.set_id)
+            raise
+        del self._prepared[birth.set_id]
         return tuple(made[_member(birth, volume)] for volume in volumes)
 
-    def _shoot(self, store: Store, volume: Volume, birth: Birth, hold: Hold) -> None:
+    def _withdraw(self, set_id: str) -> None:
+        """Only the rename: the writers may be held, and the core calls `delete` when they aren't any more."""
+        for key in self._prepared.pop(set_id, []):
+            for store in self._stores(of=[key]):
+                try:
+                    if store.has(f"sets/{set_id}"):
+                        store.discard(f"sets/{set_id}")
+                except OSError:
+                    continue  # `delete` finds it
+
+    def _shoot(self, store: Store, volume: Volume, birth: Birth, hold: Hold) -> Snapshot:
         if hold.deadline is not None:
             left = hold.deadline - time.monotonic()
             if left <= 0:
                 raise QuiesceError("the time for which the writers may be held is over", object=volume.id)
             # Whoever holds the writers may have frozen the file system itself.
-            self._writable(store, patience_s=min(3.0, left / 2), now=True)
-        source = store.subvolume(volume.id.partition(":")[2])
-        try:
-            at = os.open(f"sets/{birth.set_id}", _DIRECTORY, dir_fd=store.fd)
-            try:
-                btrfs.snapshot(source, at, str(_member(birth, volume)), read_only=True)
-            finally:
-                os.close(at)
-        finally:
-            os.close(source)
-
-    @staticmethod
-    def _withdraw(stores: Sequence[Store], set_id: str) -> None:
-        """Only the rename: the writers may be held, and the core calls `delete` when they aren't."""
-        for store in stores:
-            try:
-                store.discard(f"sets/{set_id}")
-            except OSError:
-                continue
+            self._writable(store, patience_s=min(_PATIENCE_S, left / 2), now=True)
+        number = _member(birth, volume)
+        with ExitStack() as stack:
+            source = store.subvolume(_path(volume.id))
+            stack.callback(os.close, source)
+            at = stack.enter_context(store.locked(f"sets/{birth.set_id}", wait_s=0.2))
+            if at is None:
+                raise StorageError("was deleted while it was being made", object=birth.set_id, cure="take another set")
+            btrfs.snapshot(source, at, str(number), read_only=True)
+            return next(each for each in _of_set(_key(store.fs), at, birth.set_id) if each.birth.member == number)
 
     # -- afterwards -----------------------------------------------------------------------------------------------
 
     def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
-        for store in self._known():
-            yield from store.snapshots(set_id)
+        for store in self._stores():
+            with told(store.name):
+                yield from _snapshots(store, set_id)
 
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         check_marks(changes)
         there = False
-        for store in self._known():
-            if not SET_ID.fullmatch(set_id) or not store.has(f"sets/{set_id}"):
-                continue
-            self._writable(store)
-            with store.locked(f"sets/{set_id}") as fd:
-                found = list(store.snapshots(set_id)) if fd is not None else []
-                if fd is None or not found:
-                    continue
-                there = True
-                for member in found:
-                    if changes.get("sealed") and member.state is not ImageState.READY:
-                        raise StorageError(f"can't be sealed: {member.why}", object=set_id)
-                _write_record(fd, "marks", _json({"marks": apply_marks(found[0].marks, changes)}, set_id))
-                os.fsync(fd)  # the images are on the disk since their creation: see host.btrfs.snapshot
+        for store in self._stores():
+            with told(store.name):
+                if SET_ID.fullmatch(set_id) and store.has(f"sets/{set_id}"):
+                    there = self._mark_in(store, set_id, changes) or there
         if not there:
             raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all")
 
-    def delete(self, set_id: str) -> None:
-        if not SET_ID.fullmatch(set_id):
-            raise ValueError(f"{set_id!r} is no set id")
-        if set_id in self._making:
-            self._making.pop(set_id).close()
-        for store in self._known():
-            if store.has(f"sets/{set_id}"):
-                self._delete_from(store, set_id)
-            store.clear_trash(set_id)
-
-    def _delete_from(self, store: Store, set_id: str) -> None:
+    def _mark_in(self, store: Store, set_id: str, changes: Mapping[str, str | None]) -> bool:
         self._writable(store)
-        at = f"sets/{set_id}"
-        with store.locked(at, wait_s=0.2) as fd:
+        with store.locked(f"sets/{set_id}") as fd:
+            found = list(_snapshots(store, set_id)) if fd is not None else []
+            if fd is None or not found:
+                return False
+            for member in found:
+                if changes.get("sealed") and member.state is not ImageState.READY:
+                    raise StorageError(f"can't be sealed: {member.why}", object=set_id)
+            write_record(fd, "marks", as_object({"marks": apply_marks(found[0].marks, changes)}, set_id))
+            os.fsync(fd)  # the image is on the disk since it was made (`btrfs.snapshot`)
+            return True
+
+    def delete(self, set_id: str) -> None:
+        _check_id(SET_ID, set_id)
+        self._prepared.pop(set_id, None)
+        for store in self._stores():
+            with told(store.name):
+                if store.has(f"sets/{set_id}"):
+                    self._delete_in(store, set_id)
+                store.clear_trash(set_id)
+
+    def _delete_in(self, store: Store, set_id: str) -> None:
+        self._writable(store)
+        with store.locked(f"sets/{set_id}", wait_s=0.2) as fd:
             if fd is None:
                 return
-            for _, record in store.records():
+            for _, record in _attachments(store):
                 if record.get("set_id") == set_id:
                     where = record.get("path")
                     raise BusyError(
@@ -737,21 +332,22 @@ class BtrfsProvider(Provider):
                         object=set_id,
                         cure=f"snapshotter release {where}",
                     )
-            store.refuse_if_mounted(at, set_id)
-            store.destroy(store.discard(at))
+            store.refuse_if_mounted(f"sets/{set_id}", set_id)
+            store.destroy(store.discard(f"sets/{set_id}"))
 
     def reap(self) -> list[str]:
         removed = []
-        for store in self._known():
-            for name in store.names("trash"):
-                self._writable(store)
-                try:
-                    with store.locked(f"trash/{name}", wait_s=0.0) as fd:
-                        if fd is not None:
-                            store.destroy(f"trash/{name}")
-                            removed.append(f"{store.name} {STORE}/trash/{name}")
-                except BusyError:
-                    continue  # a live process is making it
+        for store in self._stores():
+            with told(store.name):
+                for name in store.names("trash"):
+                    self._writable(store)
+                    try:
+                        with store.locked(f"trash/{name}", wait_s=0.0) as fd:
+                            if fd is not None:
+                                store.destroy(f"trash/{name}")
+                                removed.append(f"{STORE}/trash/{name} on {store.name}")
+                    except BusyError:
+                        continue  # a live process works on it, or what keeps it is another's
         return removed
 
     # -- attachments ----------------------------------------------------------------------------------------------
@@ -764,8 +360,7 @@ class BtrfsProvider(Provider):
         destination: str,
         purpose: Purpose = Purpose.RESTORE,
     ) -> MountSpec | Tree:
-        if not ATTACHMENT_ID.fullmatch(attachment_id):
-            raise ValueError(f"{attachment_id!r} is no attachment id")
+        _check_id(ATTACHMENT_ID, attachment_id)
         set_id, number = snapshot.birth.set_id, snapshot.birth.member
         record = {
             "id": attachment_id,
@@ -777,234 +372,173 @@ class BtrfsProvider(Provider):
             "since": None,
             "maker": processes.identity(os.getpid()),
         }
-        content = _json(record, destination)
         with ExitStack() as stack:
-            store = self._at(stack, snapshot.volume)
-            stack.enter_context(_told(store.name))
-            source = self._image(store, snapshot, stack)
+            store = self._store_of(stack, snapshot.volume)
+            stack.enter_context(told(store.name))
+            source = _open_image(store, snapshot, stack)
             self._writable(store)
             name = f"{attachment_id}.{number}"
-            fd = store.born("attachments", name, {"attachment": content})
+            fd = store.born("attachments", name, {"attachment": as_object(record, destination)})
             stack.callback(os.close, fd)
-            if not store.has(f"sets/{set_id}/{number}"):  # a delete may have looked for attachments just before
+            if not store.has(f"sets/{set_id}/{number}"):
+                # A delete looked for attachments just before there was this one.
                 raise NotFoundError("was deleted meanwhile", object=set_id)
+            options: tuple[str, ...]
             if access is Access.READ_ONLY:
-                where = f"/{STORE}/sets/{set_id}/{number}"
-                return MountSpec(store.fs.source(), self.name, ("ro", "nosuid", "nodev", f"subvol={where}"))
-            btrfs.snapshot(source, fd, "clone", read_only=False)
-            return MountSpec(store.fs.source(), self.name, (f"subvol=/{STORE}/attachments/{name}/clone",))
-
-    @staticmethod
-    def _image(store: Store, snapshot: Snapshot, stack: ExitStack) -> int:
-        """The snapshot, open. Raises NotFoundError, StorageError (no valid image)."""
-        set_id, number = snapshot.birth.set_id, snapshot.birth.member
-        found = None
-        if store.fd >= 0:
-            found = next((each for each in store.snapshots(set_id) if each.birth.member == number), None)
-        if found is None:
-            raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all")
-        if found.state is not ImageState.READY:
-            raise StorageError(f"has no valid image: {found.why}", object=set_id)
-        fd = os.open(f"sets/{set_id}/{number}", _DIRECTORY, dir_fd=store.fd)
-        stack.callback(os.close, fd)
-        return fd
+                options = ("ro", "nosuid", "nodev", f"subvol=/{STORE}/sets/{set_id}/{number}")
+            else:
+                btrfs.snapshot(source, fd, "clone", read_only=False)
+                options = (f"subvol=/{STORE}/attachments/{name}/clone",)
+            return MountSpec(store.fs.source(), self.name, options)
 
     def settle(self, attachment_id: str, since: datetime) -> None:
         there = False
-        for store in self._known():
-            for path, record in store.records():
-                if record.get("id") != attachment_id:
-                    continue
-                self._writable(store)
-                with store.locked(path) as fd:
-                    if fd is not None:
-                        changed = {**record, "since": since.astimezone(UTC).isoformat(), "maker": None}
-                        _write_record(fd, "attachment", _json(changed, attachment_id))
-                        os.fsync(fd)
-                        there = True
+        stamp = {"since": since.astimezone(UTC).isoformat(), "maker": None}
+        for store in self._stores():
+            with told(store.name):
+                for path, record in list(_attachments(store)):
+                    if record.get("id") != attachment_id:
+                        continue
+                    self._writable(store)
+                    with store.locked(path) as fd:
+                        if fd is not None:
+                            write_record(fd, "attachment", as_object({**record, **stamp}, attachment_id))
+                            os.fsync(fd)
+                            there = True
         if not there:
             raise NotFoundError("no such attachment", object=attachment_id)
 
     def attachments(self) -> Iterator[Attachment]:
-        for store in self._known():
-            for _, record in store.records():
-                try:
-                    maker, since = record["maker"], record["since"]
-                    yield Attachment(
-                        id=str(record["id"]),
-                        provider=self.name,
-                        set_id=str(record["set_id"]),
-                        member=int(record["member"]),
-                        path=str(record["path"]),
-                        access=Access(record["access"]),
-                        purpose=Purpose(record["purpose"]),
-                        since=datetime.fromisoformat(since) if since else None,
-                        held=maker is not None and processes.alive((maker[0], maker[1])),
-                    )
-                except (KeyError, ValueError, TypeError, IndexError):
-                    continue
+        for store in self._stores():
+            with told(store.name):
+                for _, record in _attachments(store):
+                    try:
+                        yield _attachment(record)
+                    except (KeyError, ValueError, TypeError, IndexError):
+                        continue
 
     def detach(self, attachment_id: str) -> None:
-        if not ATTACHMENT_ID.fullmatch(attachment_id):
-            raise ValueError(f"{attachment_id!r} is no attachment id")
-        for store in self._known():
-            for name in store.names("attachments"):
-                if name.partition(".")[0] != attachment_id:
-                    continue
-                self._writable(store)
-                with store.locked(f"attachments/{name}") as fd:
-                    if fd is not None:
-                        store.refuse_if_mounted(f"attachments/{name}", attachment_id)
-                        store.destroy(store.discard(f"attachments/{name}"))
-            store.clear_trash(attachment_id)
+        _check_id(ATTACHMENT_ID, attachment_id)
+        for store in self._stores():
+            with told(store.name):
+                for name in store.names("attachments"):
+                    if name.partition(".")[0] != attachment_id:
+                        continue
+                    self._writable(store)
+                    with store.locked(f"attachments/{name}") as fd:
+                        if fd is not None:
+                            store.refuse_if_mounted(f"attachments/{name}", attachment_id)
+                            store.destroy(store.discard(f"attachments/{name}"))
+                store.clear_trash(attachment_id)
 
     # -- taking the origin's place --------------------------------------------------------------------------------
 
     def swap(self, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:
-        _check_name(swap_id)
-        path = volume.id.partition(":")[2]
+        _check_id(_SWAP_ID, swap_id)
+        path = _path(volume.id)
         with ExitStack() as stack:
-            store = self._at(stack, volume.id)
-            stack.enter_context(_told(volume.path or volume.id))
-            if not snapshot.volume.startswith(store.key + ":"):
+            store = self._store_of(stack, volume.id)
+            stack.enter_context(told(volume.path or volume.id))
+            if not snapshot.volume.startswith(_key(store.fs) + ":"):
                 raise PreconditionError(
                     "is on another file system than the set", object=volume.id, cure="restore with --to, and copy"
                 )
-            source = self._image(store, snapshot, stack)
+            source = _open_image(store, snapshot, stack)
             self._writable(store)
             for other in store.names("swaps"):
-                if other == swap_id or self._swap_record(store, other).get("volume") == path:
+                if other == swap_id or (store.object(f"swaps/{other}", "swap") or {}).get("volume") == path:
                     raise BusyError(f"swap {other} is open", object=volume.id, cure="take it back or commit it")
-            origin = self._check_swappable(store, path, stack)
+            origin = self._check_swappable(store, volume)
             record = {"volume": path, "origin": origin.uuid, "clone": None}
-            fd = store.born("swaps", swap_id, {"swap": _json(record, path)})
+            fd = store.born("swaps", swap_id, {"swap": as_object(record, path)})
             stack.callback(os.close, fd)
             btrfs.snapshot(source, fd, "other", read_only=False)
-            clone = _subvolume_at(fd, "other")
-            assert clone is not None
-            _write_record(fd, "swap", _json({**record, "clone": clone.uuid}, path))
-            self._exchange(store, swap_id, path)
+            clone = subvolume_at(fd, "other")
+            if clone is None:
+                raise StorageError("the clone is gone as soon as it was made", object=swap_id, cure="try again")
+            write_record(fd, "swap", as_object({**record, "clone": clone.uuid}, path))
+            _exchange(store, swap_id, path)
 
-    def _check_swappable(self, store: Store, path: str, stack: ExitStack) -> Subvolume:
-        what = f"{store.key}:{path}"
+    def _check_swappable(self, store: Store, volume: Volume) -> Subvolume:
+        """The origin, if another can take its place now. Raises PreconditionError, BusyError."""
+        path = _path(volume.id)
         if path == "/":
             raise PreconditionError(
-                "is the top level of its file system, which has no place to be swapped in",
-                object=what,
+                "is the top level of its file system, so nothing can take its place",
+                object=volume.id,
                 cure="restore with --to, and copy",
             )
         fd = store.subvolume(path)
-        stack.callback(os.close, fd)
-        found = btrfs.subvolume(fd)
-        self._refuse_in_use(store, path, fd)
-        if btrfs.default_subvolume(store.top) == found.id:
-            raise PreconditionError(
-                "is the default subvolume, and the set-aside would stay that",
-                object=what,
-                cure=f"mount it by subvol={path}, then: btrfs subvolume set-default 5 {store.name}",
-            )
-        for number, line in _by_number(store.fs, found.id):
-            raise PreconditionError(
-                f"{FSTAB}, line {number}, mounts it by subvolid={found.id}, which would be the set-aside: {line}",
-                object=what,
-                cure=f"write subvol={path} there instead",
-            )
-        return found
-
-    @staticmethod
-    def _refuse_in_use(store: Store, path: str, fd: int) -> None:
-        what = f"{store.key}:{path}"
-        for point in store.mounted_at(path):
-            raise BusyError(f"is mounted at {point}, which would go on to show it", object=what, cure=f"umount {point}")
-        for below, _ in btrfs.nested(fd):
-            raise BusyError(
-                f"holds another subvolume, {below!r}, which would go along with it",
-                object=what,
-                cure="move that away, or restore with --to, and copy",
-            )
-
-    @staticmethod
-    def _exchange(store: Store, swap_id: str, path: str) -> None:
-        """What is at `path` and the swap's `other` change places, and that is on the disk."""
         try:
-            btrfs.rename(store.fd, f"swaps/{swap_id}/other", store.top, path.lstrip("/"), exchange=True)
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                raise BusyError("something is mounted on it", object=f"{store.key}:{path}", cure="unmount it") from None
-            raise
-        btrfs.commit(store.top)
-
-    @staticmethod
-    def _swap_record(store: Store, swap_id: str) -> dict[str, Any]:
-        fd = _open(f"swaps/{swap_id}", store.fd)
-        if fd is None:
-            return {}
-        try:
-            return _object(_record(fd, "swap")) or {}
+            origin = btrfs.subvolume(fd)
+            _refuse_in_use(store, path, fd)
         finally:
             os.close(fd)
+        if btrfs.default_subvolume(store.top) == origin.id:
+            raise PreconditionError(
+                "is the file system's default subvolume, which would stay what is set aside",
+                object=volume.id,
+                cure=f"mount it by subvol={path}, then: btrfs subvolume set-default 5 {store.name}",
+            )
+        for number, line in by_number(store.fs, origin.id):
+            raise PreconditionError(
+                f"{FSTAB}, line {number}, would mount what is set aside: {line}",
+                object=volume.id,
+                cure=f"write subvol={path} there instead of subvolid={origin.id}",
+            )
+        return origin
 
     def swap_back(self, swap_id: str) -> None:
-        _check_name(swap_id)
-        for store in self._known():
-            if store.has(f"swaps/{swap_id}"):
-                self._writable(store)
-                with store.locked(f"swaps/{swap_id}") as fd, _told(store.name):
-                    if fd is not None:
-                        self._take_back(store, swap_id, fd)
-                        store.destroy(store.discard(f"swaps/{swap_id}"))
-            store.clear_trash(swap_id)
-
-    def _take_back(self, store: Store, swap_id: str, fd: int) -> None:
-        """The origin is at its place again, whichever step the swap had come to."""
-        record = self._swap_record(store, swap_id)
-        path, origin = str(record.get("volume")), record.get("origin")
-        other = _subvolume_at(fd, "other")
-        there = _subvolume_at(store.top, path.lstrip("/"))
-        if other is None or other.uuid != origin:
-            if there is None or there.uuid != origin:
-                raise StorageError(
-                    "what was set aside is gone", object=swap_id, cure="keep what is there: commit the swap"
-                )
-            return
-        if there is None:
-            btrfs.rename(store.fd, f"swaps/{swap_id}/other", store.top, path.lstrip("/"))
-            btrfs.commit(store.top)
-            return
-        if there.uuid != record.get("clone"):
-            raise BusyError(
-                "something else has been put there since the swap", object=f"{store.key}:{path}", cure="move it away"
-            )
-        live = store.subvolume(path)
-        try:
-            self._refuse_in_use(store, path, live)
-        finally:
-            os.close(live)
-        self._exchange(store, swap_id, path)
+        _check_id(_SWAP_ID, swap_id)
+        for store in self._stores():
+            with told(store.name):
+                if store.has(f"swaps/{swap_id}"):
+                    self._writable(store)
+                    with store.locked(f"swaps/{swap_id}") as fd:
+                        if fd is not None:
+                            _take_back(store, swap_id, fd)
+                            store.destroy(store.discard(f"swaps/{swap_id}"))
+                store.clear_trash(swap_id)
 
     def swap_commit(self, swap_id: str) -> None:
-        _check_name(swap_id)
-        for store in self._known():
-            at = f"swaps/{swap_id}"
-            if store.has(at):
-                self._writable(store)
-                with store.locked(at) as fd, _told(store.name):
-                    if fd is not None:
-                        record, other = self._swap_record(store, swap_id), _subvolume_at(fd, "other")
-                        if other is not None and other.uuid != record.get("origin"):
-                            raise StorageError("the swap was never finished", object=swap_id, cure="take it back")
-                        store.refuse_if_mounted(at, swap_id)
-                        store.destroy(store.discard(at))
-            store.clear_trash(swap_id)
+        _check_id(_SWAP_ID, swap_id)
+        for store in self._stores():
+            with told(store.name):
+                if store.has(f"swaps/{swap_id}"):
+                    self._writable(store)
+                    with store.locked(f"swaps/{swap_id}") as fd:
+                        if fd is not None:
+                            _forget_origin(store, swap_id, fd)
+                store.clear_trash(swap_id)
 
     def swaps(self) -> Iterator[str]:
-        for store in self._known():
-            yield from sorted(store.names("swaps"))
+        for store in self._stores():
+            with told(store.name):
+                yield from sorted(store.names("swaps"))
 
 
-def _check_name(swap_id: str) -> None:
-    if not _NAME.fullmatch(swap_id):
-        raise ValueError(f"{swap_id!r} is no swap id")
+# ------------------------------------------------------------------------------------------------- sets in a store
+
+
+def _key(fs: FileSystem) -> str:
+    return fs.uuid[:_UUID_PART]
+
+
+def _path(volume: str) -> str:
+    return volume.partition(":")[2]
+
+
+def _join(path: str, below: str) -> str:
+    return f"{path.rstrip('/')}/{below}"
+
+
+def _within(path: str, top: str) -> bool:
+    return is_under(f"/{path}", f"/{top}" if top else "/")
+
+
+def _check_id(pattern: re.Pattern[str], given: str) -> None:
+    if not pattern.fullmatch(given):
+        raise ValueError(f"{given!r} is no id")
 
 
 def _member(birth: Birth, volume: Volume) -> int:
@@ -1014,27 +548,165 @@ def _member(birth: Birth, volume: Volume) -> int:
     raise PreconditionError("is no member of the set", object=volume.id)
 
 
-def _join(path: str, below: str) -> str:
-    return f"{path.rstrip('/')}/{below}"
-
-
 def _room(fd: int) -> tuple[int, int]:
-    """Bytes in all and available; the kernel says 0 available where metadata has no room left."""
+    """Bytes in all, and available: the kernel says 0 where metadata has no room left."""
     found = os.fstatvfs(fd)
     return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
 
 
-def _subvolume_at(at: int, path: str) -> Subvolume | None:
-    fd = _open(path, at)
-    if fd is None:
-        return None
+def _next_order(store: Store) -> int:
+    """A number above all given out before on this file system; about the UTC second, so that those of several file
+    systems and providers compare."""
+    with store.locked("sets") as fd:
+        assert fd is not None
+        last = int(read_record(fd, "order") or b"0")
+        number = max(last + 1, int(time.time()))
+        write_record(fd, "order", str(number).encode())
+        return number
+
+
+def _snapshots(store: Store, set_id: str | None = None) -> Iterator[Snapshot]:
+    for name in [set_id] if set_id is not None else store.names("sets"):
+        fd = open_directory(f"sets/{name}", store.fd) if store.fd >= 0 and SET_ID.fullmatch(name) else None
+        if fd is not None:
+            try:
+                yield from _of_set(_key(store.fs), fd, name)
+            finally:
+                os.close(fd)
+
+
+def _of_set(key: str, fd: int, set_id: str) -> Iterator[Snapshot]:
+    birth = decode_birth((read_record(fd, "birth") or b"").decode("ascii", "replace"))
+    if birth is None or birth.set_id != set_id:
+        return
+    read = (read_object(fd, "marks") or {}).get("marks", {})
+    marks = {name: value for name, value in read.items() if name in MARK_NAMES and isinstance(value, str)}
+    order = read_record(fd, "order") or b""
+    for number, member in enumerate(birth.members):
+        if member.provider != BtrfsProvider.name or member.volume.partition(":")[0] != key:
+            continue
+        why = _lacks(fd, str(number))
+        yield Snapshot(
+            provider=BtrfsProvider.name,
+            id=f"{key}:/{STORE}/sets/{set_id}/{number}",
+            birth=birth.of_member(number),
+            state=ImageState.INVALID if why else ImageState.READY,
+            marks=marks,
+            order=int(order) if order.isdigit() else 0,
+            why=why,
+        )
+
+
+def _lacks(at: int, name: str) -> str:
+    """Why this is no image, for a person; '' if it is one. The kernel's word."""
+    found = subvolume_at(at, name)
+    if found is None:
+        return "its snapshot is gone"
+    if not found.read_only:
+        return "its snapshot was made writable, so it may have been changed"
+    return "" if found.origin else "its snapshot is a snapshot of nothing"
+
+
+def _open_image(store: Store, snapshot: Snapshot, stack: ExitStack) -> int:
+    """Raises NotFoundError, StorageError (no valid image)."""
+    set_id, number = snapshot.birth.set_id, snapshot.birth.member
+    found = next((each for each in _snapshots(store, set_id) if each.birth.member == number), None)
+    if found is None:
+        raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all")
+    if found.state is not ImageState.READY:
+        raise StorageError(f"has no valid image: {found.why}", object=set_id, cure="restore another set")
+    fd = os.open(f"sets/{set_id}/{number}", DIRECTORY, dir_fd=store.fd)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _attachments(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(directory, record) of each attachment's part here."""
+    for name in store.names("attachments"):
+        record = store.object(f"attachments/{name}", "attachment")
+        if record is not None and record.get("id") == name.partition(".")[0]:
+            yield f"attachments/{name}", record
+
+
+def _attachment(record: Mapping[str, Any]) -> Attachment:
+    maker, since = record["maker"], record["since"]
+    return Attachment(
+        id=str(record["id"]),
+        provider=BtrfsProvider.name,
+        set_id=str(record["set_id"]),
+        member=int(record["member"]),
+        path=str(record["path"]),
+        access=Access(record["access"]),
+        purpose=Purpose(record["purpose"]),
+        since=datetime.fromisoformat(since) if since else None,
+        held=maker is not None and processes.alive((maker[0], maker[1])),
+    )
+
+
+# -------------------------------------------------------------------------------------------------- steps of a swap
+
+
+def _exchange(store: Store, swap_id: str, path: str) -> None:
+    """What is at `path` and the swap's `other` change places, and that is on the disk."""
     try:
-        return btrfs.subvolume(fd) if btrfs.is_top(os.fstat(fd)) else None
-    finally:
-        os.close(fd)
+        btrfs.rename(store.fd, f"swaps/{swap_id}/other", store.top, path.lstrip("/"), exchange=True)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise BusyError("something is mounted over it", object=f"{path} of {store.name}", cure="umount") from None
+        raise
+    btrfs.commit(store.top)
 
 
-def _by_number(fs: FileSystem, number: int) -> Iterator[tuple[int, str]]:
+def _take_back(store: Store, swap_id: str, fd: int) -> None:
+    """The origin is in its place again, whichever step the swap had come to: who is who is known by UUID."""
+    record = read_object(fd, "swap") or {}
+    path, origin = str(record.get("volume")), record.get("origin")
+    other, there = subvolume_at(fd, "other"), subvolume_at(store.top, path.lstrip("/"))
+    if other is None or other.uuid != origin:
+        if there is None or there.uuid != origin:
+            raise StorageError("what it set aside is gone", object=swap_id, cure="commit it, to keep what is there")
+    elif there is None:
+        btrfs.rename(store.fd, f"swaps/{swap_id}/other", store.top, path.lstrip("/"))
+        btrfs.commit(store.top)
+    elif there.uuid != record.get("clone"):
+        raise BusyError(
+            "something else was put there since the swap", object=f"{path} of {store.name}", cure="move it away"
+        )
+    else:
+        live = store.subvolume(path)
+        try:
+            _refuse_in_use(store, path, live)
+        finally:
+            os.close(live)
+        _exchange(store, swap_id, path)
+
+
+def _forget_origin(store: Store, swap_id: str, fd: int) -> None:
+    other = subvolume_at(fd, "other")
+    if other is not None:
+        if other.uuid != (read_object(fd, "swap") or {}).get("origin"):
+            raise StorageError("the swap was never finished", object=swap_id, cure="take it back")
+        aside = os.open("other", DIRECTORY, dir_fd=fd)
+        try:
+            _refuse_in_use(store, f"/{STORE}/swaps/{swap_id}/other", aside)
+        finally:
+            os.close(aside)
+    store.destroy(store.discard(f"swaps/{swap_id}"))
+
+
+def _refuse_in_use(store: Store, path: str, fd: int) -> None:
+    what = f"{path} of {store.name}"
+    for point in store.mounted_at(path):
+        raise BusyError(f"is mounted at {point}, which would go on to show it", object=what, cure=f"umount {point}")
+    for below, _ in btrfs.nested(fd):
+        raise BusyError(
+            f"holds another subvolume, {below!r}, which would go where it goes",
+            object=what,
+            cure="move that away, or restore with --to, and copy",
+        )
+
+
+def by_number(fs: FileSystem, number: int) -> Iterator[tuple[int, str]]:
     """(line number, line) of each line of fstab that mounts this subvolume by its number, as far as can be told."""
     try:
         with open(FSTAB, encoding="utf-8", errors="surrogateescape") as file:
@@ -1047,11 +719,10 @@ def _by_number(fs: FileSystem, number: int) -> Iterator[tuple[int, str]]:
             continue
         for option in words[3].split(","):
             name, _, value = option.partition("=")
-            try:
-                if name == "subvolid" and int(value, 0) == number:
-                    yield count, line.strip()
-            except ValueError:
+            if name != "subvolid" or not re.fullmatch(r"0x[0-9a-fA-F]+|[0-9]+", value):
                 continue
+            if int(value, 16 if value[:2] == "0x" else 8 if value[0] == "0" else 10) == number:
+                yield count, line.strip()
 
 
 def _may_be(fs: FileSystem, spec: str) -> bool:

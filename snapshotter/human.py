@@ -180,10 +180,15 @@ def profile(document: Document) -> str:
     for name, value in found.items():
         if name in ("name", "title") or not value:
             continue
-        if isinstance(value, Mapping):
-            value = "; ".join(f"{key}: {entry}" for key, entry in value.items() if entry)
-        lines.append(f"  {name}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+        entries = [value] if isinstance(value, Mapping | str) else value
+        lines += [f"  {name}: {_flat(entry)}" for entry in entries] if isinstance(entries[0], Mapping) else []
+        lines += [] if isinstance(entries[0], Mapping) else [f"  {name}: {', '.join(map(str, entries))}"]
     return "\n".join(lines)
+
+
+def _flat(entry: Mapping[str, Any]) -> str:
+    shown = {key: " and ".join(value) if isinstance(value, list | tuple) else value for key, value in entry.items()}
+    return "; ".join(f"{key}: {value}" for key, value in shown.items() if value)
 
 
 def providers(document: Document) -> str:

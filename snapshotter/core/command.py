@@ -75,10 +75,8 @@ def run(
             pass_fds=tuple(keep_fds),
             check=False,
         )
-    except (FileNotFoundError, PermissionError) as error:
-        raise PreconditionError(
-            f"can't run {argv[0]}: {error.strerror}", object=argv[0], cure="install it, or mend PATH"
-        ) from None
+    except OSError as error:
+        raise _cannot_run(argv, error) from None
     except subprocess.TimeoutExpired:
         raise StorageError(f"{argv[0]} did not end within {timeout:g} s", object=" ".join(argv[:3])) from None
     return Outcome(tuple(argv), done.returncode, done.stdout, done.stderr)
@@ -91,14 +89,22 @@ def start(
     stdin: int | None = None,
     stdout: int | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own and don't wait (the watchdog is the one user)."""
-    return subprocess.Popen(
-        list(argv),
-        stdin=subprocess.DEVNULL if stdin is None else stdin,
-        stdout=subprocess.DEVNULL if stdout is None else stdout,
-        stderr=subprocess.DEVNULL,
-        env=environment(),
-        start_new_session=True,
-        pass_fds=tuple(keep_fds),
-        cwd="/",
-    )
+    """Start a program in a session of its own and don't wait (the watchdog is the one user). Raises
+    PreconditionError."""
+    try:
+        return subprocess.Popen(
+            list(argv),
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
+            stdout=subprocess.DEVNULL if stdout is None else stdout,
+            stderr=subprocess.DEVNULL,
+            env=environment(),
+            start_new_session=True,
+            pass_fds=tuple(keep_fds),
+            cwd="/",
+        )
+    except OSError as error:
+        raise _cannot_run(argv, error) from None
+
+
+def _cannot_run(argv: Sequence[str], error: OSError) -> PreconditionError:
+    return PreconditionError(f"can't run it: {error.strerror}", object=argv[0], cure="install it, or mend PATH")

@@ -44,7 +44,7 @@ _ROOT_READ_ONLY = 1  # BTRFS_ROOT_SUBVOL_RDONLY, in what GET_SUBVOL_INFO says
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # the same on every architecture
 _SET_FLAG, _SET_STRING, _CMD_CREATE = 0, 1, 6
 _ATTRS = 0x2 | 0x4 | 0x8 | 0x10  # nosuid, nodev, noexec, noatime
-DIRECTORY = os.O_RDONLY | os.ODIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -443,4 +443,3 @@ def needs() -> list[str]:
     if effective is None or not int(effective[1], 16) >> 21 & 1:  # CAP_SYS_ADMIN
         return ["snapshots of btrfs need root (CAP_SYS_ADMIN): run as root, or use --provider copy"]
     return []
-

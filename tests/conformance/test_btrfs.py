@@ -1,104 +1,19 @@
-"""The provider contract, held against btrfs on loop devices: subvolumes seen through a mount of the top level, and, where
-the swap is a remount, through mounts of their own."""
+"""The provider contract, held against btrfs on a loop device: subvolumes seen through a mount of the top level."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
-from providers.btrfs import BtrfsProvider
-from snapshotter.core.model import Snapshot, Volume
-from snapshotter.host import btrfs
-from snapshotter.host.mounts import mount_of
-from snapshotter.provider import Settings
 from snapshotter.testing.conformance import ProviderConformance
-from snapshotter.testing.harness import Harness
-from tests.support import loop_file_system
+from tests.unit.btrfs_kit import BtrfsHarness, btrfs_harness
 
 pytestmark = pytest.mark.root
 
 
-def command(*words: str) -> str:
-    """The `btrfs` command: what another tool, or an operator, sees and does."""
-    return subprocess.run(["btrfs", *words], check=True, capture_output=True, text=True).stdout
-
-
-class BtrfsHarness(Harness):
-    """`point` is where the top level is mounted."""
-
-    def __init__(self, point: Path, scratch: Path) -> None:
-        self.point = point
-        self.scratch = scratch
-        self.store = point / btrfs.STORE
-        self._made = 0
-        self._origins: set[str] = set()
-
-    def _number(self) -> int:
-        self._made += 1
-        return self._made
-
-    def provider(self) -> BtrfsProvider:
-        return BtrfsProvider(Settings(str(self.scratch / "state"), floor=0.0))
-
-    def volume(self) -> Volume:
-        path = str(self.point / f"data-{self._number()}")
-        command("subvolume", "create", path)
-        self._origins.add(os.path.basename(path))
-        return self.claimed(path)
-
-    def claimed(self, path: str) -> Volume:
-        claimed = self.provider().claim(mount_of(path), path)
-        assert claimed is not None
-        return claimed
-
-    def foreign(self, volume: Volume) -> Callable[[], bool]:
-        """As snapper (a subvolume beside, with snapshots in it), as btrbk (beside, by date), and with our own names and
-        records in the wrong place or form."""
-        assert volume.path is not None
-        self.provider().reap()
-        number = self._number()
-        theirs = [self.point / f"snapper-{number}" / "1" / "snapshot", self.point / f"btrbk-{number}.20261122T1006"]
-        command("subvolume", "create", str(self.point / f"snapper-{number}"))
-        if self.store.is_dir():
-            theirs += [
-                self.store / "sets" / f"s20261122t100630z-5f3a9{number % 10}",
-                self.store / "sets" / f"s20261122t100630z-5f3a9c.bak{number}",
-                self.store / f"s20261122t100630z-{number:06}",
-            ]
-        for path in theirs:
-            path.parent.mkdir(exist_ok=True)
-            command("subvolume", "snapshot", "-r", volume.path, str(path))
-        before = [command("subvolume", "show", str(path)) for path in theirs]
-        return lambda: [command("subvolume", "show", str(path)) for path in theirs] == before
-
-    def destination(self) -> str:
-        return str(self.scratch / f"attached-{self._number()}")
-
-    def objects(self) -> set[str]:
-        found = {line.split(" path ", 1)[1] for line in command("subvolume", "list", str(self.point)).splitlines()}
-        found -= {btrfs.STORE, *self._origins}
-        if self.store.is_dir():
-            found |= {str(path) for kind in self.store.iterdir() for path in kind.iterdir()}
-        return found | {name for name in os.listdir(self.scratch) if name.startswith("attached-")}
-
-    def damage(self, snapshot: Snapshot) -> bool:
-        command("subvolume", "delete", str(self.store / "sets" / snapshot.birth.set_id / str(snapshot.birth.member)))
-        return True
-
-
-@pytest.fixture
-def harness(tmp_path: Path) -> Iterator[BtrfsHarness]:
-    with loop_file_system("btrfs", tmp_path) as point:
-        yield BtrfsHarness(point, tmp_path)
-
-
 class TestBtrfs(ProviderConformance):
     @pytest.fixture
-    def harness(self, tmp_path: Path) -> Iterator[BtrfsHarness]:
-        with loop_file_system("btrfs", tmp_path) as point:
-            yield BtrfsHarness(point, tmp_path)
+    def harness(self) -> Iterator[BtrfsHarness]:
+        with btrfs_harness() as harness:
+            yield harness

@@ -62,29 +62,37 @@ def test_a_client_is_taken_hot_and_its_clone_goes_on(
     rounds = 5 if request.config.getoption("--full") else 2
     with place_of(kind, tmp_path) as place:
         node = client(place / "node")
-        node.wait_for(3)
-        config = f'[node.ours]\npath = "{node.data}"\nrpc = "{node.rpc}"\nprovider = "{how}"\n'
-        command = Command(place / "etc", config=config)
-        assert command.json("take", "--dry-run")["profile"] == "ethereumjs"
-        for turn in range(rounds):
-            before = node.height()
-            taken = command.json("take")
-            after = node.height()
-            assert taken["good"] and taken["state"] == "ready", taken
-            assert {member["provider"] for member in taken["snapshots"]} == {how}
-            check_height(taken, node, before, after)
-            clone = place / f"clone-{turn}"
-            command.json("restore", taken["set_id"], "--to", str(clone))
-            node.wait_for(after + 1)  # it goes on; its clone isn't fed from it
-            revived = client(clone)
+        try:
+            node.wait_for(3)
+            take_and_revive(place, node, client, how, rounds)
+        finally:
+            node.kill()  # before its file system goes
+
+
+def take_and_revive(place: Path, node: EthereumJs, client: Client, how: str, rounds: int) -> None:
+    config = f'[node.ours]\npath = "{node.data}"\nrpc = "{node.rpc}"\nprovider = "{how}"\n'
+    command = Command(place / "etc", config=config)
+    assert command.json("take", "--dry-run")["profile"] == "ethereumjs"
+    for turn in range(rounds):
+        before = node.height()
+        taken = command.json("take")
+        after = node.height()
+        assert taken["good"] and taken["state"] == "ready", taken
+        assert {member["provider"] for member in taken["snapshots"]} == {how}
+        check_height(taken, node, before, after)
+        clone = place / f"clone-{turn}"
+        command.json("restore", taken["set_id"], "--to", str(clone))
+        node.wait_for(after + 1)  # it goes on; its clone isn't fed from it
+        revived = client(clone)
+        try:
             check_revived(revived, node, taken, before)
+        finally:
             revived.kill()
-            command.json("release", str(clone), "--discard-changes")
-            assert not clone.exists()
-        sets = command.json("list")["sets"]
-        assert len(sets) == rounds and all(entry["good"] for entry in sets)
-        assert node.chain(node.height())
-        node.kill()
+        command.json("release", str(clone), "--discard-changes")
+        assert not clone.exists()
+    sets = command.json("list")["sets"]
+    assert len(sets) == rounds and all(entry["good"] for entry in sets)
+    assert node.chain(node.height())
 
 
 def check_height(taken: dict[str, Any], node: EthereumJs, before: int, after: int) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from providers.copy import CopyProvider
 from snapshotter.core.model import Access, Birth, Hold, Progress, Snapshot, Volume, new_attachment_id, utc_now
@@ -77,6 +81,15 @@ class Place:
             if (self.store / kind).is_dir():
                 found |= {f"{kind}/{name}" for name in os.listdir(self.store / kind)}
         return found
+
+
+@pytest.fixture
+def reachable() -> Iterator[Path]:
+    """A directory that every user can reach: pytest closes its own to others, again at the start of every run."""
+    made = tempfile.mkdtemp(prefix="copy-")
+    os.chmod(made, 0o755)
+    yield Path(made)
+    shutil.rmtree(made)
 
 
 def settle() -> None:

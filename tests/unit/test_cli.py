@@ -303,3 +303,66 @@ def test_errors_for_a_person_are_one_line(command: Command) -> None:
     done = command.run("show", "nonsense")
     assert done.returncode == 4 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_init_finds_and_writes(command: Command, data: Path) -> None:
+    command.config.unlink()
+    shown = command.run("init", str(data), "--type", "validator", "--config", str(command.config))
+    assert shown.returncode == 2, "a config that was named must be there, unless it is about to be written"
+    said = command.json("init", str(data), "--type", "validator", "--write")
+    assert said["found"]["profile"] == "besu" and said["found"]["provider"] == "copy"
+    assert command.config.stat().st_mode & 0o077 == 0
+    taken = command.json("take", "node")
+    assert taken["path"] == str(data)
+    assert "already" in command.error("init", str(data), "--write", exit_code=2)["line"]
+
+
+def test_init_keeps_what_the_config_says(command: Command, data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "place" / "other"
+    other.mkdir()
+    command.config.write_text(f'# mine\n[node.a]\npath = "{data}"\n')
+    command.json("init", str(other), "--write")
+    assert command.config.read_text().startswith("# mine\n[node.a]")
+    assert {entry["node"] for entry in command.json("take", "--all")["sets"]} == {"a", "other"}
+
+
+def test_providers_and_profiles(command: Command, data: Path) -> None:
+    said = command.json("providers", str(data))
+    assert said["serves"] in [entry["provider"] for entry in said["providers"]]
+    assert all(entry["serves"] or entry["reason"] for entry in said["providers"]), "each no has its reason"
+    refused = command.run("providers", "/dev/shm", "--json")
+    assert refused.returncode == 3 and json.loads(refused.stdout)["serves"] is None
+    assert {"besu", "generic"} <= {entry["name"] for entry in command.json("profile")["profiles"]}
+    assert command.json("profile", str(data))["profile"]["name"] == "besu"
+    assert command.json("profile", "besu")["profile"]["secrets"] == ["key"]
+
+
+def test_every_command_speaks_to_a_person_too(command: Command, data: Path, tmp_path: Path) -> None:
+    """The text forms run, end with 0, and print no Python."""
+    identity = command.json("take", str(data))["set_id"]
+    clone = str(tmp_path / "clone")
+    for words in (
+        ["take", str(data), "-n"], ["take", str(data)], ["list"], ["show", identity], ["pin", identity],
+        ["unpin", identity], ["restore", identity, "--to", clone, "-n"], ["restore", identity, "--to", clone],
+        ["show", identity], ["release", clone], ["delete", identity, "--yes"], ["reap"], ["profile"],
+        ["profile", "besu"], ["providers"], ["providers", str(data)], ["init", str(tmp_path / "place")],
+    ):  # fmt: skip
+        done = command.run(*words)
+        assert done.returncode == 0, (words, done.stderr)
+        assert done.stdout and "None" not in done.stdout and "{" not in done.stdout, (words, done.stdout)
+
+
+def test_another_hosts_set_is_looked_at_but_not_touched(command: Command, data: Path, tmp_path: Path) -> None:
+    identity = command.json("take", str(data))["set_id"]
+    birth = next((tmp_path / "place" / ".snapshotter" / "sets" / identity).glob("birth*.json"))
+    record = json.loads(birth.read_text())
+    record["h"] = "elsewhere-00000000"
+    birth.write_text(json.dumps(record, separators=(",", ":")))
+    assert command.json("show", identity)["host"] == "elsewhere-00000000"
+    for words in (
+        ["pin", identity],
+        ["delete", identity, "--yes", "--last"],
+        ["restore", identity, "--to", str(tmp_path / "c")],
+    ):
+        assert "--from-host" in command.error(*words, exit_code=2)["line"]
+    command.json("restore", identity, "--to", str(tmp_path / "c"), "--from-host")

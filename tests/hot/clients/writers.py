@@ -1,7 +1,7 @@
 """Small writers on databases that people run nodes on: LevelDB, LMDB and SQLite with a write-ahead log, for tests.
 
 Record n is one synced transaction; after the engine has acknowledged it, n is written to a file outside the data path:
-what stands there may never be missing from an image taken later. The newest KEPT records stay, older ones are removed:
+what stands there may never be missing from an image taken later. The newest records stay, older ones are removed:
 so blocks of the database are used again and again, and compaction and checkpoints never end.
 
     python writers.py run ENGINE DATA ACKS      runs until SIGTERM
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -34,7 +35,9 @@ def value_of(number: int) -> bytes:
 
 
 class Engine(ABC):
-    """One database. Numbers are > 0."""
+    """One database. Numbers are > 0; the newest `kept` records are in it."""
+
+    kept = KEPT
 
     @abstractmethod
     def __init__(self, data: Path) -> None: ...
@@ -71,7 +74,7 @@ class LevelDb(Engine):
     def write(self, number: int) -> None:
         with self.database.write_batch(sync=True, transaction=True) as batch:
             batch.put(key_of(number), value_of(number))
-            batch.delete(key_of(number - KEPT) if number > KEPT else b"none")
+            batch.delete(key_of(max(0, number - KEPT)))
             batch.put(b"head", key_of(number))
 
     def head(self) -> int:
@@ -156,7 +159,63 @@ class Sqlite(Engine):
         self.database.close()
 
 
-ENGINES: dict[str, type[Engine]] = {"leveldb": LevelDb, "lmdb": Lmdb, "lmdb-unsynced": LmdbUnsynced, "sqlite": Sqlite}
+class Directories(Engine):
+    """No database: each record lies in a directory of its own, made aside and renamed into the place of an older one,
+    as checkpoints are published. So what has the same path before and after is another directory."""
+
+    kept = 16
+
+    def __init__(self, data: Path) -> None:
+        data.mkdir(exist_ok=True)
+        # As every database has one. It also tells whom to pause: one that has nothing open for writing at the instant
+        # when that is asked, and writes afterwards, can only be found out (and the take refused).
+        self.lock = os.open(data / "LOCK", os.O_RDWR | os.O_CREAT, 0o600)
+        self.data, self.making, self.gone = data, data / "making", data / "gone"
+        if (self.gone / "number").exists():
+            slot = self.slot(int((self.gone / "number").read_text()))
+            if not slot.exists():
+                self.gone.rename(slot)
+        for leftover in (self.making, self.gone):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def slot(self, number: int) -> Path:
+        return self.data / f"slot-{number % self.kept}"
+
+    def write(self, number: int) -> None:
+        self.making.mkdir()
+        for name, content in (("number", str(number).encode()), ("value", value_of(number))):
+            with open(self.making / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        self.sync(self.making)
+        if self.slot(number).exists():
+            self.slot(number).rename(self.gone)
+        self.making.rename(self.slot(number))
+        self.sync(self.data)
+        shutil.rmtree(self.gone, ignore_errors=True)
+
+    @staticmethod
+    def sync(directory: Path) -> None:
+        fd = os.open(directory, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+    def head(self) -> int:
+        return max((number for number, _ in self.records()), default=0)
+
+    def records(self) -> Iterator[tuple[int, bytes]]:
+        for slot in self.data.glob("slot-*"):
+            yield int((slot / "number").read_text()), (slot / "value").read_bytes()
+
+
+ENGINES: dict[str, type[Engine]] = {
+    "leveldb": LevelDb,
+    "lmdb": Lmdb,
+    "lmdb-unsynced": LmdbUnsynced,
+    "sqlite": Sqlite,
+    "directories": Directories,
+}
 
 
 def run(engine: str, data: Path, acks: Path) -> None:
@@ -183,7 +242,7 @@ def check(engine: str, data: Path) -> dict[str, int]:
     there that must not be."""
     database = ENGINES[engine](data)
     head = database.head()
-    expected = set(range(max(1, head - KEPT + 1), head + 1))
+    expected = set(range(max(1, head - database.kept + 1), head + 1))
     lost = 0
     for number, value in database.records():
         if number in expected and value == value_of(number):
