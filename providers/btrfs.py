@@ -85,6 +85,7 @@ class BtrfsProvider(Provider):
         writable_clone=True,
         swaps=True,
         needs_host=True,
+        subvolumes_apart=True,
         limits=LabelLimits(),
     )
 
@@ -665,13 +666,14 @@ def _take_back(store: Store, swap_id: str, fd: int) -> None:
     if other is None or other.uuid != origin:
         if there is None or there.uuid != origin:
             raise StorageError("what it set aside is gone", object=swap_id, cure="commit it, to keep what is there")
-    elif there is None:
-        btrfs.rename(store.fd, f"swaps/{swap_id}/other", store.top, path.lstrip("/"))
+    elif there is None or there.uuid != record.get("clone"):
+        try:
+            btrfs.rename(store.fd, f"swaps/{swap_id}/other", store.top, path.lstrip("/"))
+        except FileExistsError:
+            raise BusyError(
+                "something else was put there since the swap", object=f"{path} of {store.name}", cure="move it away"
+            ) from None
         btrfs.commit(store.top)
-    elif there.uuid != record.get("clone"):
-        raise BusyError(
-            "something else was put there since the swap", object=f"{path} of {store.name}", cure="move it away"
-        )
     else:
         live = store.subvolume(path)
         try:

@@ -293,7 +293,6 @@ class CopyProvider(Provider):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.warnings: list[str] = []
         self._used: list[str] = []
         self._cache = KnownStores(os.path.join(settings.state, "copy-stores"))
         self._reported = 0.0
@@ -560,6 +559,9 @@ class CopyProvider(Provider):
                 now = part.walk(tree.no_tick)
                 self._watch(making, part, now)
                 part.update(now, self._volatile(making.mapped))
+            # What this pass replaced would need the room a second time.
+            with tree.open_tree(f"sets/{making.birth.set_id}/attic", dir_fd=making.store.fd, unlock=True) as attic:
+                tree.remove_content(attic)
             # Else the copies of the pause would have to wait until these are on the disk.
             tree.syncfs(making.store.fd)
             expected, variable, unsettled_s = self._predict(making)
@@ -660,7 +662,7 @@ class CopyProvider(Provider):
             # Only the rename here: the writers are held, and the core calls `delete` once they aren't.
             self._abandon(making, remove=False)
             raise
-        self.warnings = [*dict.fromkeys(text for part in making.parts for text in part.mirror.warnings)]
+        self.notes = [*dict.fromkeys(text for part in making.parts for text in part.mirror.warnings)]
         del _MAKING[birth.set_id]
         making.close()
         return made
@@ -870,7 +872,7 @@ class CopyProvider(Provider):
             now = tree.walk(source)
             made.update(now)
             made.finish(now)
-        self.warnings = made.warnings
+        self.notes = made.warnings
         # More than a tick of the kernel's clock: what is written to the clone from now on has a later ctime.
         time.sleep(0.02)
 

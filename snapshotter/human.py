@@ -180,9 +180,9 @@ def profile(document: Document) -> str:
     for name, value in found.items():
         if name in ("name", "title") or not value:
             continue
-        entries = [value] if isinstance(value, Mapping | str) else value
-        lines += [f"  {name}: {_flat(entry)}" for entry in entries] if isinstance(entries[0], Mapping) else []
-        lines += [] if isinstance(entries[0], Mapping) else [f"  {name}: {', '.join(map(str, entries))}"]
+        entries = [value] if isinstance(value, Mapping | str) else list(value)
+        tables = [f"  {name}: {_flat(entry)}" for entry in entries if isinstance(entry, Mapping)]
+        lines += tables or [f"  {name}: {', '.join(map(str, entries))}"]
     return "\n".join(lines)
 
 

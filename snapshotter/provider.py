@@ -79,6 +79,8 @@ class Provider(ABC):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        #: What a person should know of the last `create` or `attach` (owners that couldn't be kept, ...).
+        self.notes: list[str] = []
 
     @abstractmethod
     def availability(self) -> list[str]:
@@ -195,6 +197,7 @@ class Provider(ABC):
 
 #: name -> "module:class", and the extra to install if the module's import fails.
 BUILT_IN: Mapping[str, tuple[str, str]] = {
+    "btrfs": ("providers.btrfs:BtrfsProvider", ""),
     "copy": ("providers.copy:CopyProvider", ""),
 }
 #: Which claim wins, nearest to the file system first. `copy` serves only where nothing else claims, or on request.

@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
-from snapshotter.core.labels import loads
 from snapshotter.host import btrfs, mounts
 from snapshotter.host.btrfs import DIRECTORY, STORE, FileSystem
 from snapshotter.host.mounts import is_under
@@ -98,7 +97,7 @@ def read_object(fd: int, name: str) -> dict[str, Any] | None:
     """A JSON object of this schema; None for anything else."""
     content = read_record(fd, name)
     try:
-        read = loads(content.decode("utf-8", "surrogateescape")) if content else None
+        read = json.loads(content.decode("utf-8", "surrogateescape")) if content else None
     except ValueError:
         return None
     return read if isinstance(read, dict) and read.get("schema") == SCHEMA else None

@@ -8,6 +8,7 @@ link target, and the fields of the source's `Entry` as it was when the copy bega
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import stat
@@ -55,6 +56,10 @@ class Copied(NamedTuple):
     line: str  # of the manifest; made here because a pause is no time for it
 
 
+#: Names in attics: unique in this process, as several mirrors may share one.
+_RETIRED = itertools.count()
+
+
 class Shares:
     """An earlier image of the same tree: what of it a new one may share. `unchanged` is path -> (ino, size, mtime ns,
     ctime ns) of its clean regular files."""
@@ -100,7 +105,6 @@ class Mirror:
     clones: bool | None = None  # whether FICLONE from the source works; tried with the first file
     _clones_shares: bool = True
     _shares: Shares | None = None
-    _attic_n: int = 0
     _copied_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -187,8 +191,7 @@ class Mirror:
         parent, name = parent_and_name(path)
         if self.attic is None:
             raise OSError(errno.EEXIST, "changed while it was copied", path)
-        self._attic_n += 1
-        os.rename(name, str(self._attic_n), src_dir_fd=self.target.get(parent), dst_dir_fd=self.attic)
+        os.rename(name, str(next(_RETIRED)), src_dir_fd=self.target.get(parent), dst_dir_fd=self.attic)
 
     def _link(self, leader: str, path: str) -> None:
         if path in self.have:

@@ -105,9 +105,9 @@ def nearest(session: Session, node: Node, path: str, mount: mounts.Mount) -> tup
             )
     else:
         for name in providers.names():
-            provider = session.provider(name, node)
-            volume = provider.claim(mount, path)
+            volume = session.provider(name, node, chosen=False).claim(mount, path)
             if volume is not None:
+                provider = session.provider(name, node)
                 break
         else:
             raise PreconditionError(

@@ -84,6 +84,7 @@ def restore(
             snapshot = next(member for member in found.snapshots if member.birth.member == root.member)
             _attach_root(undo, holding[snapshot.provider], snapshot, root, attachment_id, access, place, index)
         pairs = [(root.path, place) for root, place in places]
+        warnings += [note for provider in holding.values() for note in provider.notes]
         if access is Access.WRITABLE:
             changes = repoint.repoint(pairs, f"{top}.roots/outside")
         elif changes := repoint.check_read_only(pairs):

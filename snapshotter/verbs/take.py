@@ -121,7 +121,8 @@ def _carry_out(session: Session, plan: Plan, locks: Locks) -> list[str]:
             for provider, _ in groups:
                 provider.mark(set_id, marks)
             undo.commit()
-    return held.notes + ([f"no height is known: {plan.node.rpc}: {silent}"] if silent else [])
+    notes = [*held.notes, *(note for provider, _ in groups for note in provider.notes)]
+    return notes + ([f"no height is known: {plan.node.rpc}: {silent}"] if silent else [])
 
 
 def _hold(plan: Plan) -> AbstractContextManager[holding.Held]:

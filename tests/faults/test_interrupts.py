@@ -41,7 +41,7 @@ def test_interrupted_at_random_instants(
         whole_s = time.monotonic() - began
         chance = random.Random(int(number))
         for _ in range(times):
-            before = {entry["set_id"] for entry in command.json("list")["sets"]}
+            before = {entry["set_id"] for entry in command.json("list", str(data))["sets"]}
             process = command.start("take", str(data), "--json")
             time.sleep(chance.uniform(0.05, whole_s * 1.1))
             process.send_signal(number)
@@ -49,7 +49,7 @@ def test_interrupted_at_random_instants(
             assert process.returncode in (0, 9, -number), said  # -number: before Python could hear it
             assert "Traceback" not in said or process.returncode < 0, said
             assert state_of(writer.pid) not in ("T", "t")
-            sets = command.json("list")["sets"]
+            sets = command.json("list", str(data))["sets"]
             new = [entry for entry in sets if entry["set_id"] not in before]
             assert all(entry["good"] for entry in new), "an unsealed set is left"
             if process.returncode == 0:
@@ -77,7 +77,7 @@ def test_two_at_once(tmp_path: Path, data: Path) -> None:
     both = [command.start("take", str(data), "--json") for _ in range(3)]
     codes = sorted((process.communicate(timeout=120), process.returncode)[1] for process in both)
     assert codes[0] == 0 and set(codes) <= {0, 5}, codes
-    sets = command.json("list")["sets"]
+    sets = command.json("list", str(data))["sets"]
     assert len(sets) == codes.count(0) and all(entry["good"] for entry in sets)
 
 
@@ -94,8 +94,8 @@ def test_delete_and_take_at_once(tmp_path: Path, data: Path) -> None:
         assert process.returncode in (0, 5)
         if process.returncode == 5:  # the delete was first
             command.json("take", str(data))
-        assert all(entry["good"] for entry in command.json("list")["sets"])
-        latest = command.json("list")["sets"][-1]["set_id"]
+        assert all(entry["good"] for entry in command.json("list", str(data))["sets"])
+        latest = command.json("list", str(data))["sets"][-1]["set_id"]
         clone = tmp_path / "clone"
         command.json("restore", latest, "--to", str(clone))
         assert names(clone) == names(data)

@@ -83,7 +83,7 @@ def test_killed_at_random_instants(tmp_path: Path, start, victim: str, request: 
         command.json("release", str(clone), "--discard-changes")
     time.sleep(5.5)  # the deadline of the unsealed ones
     command.json("reap")
-    sets = command.json("list")["sets"]
+    sets = command.json("list", str(node.data))["sets"]
     assert all(entry["good"] for entry in sets), "reap must have removed every unsealed set"
 
 

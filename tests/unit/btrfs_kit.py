@@ -54,10 +54,26 @@ class BtrfsHarness(Harness):
         return ProviderOf(Settings(str(self.scratch / "state"), floor=0.0), self.point)
 
     def volume(self) -> Volume:
-        path = str(self.point / f"data-{self._number()}")
+        return self.subvolume(f"data-{self._number()}")
+
+    def subvolume(self, name: str) -> Volume:
+        """A new subvolume at this path from the top level, as an origin."""
+        path = str(self.point / name)
         command("subvolume", "create", path)
-        self._origins.add(os.path.basename(path))
+        self._origins.add(name)
         return self.claimed(path)
+
+    @contextmanager
+    def mounted(self, *options: str) -> Iterator[Path]:
+        """The file system mounted once more."""
+        where = self.scratch / f"mount-{self._number()}"
+        where.mkdir()
+        source = mount_of(str(self.point)).source
+        subprocess.run(["mount", "-o", ",".join(options), source, str(where)], check=True)
+        try:
+            yield where
+        finally:
+            subprocess.run(["umount", str(where)], capture_output=True)
 
     def claimed(self, path: str) -> Volume:
         claimed = self.provider().claim(mount_of(path), path)

@@ -18,7 +18,7 @@ import pytest
 from snapshotter.core.errors import BusyError, PreconditionError, QuiesceError, StorageError
 from snapshotter.core.model import Access, Hold, ImageState, new_attachment_id, utc_now
 from snapshotter.testing.harness import describe, fill, fill_with_oddities, make_birth
-from tests.support import as_user
+from tests.support import as_user, interpreter
 from tests.unit.copy_kit import SEAL, Place, allocated, place_on, reachable, settle, shared_extents
 
 __all__ = ["reachable"]  # a fixture
@@ -486,7 +486,7 @@ assert (image / "suid").stat().st_mode & 0o7777 == 0o755, "set-id of another own
 @pytest.mark.root
 def test_an_ordinary_user(reachable: Path) -> None:
     tmp_path = reachable
-    checkout = Path(__file__).resolve().parents[2]
+    program, python_path = interpreter(65534)
     for each in ("mine", "theirs"):
         (tmp_path / each).mkdir()
         os.chown(tmp_path / each, 65534, 65534)
@@ -502,7 +502,7 @@ def test_an_ordinary_user(reachable: Path) -> None:
             UNPRIVILEGED,
             str(tmp_path),
         ],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/"},
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": python_path, "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/"},
         cwd="/",
         capture_output=True,
         text=True,
@@ -519,8 +519,8 @@ def test_an_ordinary_user(reachable: Path) -> None:
         "p = Place(Path(sys.argv[1]) / 'theirs'); v = p.volume(); p.provider().check([v], make_birth([v]))"
     )
     done = subprocess.run(
-        [*as_user(65534), sys.executable, "-c", script, str(tmp_path)],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/"},
+        [*as_user(65534), program, "-c", script, str(tmp_path)],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": python_path, "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/"},
         cwd="/",
         capture_output=True,
         text=True,

@@ -135,14 +135,6 @@ class EthereumJs:
     def said(self) -> str:
         return self.log.read_text(errors="replace")[-2000:]
 
-    def stop(self) -> None:
-        """As a service manager stops it."""
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.kill()
-
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGCONT)
