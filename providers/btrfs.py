@@ -259,9 +259,11 @@ class BtrfsProvider(Provider):
         for key in self._prepared.pop(set_id, []):
             for store in self._stores(of=[key]):
                 try:
-                    if store.has(f"sets/{set_id}"):
-                        store.discard(f"sets/{set_id}")
-                except OSError:
+                    with told(store.name):
+                        self._writable(store, patience_s=0.5, now=True)  # what failed may be that it is frozen
+                        if store.has(f"sets/{set_id}"):
+                            store.discard(f"sets/{set_id}")
+                except SnapshotterError:
                     continue  # `delete` finds it
 
     def _shoot(self, store: Store, volume: Volume, birth: Birth, hold: Hold) -> Snapshot:

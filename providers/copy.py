@@ -670,6 +670,10 @@ class CopyProvider(Provider):
     def _fix(self, making: _Making, hold: Hold, tick: Callable[[], None]) -> None:
         """The part inside the quiesce."""
         at = f"sets/{making.birth.set_id}"
+        for part in making.parts:
+            # All goes by the descriptor from the first pass: is that directory still what stands at the path?
+            if not os.path.samestat(os.fstat(part.mirror.source.top), os.stat(part.top)):
+                raise PreconditionError("was replaced by another directory", object=part.top, cure="take it again")
         walks = [part.walk(tick) for part in making.parts]
         is_volatile = self._volatile(making.mapped | hold.mapped)
         members: dict[str, Any] = {}

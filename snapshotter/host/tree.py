@@ -125,9 +125,13 @@ class Dirs:
         for known in [known for known in self._open if known == path or known.startswith(path + "/")]:
             os.close(self._open.pop(known))
 
-    def close(self) -> None:
+    def refresh(self) -> None:
+        """Drop all that is kept but the top: by now other directories may stand in these places."""
         while self._open:
             os.close(self._open.popitem()[1])
+
+    def close(self) -> None:
+        self.refresh()
         if self.top >= 0:
             os.close(self.top)
             self.top = -1
@@ -158,14 +162,32 @@ def walk(
     `seen(directory descriptor, name, path, stat)` is called for each entry, `unreadable(path)` for each directory that
     can't be listed (without it: PermissionError). What vanishes meanwhile is left out.
     """
-    here = frozenset(mount_points)
-    found = {"": entry_of(os.fstat(dirs.top))}
+    # A directory that was removed and made again since the last walk would else be read as it was: in all walks alike,
+    # so that nothing would look changed. And btrfs (6.5 on) lists by an old descriptor only what was there at its
+    # opening.
+    dirs.refresh()
+    top = os.open(".", _LIST, dir_fd=dirs.top)
+    try:
+        return _walk(dirs, top, frozenset(mount_points), tick, seen, unreadable)
+    finally:
+        os.close(top)
+
+
+def _walk(
+    dirs: Dirs,
+    top: int,
+    here: frozenset[str],
+    tick: Tick,
+    seen: Callable[[int, str, str, os.stat_result], None] | None,
+    unreadable: Callable[[str], None] | None,
+) -> dict[str, Entry]:
+    found = {"": entry_of(os.fstat(top))}
     pending = [""]
     while pending:
         path = pending.pop()
         tick()
         try:
-            fd = dirs.get(path)
+            fd = dirs.get(path) if path else top
             listing = os.scandir(fd)
         except PermissionError as error:
             if path == "lost+found":  # mkfs made it, root's alone; a user's node has nothing in there

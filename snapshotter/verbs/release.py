@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 from snapshotter.core.errors import BusyError, NotFoundError
-from snapshotter.core.model import Access, Attachment
-from snapshotter.host import mounts, processes
+from snapshotter.core.model import Access, Attachment, parse_compact_time
+from snapshotter.host import mounts, processes, tree
 from snapshotter.host.locks import Locks
 from snapshotter.verbs.documents import attachment_document
 from snapshotter.verbs.session import Session
@@ -31,7 +31,9 @@ def release(session: Session, where: str, *, discard_changes: bool = False) -> d
         if not discard_changes and attachments[0].access is Access.WRITABLE:
             _refuse_if_changed(attachments)
         for path in paths:
-            mounts.unmount(path)
+            if mounts.is_mount_point(path):
+                mounts.unmount(path)
+                _remove_mount_point(path, attachment_id)
         for provider in {id(provider): provider for provider, _ in ours}.values():
             provider.detach(attachment_id)
         _tidy(min(attachments, key=lambda found: found.member).path)
@@ -86,6 +88,22 @@ def first_change(top: str, since: float) -> str | None:
         except FileNotFoundError:
             continue
     return None
+
+
+def _remove_mount_point(path: str, attachment_id: str) -> None:
+    """Remove an empty directory that is younger than its attachment: restore made it, and nobody has used it."""
+    made = parse_compact_time(attachment_id[1:].partition("-")[0])
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        if tree.born_ns(fd) >= made.timestamp() * 1e9:
+            os.rmdir(path)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
 
 
 def _tidy(top: str) -> None:

@@ -11,6 +11,7 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any
 
+from snapshotter import catalog
 from snapshotter.core.errors import Interrupted, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.interrupts import deferred
 from snapshotter.core.labels import pack_hash
@@ -163,13 +164,13 @@ def _wait_until_ready(session: Session, plan: Plan, patience_s: float) -> dict[s
     started = time.monotonic()
     try:
         while True:
-            found = next(entry for entry in session.catalog(plan.set_id, plan.node).sets if entry.set_id == plan.set_id)
+            found = catalog.read([provider for provider, _ in plan.by_provider()], (), plan.set_id).sets[0]
             if found.state is not State.PENDING or time.monotonic() >= give_up:
                 break
             session.report(Progress("waiting for the store", round(time.monotonic() - started), None, "s"))
             time.sleep(min(pause_s, max(0.0, give_up - time.monotonic())))
             pause_s = min(pause_s * 2, 30.0)
-    except StopIteration:
+    except IndexError:
         raise StorageError(
             "the set was sealed and is not listed any more", object=plan.set_id, cure="`snapshotter list`"
         ) from None

@@ -51,7 +51,7 @@ def place_of(kind: str, tmp_path: Path) -> Iterator[Path]:
 WAYS = [
     pytest.param("copy", "here", id="copy"),
     pytest.param("copy", "btrfs", id="copy-by-reflink", marks=pytest.mark.root),
-    *([pytest.param("btrfs", "btrfs", id="btrfs", marks=pytest.mark.root)] if "btrfs" in provider.names() else []),
+    *([pytest.param("btrfs", "btrfs", id="btrfs", marks=pytest.mark.root)] if "btrfs" in provider.BUILT_IN else []),
 ]
 
 

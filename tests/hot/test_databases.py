@@ -94,7 +94,7 @@ def test_a_database_is_taken_hot_by_copy(
 
 
 @pytest.mark.root
-@pytest.mark.skipif("btrfs" not in provider.names(), reason="there is no btrfs provider yet")
+@pytest.mark.skipif("btrfs" not in provider.BUILT_IN, reason="there is no btrfs provider yet")
 @pytest.mark.parametrize("engine", ["leveldb", "lmdb", "sqlite", "directories"])
 def test_a_database_is_taken_hot_by_btrfs(
     tmp_path: Path, write: Write, request: pytest.FixtureRequest, engine: str
