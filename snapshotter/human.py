@@ -79,7 +79,8 @@ def taken(document: Document) -> str:
     words = [f"{document['set_id']}  {document['node']}: {document['state']}, grade {document['grade']}"]
     if document["existing"]:
         words[0] = f"{document['set_id']}  {document['node']}: this slot was taken already"
-    details = [f"{size(document['size_bytes'])} of {document['path']}" if document["path"] else ""]
+    known = document["size_bytes"] is not None
+    details = [f"{size(document['size_bytes'])} of {document['path']}" if known else document["path"] or ""]
     if document["freeze_ms"] is not None:
         details.append(f"writers held {document['freeze_ms']} ms")
     if document["height"] is not None:
