@@ -292,15 +292,16 @@ class BtrfsProvider(Provider):
 
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         check_marks(changes)
-        there = False
-        for store in self._stores():
-            with told(store.name):
-                if SET_ID.fullmatch(set_id) and store.has(f"sets/{set_id}"):
-                    there = self._mark_in(store, set_id, changes) or there
-        if not there:
-            raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all")
+        for write in (False, True):  # all file systems that the set is on are asked before the first is written to
+            there = False
+            for store in self._stores():
+                with told(store.name):
+                    if SET_ID.fullmatch(set_id) and store.has(f"sets/{set_id}"):
+                        there = self._mark_in(store, set_id, changes, write=write) or there
+            if not there:
+                raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all")
 
-    def _mark_in(self, store: Store, set_id: str, changes: Mapping[str, str | None]) -> bool:
+    def _mark_in(self, store: Store, set_id: str, changes: Mapping[str, str | None], *, write: bool) -> bool:
         self._writable(store)
         with store.locked(f"sets/{set_id}") as fd:
             found = list(_snapshots(store, set_id)) if fd is not None else []
@@ -309,8 +310,9 @@ class BtrfsProvider(Provider):
             for member in found:
                 if changes.get("sealed") and member.state is not ImageState.READY:
                     raise StorageError(f"can't be sealed: {member.why}", object=set_id)
-            write_record(fd, "marks", as_object({"marks": apply_marks(found[0].marks, changes)}, set_id))
-            os.fsync(fd)  # the image is on the disk since it was made (`btrfs.snapshot`)
+            if write:
+                write_record(fd, "marks", as_object({"marks": apply_marks(found[0].marks, changes)}, set_id))
+                os.fsync(fd)  # the image is on the disk since it was made (`btrfs.snapshot`)
             return True
 
     def delete(self, set_id: str) -> None:

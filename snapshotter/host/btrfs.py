@@ -15,7 +15,6 @@ import re
 import select
 import stat
 import struct
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +89,8 @@ def is_top(found: os.stat_result) -> bool:
 
 def file_system_id(fd: int) -> str:
     """The UUID of the btrfs that `fd` is on, with dashes. Raises OSError (ENOTTY: no btrfs)."""
-    return str(uuid.UUID(bytes=bytes(_call(_FS_INFO, fd, bytearray(1024))[16:32])))
+    digits = _call(_FS_INFO, fd, bytearray(1024))[16:32].hex()
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
 def subvolume(fd: int) -> Subvolume:

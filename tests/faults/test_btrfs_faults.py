@@ -339,6 +339,30 @@ def test_read_only(harness: BtrfsHarness, volume: Volume) -> None:
     harness.provider().delete(birth.set_id)
 
 
+def test_a_set_on_two_file_systems_is_marked_on_both_or_none(harness: BtrfsHarness, volume: Volume) -> None:
+    with btrfs_harness(megabytes=200) as other:
+        second = other.volume()
+        fill(top(second))
+        provider = harness.provider()
+        both = [*provider._file_systems(), *other.provider()._file_systems()]
+        vars(provider)["_file_systems"] = lambda: [replace(fs, mount=mount_of(fs.mount.path)) for fs in both]
+        volumes = [volume, second]
+        birth = make_birth(volumes)
+        provider.check(volumes, birth)
+        provider.prepare(volumes, birth, 1.0)
+        provider.create(volumes, birth, Hold())
+        subprocess.run(["mount", "-o", "remount,ro", str(other.point)], check=True)
+        with pytest.raises(PreconditionError, match="read-only"):
+            seal(provider, birth)
+        assert [dict(found.marks) for found in provider.snapshots()] == [{}, {}]
+        subprocess.run(["mount", "-o", "remount,rw", str(other.point)], check=True)
+        seal(provider, birth)
+        assert all("sealed" in found.marks for found in provider.snapshots())
+        assert sorted(found.volume for found in provider.snapshots()) == sorted(each.id for each in volumes)
+        provider.delete(birth.set_id)
+        assert not list(provider.snapshots())
+
+
 def test_only_the_mount_is_read_only(harness: BtrfsHarness, volume: Volume) -> None:
     with harness.mounted("subvol=/data-1", "ro") as point:
         taken(harness, harness.claimed(str(point)))
