@@ -273,6 +273,7 @@ class _Search:
         """Walk one root, not into other mounts, and return the directories that it leads to."""
         leads: list[tuple[str, str, bool]] = []
         waiting = [top]
+        nested = _nested_subvolumes(top) if mount.fstype == "btrfs" else set()
         while waiting:
             directory = waiting.pop()
             names: list[str] = []
@@ -282,9 +283,11 @@ class _Search:
                         if entry.is_symlink():
                             leads += self._follow(entry.path)
                         elif entry.is_dir(follow_symlinks=False) and entry.path not in self.mount_points:
-                            waiting.append(entry.path)
                             if mount.fstype == "btrfs" and _is_subvolume(entry):
+                                if entry.path not in nested:
+                                    continue  # a snapshot of ours or another tool's: not the node's
                                 self.subvolumes[entry.path] = mount
+                            waiting.append(entry.path)
                         names.append(entry.name)
             except FileNotFoundError:
                 continue  # removed since it was listed: the node is running
@@ -374,6 +377,13 @@ class _Search:
         if path == self.data:
             return ""
         return os.path.relpath(path, self.data) if is_under(path, self.data) else None
+
+
+def _nested_subvolumes(top: str) -> set[str]:
+    """Those below `top` that programs work in; not snapshots."""
+    from snapshotter.host import btrfs
+
+    return set(btrfs.live_nested(top))
 
 
 def _is_subvolume(directory: os.DirEntry[str]) -> bool:

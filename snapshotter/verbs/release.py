@@ -77,7 +77,10 @@ def first_change(top: str, since: float) -> str | None:
     while pending:
         directory = pending.pop()
         try:
-            if os.lstat(directory).st_ctime > since:
+            found = os.lstat(directory)
+            if found.st_ino == 2 and directory != top:
+                continue  # where a subvolume was, in a btrfs snapshot of what held it: the kernel makes up its times
+            if found.st_ctime > since:
                 return directory
             with os.scandir(directory) as entries:
                 for entry in entries:
