@@ -145,9 +145,7 @@ def phases(report: Report, scale: Scale, install: Install, tool: Snapshotter) ->
     found: list[dict[str, float]] = []
     modules = 0
     for _ in range(scale.phase_rounds):
-        spent, modules, out = bench_phases.measure(
-            install.python, words, install.environment, str(install.config.with_name("phases.json"))
-        )
+        spent, modules, out = bench_phases.measure(install, words, install.config.with_name("phases"))
         found.append(spent)
         tool.delete(out.partition('"set_id":"')[2].partition('"')[0])
     whole = spread([sum(spent.values()) for spent in found])
@@ -329,4 +327,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("interrupted: everything is undone")
+        print("interrupted: everything is undone", file=sys.stderr)
+        sys.exit(130)

@@ -57,6 +57,7 @@ class Install:
                 shutil.copytree(found, Path(where) / found.name)
         for name in ("snapshotter", "providers"):
             shutil.copytree(CHECKOUT / name, Path(where) / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(CHECKOUT / "tests" / "bench" / "bench_child.py", where)
         subprocess.run([self.python, "-m", "compileall", "-q", where], check=True)
         self.script = self.venv / "bin" / "snapshotter"
         self.script.write_text(f"#!{self.python}\nimport sys\nfrom snapshotter.cli import main\nsys.exit(main())\n")

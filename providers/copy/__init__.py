@@ -18,16 +18,16 @@ flock on a set's directory says that somebody makes, marks, attaches or deletes 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
+from providers.copy.making import MAKING, Making, Part, mount_points, own
+from providers.copy.sets import NAME, Sets
 from snapshotter.core.errors import (
     BusyError,
     NotFoundError,
@@ -37,11 +37,9 @@ from snapshotter.core.errors import (
     StorageError,
 )
 from snapshotter.core.labels import (
-    MARK_NAMES,
     LabelLimits,
     apply_marks,
     check_marks,
-    decode_birth,
     encode_birth,
     path_hash,
 )
@@ -65,7 +63,6 @@ from snapshotter.core.model import (
 from snapshotter.host import mounts, processes, tree
 from snapshotter.host.mirror import (
     CLEAN,
-    SETTLED_NS,
     Mirror,
     Shares,
     directory_identity,
@@ -76,209 +73,24 @@ from snapshotter.host.mounts import Mount, is_under
 from snapshotter.host.store import (
     STORE_CURE,
     KnownStores,
-    Store,
     canonical,
     check_place,
     default_store,
-    read_object,
     readable,
     refused,
     room,
     room_fd,
-    slurp,
     sync_directory,
     told,
     write_object,
 )
 from snapshotter.provider import Option, Provider, Settings, Traits
 
-PASSES = 3
-#: What the pause costs besides walks and copies (seconds): the order, image.json, the manifest's write.
-OVERHEAD_S = 0.010
-
-
-class Sets(Store):
-    """The store with what this driver keeps in it."""
-
-    def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
-        """What is in this store. One damaged set hides no other."""
-        found = [set_id] if set_id is not None else [name for name in self.names("sets") if SET_ID.fullmatch(name)]
-        for name in found:
-            yield from self._of_set(name)
-
-    def _of_set(self, set_id: str) -> Iterator[Snapshot]:
-        at = f"sets/{set_id}"
-        try:
-            birth = decode_birth(slurp(f"{at}/birth.json", self.fd).decode())
-        except (OSError, ValueError):
-            return
-        if birth is None or birth.set_id != set_id:
-            return
-        why = ""
-        marks: dict[str, str] = {}
-        image: dict[str, Any] = {}
-        try:
-            read = (read_object(f"{at}/marks.json", self.fd) or {}).get("marks", {})
-            marks = {name: value for name, value in read.items() if name in MARK_NAMES and isinstance(value, str)}
-        except (OSError, ValueError, AttributeError):
-            why = "its marks are damaged"
-        try:
-            image = read_object(f"{at}/image.json", self.fd) or {}
-            order = int(image.get("order", 0))
-            parts = {int(number): part for number, part in image.get("members", {}).items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            image, order, parts = {}, 0, {}
-            why = why or "its image.json is damaged"
-        if not image:
-            why = why or "the copy was never completed"
-        for number, member in enumerate(birth.members):
-            if member.provider != CopyProvider.name:
-                continue
-            part = parts.get(number)
-            size = part.get("size_bytes") if isinstance(part, dict) else None
-            wrong = (
-                why or ("" if isinstance(size, int) else "image.json doesn't know it") or self._lacks(at, number, part)
-            )
-            yield Snapshot(
-                provider=CopyProvider.name,
-                id=f"{self.path}/{at}/{number}",
-                birth=birth.of_member(number),
-                state=ImageState.INVALID if wrong else ImageState.READY,
-                marks=marks,
-                size_bytes=size if isinstance(size, int) else None,
-                order=order,
-                why=wrong,
-            )
-
-    def _lacks(self, at: str, number: int, part: Any) -> str:
-        try:
-            if not stat.S_ISDIR(os.stat(f"{at}/{number}/tree", dir_fd=self.fd, follow_symlinks=False).st_mode):
-                return "its tree is no directory"
-            manifest = os.stat(f"{at}/{number}/manifest", dir_fd=self.fd, follow_symlinks=False)
-        except OSError as error:
-            return f"its {os.path.basename(error.filename or 'image')} is gone"
-        return "" if manifest.st_size == part.get("manifest_bytes") else "its manifest is damaged"
-
-    def next_order(self) -> int:
-        """A number above all given out before; about the UTC second, so that those of several stores compare."""
-        fd = os.open("order", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self.fd)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            text = os.pread(fd, 64, 0).strip()
-            last = int(text) if text.isdigit() else self._highest_order()
-            number = max(last + 1, int(time.time()))
-            # In place and of fixed width: a torn write can't be, and a new file would lose the lock.
-            os.pwrite(fd, b"%020d\n" % number, 0)
-            return number
-        finally:
-            os.close(fd)
-
-    def _highest_order(self) -> int:
-        return max((snapshot.order for snapshot in self.snapshots()), default=0)
-
-    def leftovers(self) -> list[str]:
-        """What dead runs left: trash, and sets that were never born. Not what a live one holds."""
-        found = [f"trash/{name}" for name in self.names("trash")]
-        for name in self.names("attachments"):
-            # A record is written in no time: one that was begun a minute ago never will be.
-            if name.endswith(".tmp") and self.age_s(f"attachments/{name}") > 60:
-                self.unlink(f"attachments/{name}")
-        for name in self.names("sets"):
-            if name.startswith(".new-"):
-                try:
-                    with self.locked(f"sets/{name}") as there:
-                        if there:
-                            found.append(self.discard(f"sets/{name}", name.removeprefix(".new-")))
-                except BusyError:
-                    continue
-        return found
-
-    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(file, content) of each attachment's part here. Damaged ones, never of ours as a write is one step, are
-        left out."""
-        for name in self.names("attachments"):
-            attachment_id, _, rest = name.partition(".")
-            if not ATTACHMENT_ID.fullmatch(attachment_id) or not rest.endswith(".json"):
-                continue
-            try:
-                record = read_object(f"attachments/{name}", self.fd)
-            except (ValueError, OSError):
-                continue
-            if record is not None and record.get("id") == attachment_id:
-                yield f"attachments/{name}", record
-
-
-@dataclass
-class _Part:
-    """One volume of a set in the making."""
-
-    number: int
-    volume: Volume
-    mirror: Mirror
-    walk_s: float = 0.0
-
-    @property
-    def top(self) -> str:
-        assert self.volume.path is not None
-        return self.volume.path
-
-    def walk(self, tick: Callable[[], None]) -> dict[str, tree.Entry]:
-        began = time.perf_counter()
-        with self._named():
-            found = tree.walk(self.mirror.source, mount_points(self.top), tick=tick)
-        self.walk_s = time.perf_counter() - began
-        return found
-
-    def update(
-        self, now: Mapping[str, tree.Entry], is_volatile: Callable[[tree.Entry], bool], *, last: bool = False
-    ) -> None:
-        with self._named():
-            self.mirror.update(now, is_volatile)
-            if last:
-                self.mirror.finish(now)
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Errors name the file as the operator knows it."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, os.path.join(self.top, str(error.filename or ""))) from error
-
-
-@dataclass
-class _Making:
-    """A set between `prepare` and the end of `create`; closing it frees its lock."""
-
-    store: Sets
-    birth: Birth
-    parts: list[_Part] = field(default_factory=list)
-    mapped: frozenset[tuple[int, int]] = frozenset()
-    pid: int = field(default_factory=os.getpid)
-    open: ExitStack = field(default_factory=ExitStack)
-
-    def close(self) -> None:
-        self.open.close()
-
-
-#: What this process makes, through whichever instance: our own lock isn't another run's. (Nor a forked child's.)
-_MAKING: dict[str, _Making] = {}
-
-
-def _own(set_id: str) -> _Making | None:
-    making = _MAKING.get(set_id)
-    return making if making is not None and making.pid == os.getpid() else None
-
-
-def mount_points(top: str) -> set[str]:
-    """Where other volumes begin below `top`, relative to it."""
-    return {os.path.relpath(mount.path, top) for mount in mounts.mounts_below(top)}
-
 
 class CopyProvider(Provider):
-    """See the module. `warnings` are notes of the last run for a person."""
+    """See the module."""
 
-    name = "copy"
+    name = NAME
     traits = Traits(
         atomic_across_volumes=False,
         quiesce=Quiesce.PAUSE,
@@ -295,7 +107,6 @@ class CopyProvider(Provider):
         super().__init__(settings)
         self._used: list[str] = []
         self._cache = KnownStores(os.path.join(settings.state, "copy-stores"))
-        self._reported = 0.0
 
     def availability(self) -> list[str]:
         return []
@@ -440,16 +251,16 @@ class CopyProvider(Provider):
     # -- making ----------------------------------------------------------------------------------------------------
 
     def prepare(self, volumes: Sequence[Volume], birth: Birth, budget: float) -> None:
-        making = _own(birth.set_id) or self._begin(volumes, birth)
+        making = own(birth.set_id) or self._begin(volumes, birth)
         try:
             with told(making.store.path):
                 making.mapped = processes.scan([part.top for part in making.parts]).mapped
-                self._passes(making, budget)
+                making.passes(budget)
         except BaseException:
             self._abandon(making)
             raise
 
-    def _begin(self, volumes: Sequence[Volume], birth: Birth) -> _Making:
+    def _begin(self, volumes: Sequence[Volume], birth: Birth) -> Making:
         """Let the set be born: its directory, locked, with its record in it."""
         _check_set_id(birth.set_id)
         place = self._place(volumes, birth)
@@ -470,7 +281,7 @@ class CopyProvider(Provider):
                 os.mkdir(scratch, 0o700, dir_fd=store.fd)
                 lock = store.lock(scratch, wait_s=5.0)
             undo.callback(os.close, lock)
-            making = _Making(store, birth)
+            making = Making(store, birth, self.settings)
             try:
                 text = encode_birth(birth)
                 fd = os.open(f"{scratch}/birth.json", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=store.fd)
@@ -493,10 +304,10 @@ class CopyProvider(Provider):
                     store.remove(store.discard(at, birth.set_id))
                 raise
             making.open = undo.pop_all()
-        _MAKING[birth.set_id] = making
+        MAKING[birth.set_id] = making
         return making
 
-    def _part(self, store: Sets, birth: Birth, volume: Volume, at: str, attic: int, undo: ExitStack) -> _Part:
+    def _part(self, store: Sets, birth: Birth, volume: Volume, at: str, attic: int, undo: ExitStack) -> Part:
         number = next(
             (k for k, m in enumerate(birth.members) if (m.provider, m.volume) == (self.name, volume.id)), None
         )
@@ -518,7 +329,7 @@ class CopyProvider(Provider):
 
         undo_shares = undo.enter_context(ExitStack())
         flush = tree.write_back_overlay if mounts.mount_of(volume.path).fstype == "overlay" else tree.write_back
-        return _Part(number, volume, Mirror(source, target, attic, load_shares=load, flush=flush))
+        return Part(number, volume, Mirror(source, target, attic, load_shares=load, flush=flush))
 
     def _previous(self, birth: Birth, volume: Volume, place: str) -> Shares | None:
         """The newest good image of the same volume of the same target in the store `place`."""
@@ -550,109 +361,15 @@ class CopyProvider(Provider):
             except (OSError, ValueError, TypeError):
                 return None  # nothing to share with: a full copy
 
-    def _passes(self, making: _Making, budget: float) -> None:
-        """Copy while the writers run, until another pass would hardly shorten the pause. Raises PreconditionError
-        if the pause can't fit `budget` (seconds)."""
-        before = None
-        for number in range(1, PASSES + 1):
-            for part in making.parts:
-                now = part.walk(tree.no_tick)
-                self._watch(making, part, now)
-                part.update(now, self._volatile(making.mapped))
-            # What this pass replaced would need the room a second time.
-            with tree.open_tree(f"sets/{making.birth.set_id}/attic", dir_fd=making.store.fd, unlock=True) as attic:
-                tree.remove_content(attic)
-            # Else the copies of the pause would have to wait until these are on the disk.
-            tree.syncfs(making.store.fd)
-            expected, variable, unsettled_s = self._predict(making)
-            enough = variable < 0.02 or (before is not None and expected > 0.7 * before)
-            if enough or number == PASSES:
-                break
-            before = expected
-            # What was written within the last two seconds must be copied again whatever comes: let it settle.
-            time.sleep(min(unsettled_s, 2.1))
-        for part in making.parts:
-            part.mirror.flush = None
-            part.mirror.step = lambda _: None
-        if expected > budget:
-            raise PreconditionError(
-                f"the writers would have to be held for about {expected:.1f} s, and may be for {budget:g} s",
-                object=making.birth.node,
-                cure=f"allow more (--budget {int(expected * 2) + 1}s), or stop the node for the copy (--quiesce stop)",
-            )
-
-    def _predict(self, making: _Making) -> tuple[float, float, float]:
-        """(how long `create` would take now, the part of it that another pass may save, how long until what is
-        unsettled is not), seconds."""
-        fixed, variable, wait = OVERHEAD_S, 0.0, 0.0
-        clock = time.time_ns()
-        for part in making.parts:
-            now = part.walk(tree.no_tick)
-            mirror = part.mirror
-            is_volatile = self._volatile(making.mapped)
-            files = size = 0
-            for path, entry in now.items():
-                if stat.S_ISDIR(entry.mode):
-                    fixed += 0.00005
-                    continue
-                if not mirror.stale(path, entry, stat.S_ISREG(entry.mode) and is_volatile(entry)):
-                    continue
-                files += 1
-                old = mirror.have.get(path)
-                if old is not None and old.entry == entry:
-                    wait = max(wait, (entry.ctime_ns + SETTLED_NS - clock) / 1e9)
-                # A clone costs what must be written back first; a copy all of the file.
-                size += max(0, entry.size - (old.entry.size if old else 0)) if mirror.clones else entry.size
-            costs = mirror.costs
-            rate = costs.bytes / costs.bytes_s if costs.bytes > 8 << 20 else 100e6
-            each = costs.files_s / costs.files if costs.files else 0.0002
-            fixed += 2 * part.walk_s
-            variable += files * each + size / rate
-        return fixed + variable, variable, wait
-
-    @staticmethod
-    def _volatile(mapped: frozenset[tuple[int, int]]) -> Callable[[tree.Entry], bool]:
-        return lambda entry: (entry.dev, entry.ino) in mapped
-
-    def _watch(self, making: _Making, part: _Part, now: Mapping[str, tree.Entry]) -> None:
-        """Progress, and the floor of free space, kept also when `check` foresaw less."""
-        total = sum(entry.size for entry in now.values() if stat.S_ISREG(entry.mode))
-        size, _ = room_fd(making.store.fd)
-        reserve = int(size * self.settings.floor)
-        done = looked = 0
-
-        def step(count: int) -> None:
-            nonlocal done, looked
-            done += count
-            looked -= count
-            if looked <= 0:
-                looked = 16 << 20
-                _, free = room_fd(making.store.fd)
-                if free < reserve:
-                    raise StorageError(
-                        f"less than {self.settings.floor:.0%} of the store's file system is free",
-                        object=making.store.path,
-                        cure="free some space, lower `floor`, or " + STORE_CURE,
-                    )
-            self._report("copying", done, total)
-
-        part.mirror.step = step
-
-    def _report(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._reported >= 0.1:
-            self._reported = now
-            self.settings.report(Progress(what, done, max(done, total)))
-
     def create(self, volumes: Sequence[Volume], birth: Birth, hold: Hold) -> tuple[Snapshot, ...]:
         def tick() -> None:
             if hold.deadline is not None and time.monotonic() > hold.deadline:
                 raise QuiesceError("the copy did not end in time", object=birth.set_id, cure="allow a longer budget")
 
-        making = _own(birth.set_id) or self._begin(volumes, birth)
+        making = own(birth.set_id) or self._begin(volumes, birth)
         try:
             with told(making.store.path):
-                self._fix(making, hold, tick)
+                making.fix(hold, tick)
                 found = {each.birth.member: each for each in making.store.snapshots(birth.set_id)}
                 made = tuple(found[part.number] for part in making.parts)
             for snapshot in made:
@@ -663,52 +380,14 @@ class CopyProvider(Provider):
             self._abandon(making, remove=False)
             raise
         self.notes = [*dict.fromkeys(text for part in making.parts for text in part.mirror.warnings)]
-        del _MAKING[birth.set_id]
+        del MAKING[birth.set_id]
         making.close()
         return made
 
-    def _fix(self, making: _Making, hold: Hold, tick: Callable[[], None]) -> None:
-        """The part inside the quiesce."""
-        at = f"sets/{making.birth.set_id}"
-        for part in making.parts:
-            # All goes by the descriptor from the first pass: is that directory still what stands at the path?
-            if not os.path.samestat(os.fstat(part.mirror.source.top), os.stat(part.top)):
-                raise PreconditionError("was replaced by another directory", object=part.top, cure="take it again")
-        walks = [part.walk(tick) for part in making.parts]
-        is_volatile = self._volatile(making.mapped | hold.mapped)
-        members: dict[str, Any] = {}
-        for part, now in zip(making.parts, walks, strict=True):
-            part.mirror.tick = tick
-            part.update(now, is_volatile, last=True)
-        for part, now in zip(making.parts, walks, strict=True):
-            changed = tree.difference(now, part.walk(tick))
-            if changed is not None or now.keys() != part.mirror.have.keys():
-                file = os.path.join(part.top, changed or "")
-                raise PreconditionError(
-                    f"something that isn't paused writes to {file!r}",
-                    object=file,
-                    cure=f"find it (fuser -v {part.top}) and end it, name the node's unit, or use --quiesce stop",
-                )
-        for part, now in zip(making.parts, walks, strict=True):
-            text = "".join([part.mirror.have[path].line + "\n" for path in now]).encode()
-            fd = os.open(
-                f"{at}/{part.number}/manifest", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=making.store.fd
-            )
-            with open(fd, "wb") as file_out:
-                file_out.write(text)
-            files = {(e.dev, e.ino): e.size for e in now.values() if stat.S_ISREG(e.mode)}
-            members[str(part.number)] = {
-                "size_bytes": sum(files.values()),
-                "files": len(files),
-                "manifest_bytes": len(text),
-            }
-        image = {"order": making.store.next_order(), "members": members}
-        write_object(f"{at}/image.json", image, making.store.fd, durable=False)
-
-    def _abandon(self, making: _Making, *, remove: bool = True) -> None:
+    def _abandon(self, making: Making, *, remove: bool = True) -> None:
         """Undo a set in the making that failed: from here on nothing of it is listed."""
         set_id = making.birth.set_id
-        _MAKING.pop(set_id, None)
+        MAKING.pop(set_id, None)
         try:
             left = making.store.discard(f"sets/{set_id}", set_id)
             if remove:
@@ -747,7 +426,7 @@ class CopyProvider(Provider):
 
     def delete(self, set_id: str) -> None:
         _check_set_id(set_id)
-        if (making := _own(set_id)) is not None:
+        if (making := own(set_id)) is not None:
             self._abandon(making)
         for store in self._known():
             with told(store.path):
@@ -860,7 +539,7 @@ class CopyProvider(Provider):
             def step(count: int) -> None:
                 nonlocal done
                 done += count
-                self._report("restoring", done, size)
+                self.settings.report(Progress("restoring", done, max(done, size)))
 
             def none_left() -> None:
                 # Asked when blocks turn out not to be shareable: better now than with a full disk.
