@@ -52,7 +52,7 @@ from snapshotter.core.model import (
     Tree,
     Volume,
 )
-from snapshotter.host import btrfs, mounts, processes
+from snapshotter.host import btrfs, mounts
 from snapshotter.host.btrfs import DIRECTORY, STORE, FileSystem, Subvolume
 from snapshotter.host.btrfs_store import (
     Store,
@@ -365,6 +365,8 @@ class BtrfsProvider(Provider):
         destination: str,
         purpose: Purpose = Purpose.RESTORE,
     ) -> MountSpec | Tree:
+        from snapshotter.host import processes
+
         _check_id(ATTACHMENT_ID, attachment_id)
         set_id, number = snapshot.birth.set_id, snapshot.birth.member
         record = {
@@ -635,6 +637,11 @@ def _attachments(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _attachment(record: Mapping[str, Any]) -> Attachment:
     maker, since = record["maker"], record["since"]
+    held = False
+    if maker is not None:
+        from snapshotter.host import processes
+
+        held = processes.alive((maker[0], maker[1]))
     return Attachment(
         id=str(record["id"]),
         provider=BtrfsProvider.name,
@@ -644,7 +651,7 @@ def _attachment(record: Mapping[str, Any]) -> Attachment:
         access=Access(record["access"]),
         purpose=Purpose(record["purpose"]),
         since=datetime.fromisoformat(since) if since else None,
-        held=maker is not None and processes.alive((maker[0], maker[1])),
+        held=held,
     )
 
 

@@ -93,12 +93,17 @@ def read(providers: Sequence[Provider], unavailable: Iterable[Unavailable] = (),
     """Ask every provider, each object once (two instances may see the same store). A provider that fails becomes
     `unavailable`; the rest is still listed."""
     gone = list(unavailable)
-    members: dict[str, dict[tuple[str, str], Snapshot]] = {}
+    members: dict[str, dict[tuple[str, int], Snapshot]] = {}
     attachments: dict[tuple[str, str, int], Attachment] = {}
     for provider in providers:
         try:
             for snapshot in provider.snapshots(set_id):
-                members.setdefault(snapshot.birth.set_id, {})[(snapshot.provider, snapshot.id)] = snapshot
+                found = members.setdefault(snapshot.birth.set_id, {})
+                key = (snapshot.provider, snapshot.birth.member)
+                # A store may have been copied as a whole: of two of the same member the one that can be restored
+                # counts.
+                if key not in found or found[key].state is ImageState.INVALID:
+                    found[key] = snapshot
             for attachment in provider.attachments():
                 attachments[(attachment.id, attachment.provider, attachment.member)] = attachment
         except SnapshotterError as error:
@@ -108,8 +113,8 @@ def read(providers: Sequence[Provider], unavailable: Iterable[Unavailable] = (),
         by_set.setdefault(attachment.set_id, []).append(attachment)
     cannot_ask = {entry.provider for entry in gone}
     sets = [
-        _assemble(list(found.values()), tuple(by_set.get(identity, ())), cannot_ask)
-        for identity, found in members.items()
+        _assemble(list(parts.values()), tuple(by_set.get(identity, ())), cannot_ask)
+        for identity, parts in members.items()
     ]
     sets.sort(key=lambda found: found.sort_key)
     return Catalog(sets=sets, attachments=list(attachments.values()), unavailable=gone)

@@ -12,18 +12,31 @@ import io
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 from click.shell_completion import CompletionItem
 
 from snapshotter import __version__
-from snapshotter.core.errors import Exit, PreconditionError, SnapshotterError, UsageError, worst
+from snapshotter.core.errors import Exit, PreconditionError, SnapshotterError, UsageError, plain, worst
 
 if TYPE_CHECKING:
     from snapshotter.verbs.session import Session
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def _complain(line: str) -> None:
+    """One line to stderr; if nobody can hear it, that changes nothing."""
+    try:
+        click.echo(plain(line), err=True)
+    except OSError:
+        _mute(sys.stderr)
+
+
+def _mute(stream: TextIO) -> None:
+    """Point it elsewhere, so that the interpreter's last flush is quiet."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Call:
@@ -53,11 +66,14 @@ class Call:
     def answer(self, document: Mapping[str, Any], text: Callable[[], str], exit_code: int = 0) -> None:
         """Print the answer: the document as JSON, or its `text`. Warnings of the document go to stderr."""
         for warning in document.get("warnings") or ():
-            click.echo(f"warning: {warning}", err=True)
-        if self.as_json:
-            _print_json(document)
-        elif shown := text():
-            click.echo(shown)
+            _complain(f"warning: {warning}")
+        try:
+            if self.as_json:
+                _print_json(document)
+            elif shown := text():
+                click.echo(shown)
+        except BrokenPipeError:  # the reader (head, less) has gone: what was to be done is done
+            _mute(sys.stdout)
         if exit_code:
             sys.exit(exit_code)
 
@@ -93,9 +109,9 @@ def providing(function: Callable[..., None]) -> Callable[..., None]:
     )
 
 
-def _names(what: Callable[[Session], list[str]], incomplete: str) -> list[CompletionItem]:
+def _names(ctx: click.Context, what: Callable[[Session], list[str]], incomplete: str) -> list[CompletionItem]:
     try:
-        names = what(Call(False, False, None).session())
+        names = what(Call(False, False, ctx.params.get("config")).session())
     except Exception:  # a shell that completes must never print our errors
         return []
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
@@ -105,12 +121,12 @@ def complete_target(ctx: click.Context, param: click.Parameter, incomplete: str)
     """A node's name, or a path."""
     if "/" in incomplete:
         return [CompletionItem(incomplete, type="dir")]
-    return _names(lambda session: list(session.config.nodes), incomplete)
+    return _names(ctx, lambda session: list(session.config.nodes), incomplete)
 
 
 def complete_set(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """A set's id, or `latest`."""
-    return _names(lambda session: ["latest", *(found.set_id for found in session.catalog().sets)], incomplete)
+    return _names(ctx, lambda session: ["latest", *(found.set_id for found in session.catalog().sets)], incomplete)
 
 
 def in_seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
@@ -118,9 +134,12 @@ def in_seconds(ctx: click.Context, param: click.Parameter, value: str | None) ->
     from snapshotter.nodes.config import Seconds
 
     try:
-        return None if value is None else Seconds.parse(value)
+        seconds = None if value is None else Seconds.parse(value)
     except ValueError as error:
         raise click.BadParameter(str(error), ctx, param) from None
+    if seconds is not None and not 0.01 <= seconds <= 600:
+        raise click.BadParameter(f"{value} is out of range; allowed: 10ms to 10m", ctx, param)
+    return seconds
 
 
 @click.group(context_settings=CONTEXT, epilog="A TARGET is a node's name from the config, or a path. "
@@ -187,7 +206,7 @@ def take(
             raise UsageError("the config has no nodes", cure="`snapshotter init PATH --write` adds one")
         document, errors = verb.take_all(session, **how)
         for error in errors:
-            click.echo(f"error: {error.line()}", err=True)
+            _complain(f"error: {error.line()}")
         call.answer(document, lambda: "\n".join(human.taken(done) for done in document["sets"]), int(worst(errors)))
         return
     document = verb.take(session, target, **how)
@@ -204,7 +223,7 @@ def list_command(call: Call, target: str | None) -> None:
 
     document = verb.list_sets(call.session(), target)
     for gone in document["unavailable"]:
-        click.echo(f"warning: not asked: {gone['provider']}: {gone['reason']}", err=True)
+        _complain(f"warning: not asked: {gone['provider']}: {gone['reason']}")
     call.answer(document, lambda: human.table(document["sets"]))
 
 
@@ -273,7 +292,10 @@ def delete(call: Call, set_ids: tuple[str, ...], yes: bool, last: bool, from_hos
     chosen = verb.plan(session, list(set_ids), last=last, from_host=from_host)
     confirm(yes, "delete", [found.set_id for found in chosen])
     document = verb.delete(session, [found.set_id for found in chosen], last=last, from_host=from_host)
-    call.answer(document, lambda: "\n".join(f"deleted {human.brief(gone)}" for gone in document["deleted"]))
+    for failure in document["failed"]:
+        _complain(f"error: {failure['set_id']}: {failure['message']}")
+    text = "\n".join(f"deleted {human.brief(gone)}" for gone in document["deleted"])
+    call.answer(document, lambda: text, int(Exit.REFUSED) if document["failed"] else 0)
 
 
 def confirm(yes: bool, act: str, objects: list[str]) -> None:
@@ -368,9 +390,12 @@ def _print_json(document: Mapping[str, Any]) -> None:
 
 
 def _fail(error: SnapshotterError, as_json: bool) -> int:
-    click.echo(f"error: {error.line()}", err=True)
+    _complain(f"error: {error.line()}")
     if as_json:
-        _print_json({"error": error.as_json()})
+        try:
+            _print_json({"error": error.as_json()})
+        except OSError:
+            _mute(sys.stdout)
     return int(error.exit)
 
 
@@ -400,10 +425,6 @@ def run(argv: list[str]) -> int:
         return _fail(UsageError("not confirmed: nothing was changed"), as_json)
     except click.ClickException as error:
         return _fail(UsageError(error.format_message(), cure="see --help"), as_json)
-    except BrokenPipeError:
-        # The reader (head, less) has gone; point stdout elsewhere so that the interpreter's last flush is quiet.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         if verbose:
             _traceback()
@@ -423,10 +444,8 @@ def _traceback() -> None:
 
 
 def main() -> None:
-    """The console script."""
+    """What `__main__` calls."""
     gc.set_threshold(100_000, 50, 50)  # ten thousand sets are many objects and no cycles
-    sys.exit(run(sys.argv[1:]))
-
-
-if __name__ == "__main__":
-    main()
+    code = run(sys.argv[1:])
+    gc.freeze()  # else the interpreter ends with a search for cycles in all that was imported: 20 ms
+    sys.exit(code)

@@ -586,6 +586,7 @@ class CopyProvider(Provider):
                         purpose=Purpose(record["purpose"]),
                         since=datetime.fromisoformat(record["since"]) if record["since"] else None,
                         held=maker is not None and processes.alive((maker[0], maker[1])),
+                        tree=record["access"] == Access.WRITABLE,
                     )
                 except (KeyError, TypeError, ValueError, IndexError):
                     continue

@@ -8,11 +8,14 @@ changes under it, also if we are killed. Such a child is waited for and never ki
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from snapshotter.core.errors import PreconditionError, StorageError
+
+if TYPE_CHECKING:
+    import subprocess
 
 _KEPT = ("PATH", "HOME", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "SSL_CERT_FILE", "TMPDIR")
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -59,6 +62,8 @@ def run(
 
     Raises PreconditionError if the program isn't there, StorageError if the time is up.
     """
+    import subprocess  # slow to import, and many a command needs no child
+
     if mutates and timeout is not None:
         raise ValueError("a mutating child is never killed by a timeout")
     try:
@@ -91,6 +96,8 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a program in a session of its own and don't wait (the watchdog is the one user). Raises
     PreconditionError."""
+    import subprocess
+
     try:
         return subprocess.Popen(
             list(argv),

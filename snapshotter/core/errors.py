@@ -13,6 +13,11 @@ from typing import Any, ClassVar
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
+def plain(text: str) -> str:
+    """`text` with control characters shown, not sent: a file's name must not drive a terminal."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
 class Exit(IntEnum):
     """Exit codes of the command."""
 
@@ -68,7 +73,7 @@ class SnapshotterError(Exception):
             text += f"; {self.cure}"
         if self.undo_command:
             text += f"; undo: {self.undo_command}"
-        return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", " ".join(text.split()))
+        return plain(" ".join(text.split()))
 
     def as_json(self) -> dict[str, Any]:
         """The `error` object of the JSON contract."""

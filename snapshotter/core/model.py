@@ -5,8 +5,8 @@ Bytes are ints, times are aware UTC datetimes to the second, durations name thei
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -33,12 +33,12 @@ def parse_compact_time(text: str) -> datetime:
 
 def new_set_id(moment: datetime) -> str:
     """`s20261122t100630z-5f3a9c`: lower case, UTC, random tail, valid as a name in every store."""
-    return f"s{compact_time(moment)}-{secrets.token_hex(3)}"
+    return f"s{compact_time(moment)}-{os.urandom(3).hex()}"
 
 
 def new_attachment_id(moment: datetime) -> str:
     """As `new_set_id`, with `a` in front."""
-    return f"a{compact_time(moment)}-{secrets.token_hex(3)}"
+    return f"a{compact_time(moment)}-{os.urandom(3).hex()}"
 
 
 class Grade(StrEnum):
@@ -199,6 +199,7 @@ class Attachment:
     purpose: Purpose
     since: datetime | None
     held: bool = False
+    tree: bool = False  # a plain directory at `path`: nothing of ours is mounted there
 
 
 @dataclass(frozen=True, slots=True)

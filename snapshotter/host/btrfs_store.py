@@ -15,7 +15,6 @@ import errno
 import fcntl
 import json
 import os
-import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -263,7 +262,7 @@ class Store:
     def born(self, kind: str, name: str, records: Mapping[str, bytes]) -> int:
         """A directory that appears with its records in it; open and locked. Raises BusyError if it is there."""
         while True:
-            scratch = f"trash/{name}.{secrets.token_hex(4)}"
+            scratch = f"trash/{name}.{os.urandom(4).hex()}"
             os.mkdir(scratch, 0o700, dir_fd=self.fd)
             try:
                 fd = self.lock(scratch)
@@ -289,7 +288,7 @@ class Store:
     def discard(self, path: str) -> str:
         """Move a directory of ours to the trash, at once, and return where it is now. On a full file system, where even
         that may have no room, it stays: removing alone is always possible."""
-        trashed = f"trash/{os.path.basename(path)}.{secrets.token_hex(4)}"
+        trashed = f"trash/{os.path.basename(path)}.{os.urandom(4).hex()}"
         try:
             btrfs.rename(self.fd, path, self.fd, trashed)
         except OSError as error:

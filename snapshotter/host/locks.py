@@ -72,12 +72,3 @@ class Locks:
         trace: TracebackType | None,
     ) -> None:
         self.release()
-
-
-def free(names: Iterable[str]) -> bool:
-    """True if nobody holds any of these now."""
-    try:
-        with Locks(names):
-            return True
-    except BusyError:
-        return False

@@ -1,8 +1,8 @@
 """Where snapshotter keeps its own few files on this host, and who this host is. No truth lives there but the
 records of a running quiesce: the catalog is in the labels on the storage.
 
-Root: /run/snapshotter, /run/lock/snapshotter, /var/lib/snapshotter. Others: under XDG_RUNTIME_DIR (or a private
-directory in /tmp) and XDG_STATE_HOME. `SNAPSHOTTER_RUN` replaces both run-time places: containers without /run.
+Root: /run/snapshotter and /var/lib/snapshotter. Others: a private directory in /tmp, and XDG_STATE_HOME.
+`SNAPSHOTTER_RUN` replaces the run-time place: containers without /run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import socket
 import stat
 
 from snapshotter.core.errors import PreconditionError
@@ -36,21 +35,18 @@ def private_directory(path: str) -> str:
 
 
 def run_directory() -> str:
-    """For the records of a running quiesce: gone after a reboot, as is every pause and freeze."""
+    """For the records of a running quiesce: void after a reboot, as is every pause and freeze. One place per user,
+    whatever the environment: what cron's run left held, a login shell's `reap` must find."""
     if given := os.environ.get("SNAPSHOTTER_RUN"):
         return private_directory(os.path.abspath(given))
     if os.geteuid() == 0:
         return private_directory("/run/snapshotter")
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and os.path.isdir(runtime):
-        return private_directory(os.path.join(runtime, "snapshotter"))
     return private_directory(f"/tmp/snapshotter-{os.geteuid()}")  # noqa: S108 checked to be ours
 
 
 def lock_directory() -> str:
-    """For the lock files. A lock file is never removed: its flock is the lock, not its being there."""
-    if os.geteuid() == 0 and "SNAPSHOTTER_RUN" not in os.environ:
-        return private_directory("/run/lock/snapshotter")
+    """For the lock files: not in /run/lock, where anybody could lay a directory of that name in our way. A lock file is
+    never removed: its flock is the lock, not its being there."""
     return private_directory(os.path.join(run_directory(), "lock"))
 
 
@@ -59,6 +55,8 @@ def state_directory() -> str:
     if os.geteuid() == 0:
         return "/var/lib/snapshotter"
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    if not home.startswith("/"):  # no HOME, and no entry in passwd
+        return os.path.join(run_directory(), "state")
     return os.path.join(home, "snapshotter")
 
 
@@ -75,9 +73,9 @@ def host_name() -> str:
             continue
         if identity:
             break
-    name = socket.gethostname().split(".")[0].lower()[:20] or "host"
+    name = os.uname().nodename.split(".")[0].lower()[:20] or "host"
     if not identity:
-        identity = "name:" + socket.gethostname()
+        identity = "name:" + os.uname().nodename
     return f"{name}-{hashlib.sha256(b'snapshotter:' + identity.encode()).hexdigest()[:8]}"
 
 

@@ -4,13 +4,18 @@ verbs.
 
 What a link means is worked out as the kernel would, a component at a time, in two worlds at once: the live one, where
 the image was taken, and the clone's. Where the two part, the link must be rewritten. Paths that lead through links
-elsewhere or through bind mounts into a live root are followed to it. Writing is by descriptor, never through a link.
+elsewhere or through bind mounts into a live root are followed to it.
+
+A clone's directories belong to the node's user, who may change any name in them while root works there. So a name is
+never trusted twice: what is read or changed is held by a descriptor.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import secrets
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,10 +26,15 @@ from snapshotter.host import mounts
 from snapshotter.host.mounts import is_under
 
 #: Left by a run that was killed between making it and renaming it: removed by the next.
-_TEMPORARY = ".snapshotter-repoint"
+_TEMPORARY = ".snapshotter-repoint-"
+_LEFTOVER = re.compile(r"\.snapshotter-repoint-[0-9a-f]{16}")
 _MOST_LINKS = 255
+_MOST_SEEN = 10_000  # paths remembered: links of thousands of parts mustn't fill the memory
 _LONGEST_TARGET = 4000  # bytes; the kernel takes 4095
 _OPTIONS = re.compile(r"OPTIONS-(\d+)")
+_LARGEST_OPTIONS = 16 << 20  # bytes; a real one has a few thousand per column family
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_ITSELF = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 #: Directories that RocksDB writes to (include/rocksdb/options.h). The first two hold one path, the others a list.
 _ONE_PATH = ("wal_dir", "db_log_dir")
 _PATHS = ("db_paths", "cf_paths")
@@ -57,7 +67,39 @@ def check_read_only(image_roots: Sequence[tuple[str, str]]) -> list[Change]:
     return _Pass(image_roots, None, write=False).run()
 
 
+def open_directory(path: str) -> int:
+    """A descriptor of the directory at a canonical path. Raises OSError; FileNotFoundError also if a link has come
+    into the path since it was made canonical."""
+    fd = os.open(path, _DIRECTORY)
+    try:
+        if os.readlink(f"/proc/self/fd/{fd}") != path:
+            raise FileNotFoundError(errno.ENOENT, "is elsewhere now", path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 # RocksDB's options files.
+
+
+def read_options(fd: int, name: str) -> tuple[bytes, os.stat_result] | None:
+    """What the options file `name` in the directory `fd` holds, and whose it is; None for what isn't a plain file (a
+    pipe would hang us, a device may have no end). Raises OSError, with EFBIG for one larger than 16 MiB."""
+    itself = os.open(name, _ITSELF, dir_fd=fd)
+    try:
+        found = os.fstat(itself)
+        if not stat.S_ISREG(found.st_mode):
+            return None
+        # Not blocking: its owner may hold a lease on it.
+        opened = os.open(f"/proc/self/fd/{itself}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(itself)
+    with open(opened, "rb") as file:
+        content = file.read(_LARGEST_OPTIONS + 1)
+    if len(content) > _LARGEST_OPTIONS:
+        raise OSError(errno.EFBIG, f"larger than {_LARGEST_OPTIONS >> 20} MiB, which no options file is", name)
+    return content, found
 
 
 def newest_options(names: Sequence[str]) -> str | None:
@@ -138,6 +180,8 @@ class _Worlds:
         """The live name of a path of this host that lies in a live root or a restored one: by name, or because
         it shows the same directory (a bind mount). None: in neither. The clone counts first, it may lie deeper."""
         if path not in self._seen:
+            if len(self._seen) >= _MOST_SEEN:
+                self._seen.clear()
             self._seen[path] = self._find(path)
         return self._seen[path]
 
@@ -182,36 +226,47 @@ class _Pass:
         clones = [clone for _, clone in self.worlds.pairs]
         for clone in dict.fromkeys(clones):
             try:
-                fd = os.open(clone, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                fd = os.open(clone, _DIRECTORY)
             except OSError as error:
                 raise PreconditionError(f"can't read the restored root: {error.strerror}", object=clone) from None
             self._tree(fd, clone, set(clones) - {clone})
         return self.changes
 
-    def _tree(self, top_fd: int, top: str, others: set[str]) -> None:
-        """Every directory below, by descriptor, so that a link put in a directory's place is never entered."""
-        open_now = [(top_fd, top, self._directory(top_fd, top))]
+    def _tree(self, fd: int, top: str, others: set[str]) -> None:
+        """Every directory below, by descriptor, so that a link put in a directory's place is never entered. However
+        deep it is, only the current directory stays open; the way back is `..`, if that is where we came from."""
+        at = top
+        levels: list[tuple[str, tuple[int, int], list[str]]] = []  # (path, identity, what is left to enter)
         try:
-            while open_now:
-                fd, path, below = open_now[-1]
-                if not below:
-                    os.close(fd)
-                    open_now.pop()
+            levels.append((top, _identity(fd), self._directory(fd, top)))
+            while True:
+                at, _, below = levels[-1]
+                if below:
+                    name = below.pop()
+                    at = os.path.join(at, name)
+                    if at in others:
+                        continue
+                    child = os.open(name, _DIRECTORY, dir_fd=fd)
+                    try:
+                        inner = self._directory(child, at)
+                        if inner:
+                            levels.append((at, _identity(child), inner))
+                            fd, child = child, fd
+                    finally:
+                        os.close(child)
                     continue
-                name = below.pop()
-                child = os.path.join(path, name)
-                if child in others:
-                    continue
-                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-                child_fd = os.open(name, flags, dir_fd=fd)
-                open_now.append((child_fd, child, []))
-                open_now[-1][2].extend(self._directory(child_fd, child))
-        except OSError as error:
-            where = os.path.join(open_now[-1][1], str(error.filename or "")) if open_now else top
-            raise PreconditionError(f"can't read it: {error.strerror}", object=where) from None
-        finally:
-            for fd, _, _ in open_now:
+                levels.pop()
+                if not levels:
+                    return
+                above = os.open("..", _DIRECTORY, dir_fd=fd)
                 os.close(fd)
+                fd = above
+                if _identity(fd) != levels[-1][1]:
+                    raise PreconditionError("was moved while it was read", object=at, cure="restore once more")
+        except OSError as error:
+            raise PreconditionError(f"can't read it: {error.strerror}", object=at) from None
+        finally:
+            os.close(fd)
 
     def _directory(self, fd: int, path: str) -> list[str]:
         """One directory: mend its links and options; return the names of the directories in it."""
@@ -219,25 +274,31 @@ class _Pass:
         below: list[str] = []
         links: list[str] = []
         files: list[str] = []
+        leftovers: list[str] = []
         with os.scandir(fd) as entries:
             for entry in entries:
-                if entry.is_symlink():
-                    links.append(entry.name)
-                elif entry.is_dir(follow_symlinks=False):
+                if entry.is_dir(follow_symlinks=False):
                     below.append(entry.name)
+                elif self.write and _LEFTOVER.fullmatch(entry.name):
+                    leftovers.append(entry.name)
+                elif entry.is_symlink():
+                    links.append(entry.name)
                 elif entry.is_file(follow_symlinks=False):
                     files.append(entry.name)
         count = len(self.changes)
-        if self.write and _TEMPORARY in (*links, *files):
-            os.unlink(_TEMPORARY, dir_fd=fd)
+        for name in leftovers:
+            try:
+                os.unlink(name, dir_fd=fd)
+            except OSError as error:
+                raise StorageError(f"can't remove it: {error.strerror}", object=os.path.join(path, name)) from None
         for name in sorted(links):
-            if name != _TEMPORARY:
-                self._link(fd, path, name)
+            self._link(fd, path, name)
         if "CURRENT" in (*links, *files):
+            newest = newest_options([*links, *files])
             for name in sorted({*links, *files}):
                 if _OPTIONS.fullmatch(name):
-                    self._options(fd, path, name)
-        if self.write and len(self.changes) != count:
+                    self._options(fd, path, name, newest=name == newest)
+        if leftovers or (self.write and len(self.changes) != count):
             try:
                 os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
                 os.fsync(fd)
@@ -246,7 +307,11 @@ class _Pass:
         return below
 
     def _link(self, fd: int, directory: str, name: str) -> None:
-        before = os.readlink(name, dir_fd=fd)
+        itself = os.open(name, _ITSELF, dir_fd=fd)
+        try:
+            found, before = os.fstat(itself), os.readlink("", dir_fd=itself)
+        finally:
+            os.close(itself)
         after = self._wanted(before, directory)
         if after is None or after == before:
             return
@@ -254,36 +319,58 @@ class _Pass:
         self.changes.append(Change(path, "", before, after))
         if not self.write:
             return
-        found = os.lstat(name, dir_fd=fd)
+        temporary = _TEMPORARY + secrets.token_hex(8)
         try:
-            os.symlink(after, _TEMPORARY, dir_fd=fd)
-            self._dress(fd, found)
-            os.rename(_TEMPORARY, name, src_dir_fd=fd, dst_dir_fd=fd)
+            os.symlink(after, temporary, dir_fd=fd)
+            itself = os.open(temporary, _ITSELF, dir_fd=fd)
+            try:
+                made = os.fstat(itself)
+                # By now the name may be a hard link to another's file, which mustn't get this one's owner.
+                if not stat.S_ISLNK(made.st_mode) or made.st_nlink > 1:
+                    raise StorageError("was replaced by someone while it was written", object=path)
+                _dress(itself, made, found)
+            finally:
+                os.close(itself)
+            # Whatever its owner may put in the name's place from here on, he could put there afterwards too.
+            os.rename(temporary, name, src_dir_fd=fd, dst_dir_fd=fd)
         except OSError as error:
             raise StorageError(f"can't re-point it: {error.strerror}", object=path) from None
 
-    def _options(self, fd: int, directory: str, name: str) -> None:
+    def _options(self, fd: int, directory: str, name: str, *, newest: bool) -> None:
         """An options file. One that is a link is mended where it leads, if that is in the clone (links were first)."""
-        path = os.path.join(directory, name)
-        if stat.S_ISLNK(os.lstat(name, dir_fd=fd).st_mode):
-            path = os.path.realpath(path)
-            if self.worlds.live_of(path) is None or not os.path.isfile(path):
-                return
-            directory, name = os.path.split(path)
-            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                self._options_file(fd, directory, name)
-            finally:
-                os.close(fd)
-        else:
-            self._options_file(fd, directory, name)
+        if not stat.S_ISLNK(os.lstat(name, dir_fd=fd).st_mode):
+            self._options_file(fd, directory, name, newest=newest)
+            return
+        live = self.worlds.live_of(os.path.realpath(os.path.join(directory, name)))
+        place = None if live is None else self.worlds.clone_of(live)
+        if place is None:
+            return
+        directory, name = os.path.split(place)
+        try:
+            fd = open_directory(directory)
+        except (FileNotFoundError, NotADirectoryError):
+            return  # broken, or in a place that only looks like the clone's
+        try:
+            self._options_file(fd, directory, name, newest=newest)
+        except FileNotFoundError:
+            pass
+        finally:
+            os.close(fd)
 
-    def _options_file(self, fd: int, directory: str, name: str) -> None:
+    def _options_file(self, fd: int, directory: str, name: str, *, newest: bool) -> None:
         path = os.path.join(directory, name)
-        file_fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-        with open(file_fd, "rb") as file:
-            found = os.fstat(file.fileno())
-            lines = os.fsdecode(file.read()).split("\n")
+        try:
+            read = read_options(fd, name)
+        except OSError as error:
+            if error.errno == errno.EFBIG and newest:
+                raise PreconditionError(f"can't be re-pointed: {error.strerror}", object=path) from None
+            if error.errno == errno.EFBIG:
+                return  # RocksDB reads the newest alone
+            raise
+        if read is None:
+            return
+        content, found = read
+        lines = os.fsdecode(content).split("\n")
         changed: list[Change] = []
         for number, line in enumerate(lines):
             left, equals, value = line.partition("=")
@@ -298,28 +385,19 @@ class _Pass:
         self.changes += changed
         if not changed or not self.write:
             return
+        temporary = _TEMPORARY + secrets.token_hex(8)
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            new_fd = os.open(_TEMPORARY, flags, 0o600, dir_fd=fd)
+            new_fd = os.open(temporary, flags, 0o600, dir_fd=fd)
             with open(new_fd, "wb") as file:
                 file.write(os.fsencode("\n".join(lines)))
                 file.flush()
-                os.fsync(file.fileno())
-            self._dress(fd, found)
-            os.rename(_TEMPORARY, name, src_dir_fd=fd, dst_dir_fd=fd)
+                _dress(new_fd, os.fstat(new_fd), found)
+                os.fsync(new_fd)
+            os.rename(temporary, name, src_dir_fd=fd, dst_dir_fd=fd)
             os.fsync(fd)
         except OSError as error:
             raise StorageError(f"can't re-point it: {error.strerror}", object=path) from None
-
-    def _dress(self, fd: int, like: os.stat_result) -> None:
-        """Owner, mode and times of `like` for the temporary. Without root only our own files are in a clone."""
-        try:
-            os.chown(_TEMPORARY, like.st_uid, like.st_gid, dir_fd=fd, follow_symlinks=False)
-        except PermissionError:
-            pass
-        if not stat.S_ISLNK(like.st_mode):
-            os.chmod(_TEMPORARY, stat.S_IMODE(like.st_mode), dir_fd=fd)
-        os.utime(_TEMPORARY, ns=(like.st_atime_ns, like.st_mtime_ns), dir_fd=fd, follow_symlinks=False)
 
     def _option_wanted(self, target: str, directory: str, key: str) -> str | None:
         led = self._led(target, directory)
@@ -393,3 +471,22 @@ class _Pass:
                     there = "/" if text.startswith("/") else os.path.dirname(place)
                     here = worlds.live_of(there) or there
         return _Led(rewritten, here if worlds.clone_of(here) is None else None)
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino
+
+
+def _dress(fd: int, made: os.stat_result, like: os.stat_result) -> None:
+    """Owner, mode and times of `like` for the temporary that `fd` holds: a file, or a link opened as itself (which
+    only /proc can change by descriptor). Without root only our own files are in a clone."""
+    itself = f"/proc/self/fd/{fd}"
+    if (made.st_uid, made.st_gid) != (like.st_uid, like.st_gid):
+        try:
+            os.chown(itself, like.st_uid, like.st_gid)
+        except PermissionError:
+            pass
+    if not stat.S_ISLNK(like.st_mode):
+        os.chmod(itself, like.st_mode & 0o777)  # root gives nobody a file that runs as its owner
+    os.utime(itself, ns=(like.st_atime_ns, like.st_mtime_ns))

@@ -1,5 +1,8 @@
 """From what a command was given to what must be snapshotted: target -> node -> data path -> roots. Knows mounts,
 links and a profile; must not know providers or verbs. Changes nothing.
+
+The node's user may make any link below the data path and change it while root looks. So root follows a link only to
+what its author owns (or root's own links), and opens what it found by descriptor.
 """
 
 from __future__ import annotations
@@ -11,20 +14,20 @@ import os
 import re
 import stat
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, UsageError
 from snapshotter.host import mounts, places
 from snapshotter.host.mounts import Mount, is_under
 from snapshotter.nodes.config import NODE_NAME, Config, Node
 from snapshotter.nodes.profiles import Profile
-from snapshotter.nodes.repoint import newest_options, option_paths
+from snapshotter.nodes.repoint import newest_options, open_directory, option_paths, read_options
 
 _NETWORK = """
     nfs nfs4 cifs smb3 smbfs 9p ceph glusterfs lustre beegfs afs davfs orangefs ocfs2 gfs2 coda
     fuse.sshfs fuse.glusterfs fuse.ceph fuse.s3fs fuse.rclone fuse.gcsfuse fuse.mount-s3 fuse.davfs2
     fuse.juicefs
 """
+_ITSELF = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 _NO_FILES = """
     proc sysfs devtmpfs devpts cgroup cgroup2 mqueue debugfs tracefs securityfs pstore bpf configfs
@@ -33,6 +36,8 @@ _NO_FILES = """
 _SYSTEM = re.compile(
     r"/(etc|usr|bin|lib\w*|sbin|boot|dev|proc|sys|run|tmp|var|home|root|opt|srv|mnt|media|var/lib|var/log)?"
 )
+_MOST_LINKS = 40  # path_resolution(7)
+_NOT_THE_AUTHORS = "belongs to another user than the link: name it in extra_paths if it is the node's"
 _SYSTEM_TREES = ("/etc", "/usr", "/dev", "/proc", "/sys", "/run", "/boot", "/var/log")
 
 
@@ -100,6 +105,8 @@ def _by_path(given: str, config: Config) -> Node:
     if not given or "\0" in given:
         raise UsageError("is neither a node's name nor a path", object=repr(given))
     if "/" not in given and given not in (".", "..") and not os.path.isdir(given):
+        from difflib import get_close_matches
+
         near = get_close_matches(given, list(config.nodes), 1)
         cure = f"did you mean {near[0]}?" if near else "give a node's name or a path"
         if config.nodes and not near:
@@ -154,10 +161,12 @@ def mount_at(path: str, table: list[Mount]) -> Mount:
 def roots(node: Node, profile: Profile) -> Layout:
     """The directories that belong to the node: its data path, every mount below it, every directory that a link
     below leads to, the node's `extra_paths`, the profile's extra roots, and what the databases' own options name;
-    each searched in turn. One that lies in another isn't named again.
+    each searched in turn. One that lies in another isn't named again. As root, a link (or an options file) leads only
+    to a directory of its author's, so that nobody gets another user's data into a set; root's links lead anywhere.
 
     Costs one walk over names (no stat per file). Raises PreconditionError (a file system that can't be snapshotted,
-    a directory that can't be read), NotFoundError and UsageError (the data path, extra_paths).
+    a directory that can't be read, a database that names a directory that can't be taken), NotFoundError and
+    UsageError (the data path, extra_paths).
     """
     _check_directory(node.path)
     search = _Search(canonical(node.path), profile)
@@ -165,10 +174,65 @@ def roots(node: Node, profile: Profile) -> Layout:
         _check_directory(path)
         search.add(canonical(path), "extra_paths", explicit=True)
     for path in profile.extra_roots:
-        path = canonical(os.path.join(search.data, path))
-        if os.path.isdir(path):
-            search.add(path, f"profile {profile.name}")
+        try:
+            led = _led(os.path.join(search.data, path))
+        except OSError:
+            continue  # most nodes of a profile don't have them
+        if led.is_directory and search.may_follow(led, f"profile {profile.name}"):
+            search.add(led.path, f"profile {profile.name}")
     return search.layout()
+
+
+@dataclass(frozen=True, slots=True)
+class _Led:
+    """Where a path leads. `authors`: who wrote the links on the way, or could have put them there."""
+
+    path: str
+    is_directory: bool
+    owner: int
+    authors: frozenset[int]
+
+
+def _led(path: str) -> _Led:
+    """Follow an absolute path as the kernel does, by descriptor, so that what is judged is what was passed. Raises
+    OSError."""
+    authors: set[int] = set()
+    fd = os.open("/", _ITSELF)
+    try:
+        todo = path.split("/")[::-1]
+        links = 0
+        while todo:
+            part = todo.pop()
+            if part in ("", "."):
+                continue
+            here = os.open(part, _ITSELF, dir_fd=fd)
+            try:
+                found = os.fstat(here)
+                if not stat.S_ISLNK(found.st_mode):
+                    fd, here = here, fd
+                    continue
+                text = os.readlink("", dir_fd=here)
+                links += 1
+                if links > _MOST_LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+                # Root's link is the word of whoever owns its directory, where moving it (or linking to it from here)
+                # gives it another meaning.
+                moved = found.st_nlink > 1 or not text.startswith("/")
+                authors.add(os.fstat(fd).st_uid if found.st_uid == 0 and moved else found.st_uid)
+                todo += text.split("/")[::-1]
+                if text.startswith("/"):
+                    top = os.open("/", _ITSELF)
+                    os.close(fd)
+                    fd = top
+            finally:
+                os.close(here)
+        found = os.fstat(fd)
+        if found.st_nlink == 0:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        name = os.readlink(f"/proc/self/fd/{fd}")
+        return _Led(name, stat.S_ISDIR(found.st_mode), found.st_uid, frozenset(authors))
+    finally:
+        os.close(fd)
 
 
 class _Search:
@@ -184,6 +248,9 @@ class _Search:
         self.aliases: dict[str, str] = {}
         self.subvolumes: dict[str, Mount] = {}
         self.warnings: list[str] = []
+        self.linked_options: list[str] = []  # options files that are links: read once their target is in a root
+        self.missing: list[tuple[str, str]] = []  # (options file and key, directory that it may not lead us to)
+        self.judges = os.geteuid() == 0  # others can read no more than what is theirs anyway
         if data == "/":
             cure = "give the node's own directory"
             raise PreconditionError("the whole system can't be a data path", object="/", cure=cure)
@@ -193,7 +260,7 @@ class _Search:
         """Take the canonical directory `path` as a root, unless it is in one already or must not be one; search it
         and what it leads to. `why` says who named it, for messages."""
         waiting = [(path, why, explicit)]
-        while waiting:
+        while waiting or (waiting := self._linked_options()):
             path, why, explicit = waiting.pop()
             if self._known(path):
                 continue
@@ -278,30 +345,43 @@ class _Search:
             directory = waiting.pop()
             names: list[str] = []
             try:
-                with os.scandir(directory) as entries:
-                    for entry in entries:
-                        if entry.is_symlink():
-                            leads += self._follow(entry.path)
-                        elif entry.is_dir(follow_symlinks=False) and entry.path not in self.mount_points:
-                            if mount.fstype == "btrfs" and _is_subvolume(entry):
-                                if entry.path not in nested:
-                                    continue  # a snapshot of ours or another tool's: not the node's
-                                self.subvolumes[entry.path] = mount
-                            waiting.append(entry.path)
-                        names.append(entry.name)
-            except FileNotFoundError:
-                continue  # removed since it was listed: the node is running
+                fd = open_directory(directory)
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # removed since it was listed (the node is running), or a link has come into the path
             except OSError as error:
                 raise _readable(error, directory) from None
-            if "CURRENT" in names:
-                leads += self._options(directory, names)
+            try:
+                with os.scandir(fd) as entries:
+                    for entry in entries:
+                        path = os.path.join(directory, entry.name)
+                        if entry.is_symlink():
+                            leads += self._follow(path)
+                        elif entry.is_dir(follow_symlinks=False) and path not in self.mount_points:
+                            if mount.fstype == "btrfs" and _is_subvolume(entry):
+                                if path not in nested:
+                                    continue  # a snapshot of ours or another tool's: not the node's
+                                self.subvolumes[path] = mount
+                            waiting.append(path)
+                        names.append(entry.name)
+                if "CURRENT" in names:
+                    leads += self._options(fd, directory, names)
+            except OSError as error:
+                raise _readable(error, directory) from None
+            finally:
+                os.close(fd)
         return leads
+
+    def may_follow(self, led: _Led, who: str, author: int = 0) -> bool:
+        """Whether all who led there (`author`: of what names the path) own it, or are root. Notes a refusal."""
+        if self._known(led.path) or not self.judges or {author, *led.authors} <= {0, led.owner}:
+            return True
+        self.outside.append((who, led.path, _NOT_THE_AUTHORS))
+        return False
 
     def _follow(self, link: str) -> list[tuple[str, str, bool]]:
         """Where a link leads: a directory to search, or nothing (broken, a loop, a file, in a root already)."""
         try:
-            path = os.path.realpath(link, strict=True)
-            is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+            led = _led(link)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM):
                 raise PreconditionError(
@@ -312,14 +392,14 @@ class _Search:
             elif error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
                 raise _readable(error, link) from None
             return []
-        if self._known(path):
+        if self._known(led.path):
             return []
-        if is_directory:
-            return [(path, link, False)]
-        self.outside.append((link, path, "not a directory, and outside the node's"))
+        if led.is_directory:
+            return [(led.path, link, False)] if self.may_follow(led, link) else []
+        self.outside.append((link, led.path, "not a directory, and outside the node's"))
         return []
 
-    def _options(self, directory: str, names: list[str]) -> list[tuple[str, str, bool]]:
+    def _options(self, fd: int, directory: str, names: list[str]) -> list[tuple[str, str, bool]]:
         """The directories that a RocksDB's newest options file names."""
         patterns = self.profile.option_files
         newest = newest_options([name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns)])
@@ -327,26 +407,68 @@ class _Search:
             return []
         file = os.path.join(directory, newest)
         try:
-            with open(file, "rb") as opened:
-                content = opened.read()
+            if stat.S_ISLNK(os.lstat(newest, dir_fd=fd).st_mode):
+                self.linked_options.append(file)
+                return []
+            return self._named_by(fd, newest, file)
         except FileNotFoundError:
             return []
         except OSError as error:
             raise _readable(error, file) from None
+
+    def _linked_options(self) -> list[tuple[str, str, bool]]:
+        """The same of options files that are links, as far as they lead into a root by now."""
+        leads: list[tuple[str, str, bool]] = []
+        for link in list(self.linked_options):
+            file = canonical(link)
+            if not self._known(file):
+                continue
+            self.linked_options.remove(link)
+            directory, name = os.path.split(file)
+            try:
+                fd = open_directory(directory)
+                try:
+                    leads += self._named_by(fd, name, file)
+                finally:
+                    os.close(fd)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise _readable(error, file) from None
+        return leads
+
+    def _named_by(self, fd: int, name: str, file: str) -> list[tuple[str, str, bool]]:
+        read = read_options(fd, name)
+        if read is None:
+            self.warnings.append(f"{file}: not a file, and not read")
+            return []
+        content, found = read
+        # Root's file that is linked to from elsewhere was perhaps not put here by root.
+        author = found.st_uid if found.st_nlink == 1 else os.fstat(fd).st_uid
         leads: list[tuple[str, str, bool]] = []
         for key, path in option_paths(content):
             if key == "db_log_dir":
                 continue  # where it writes about itself: nothing to restore
-            path = canonical(path)
-            if os.path.isdir(path):
-                leads.append((path, f"{file}: {key}", False))
+            try:
+                led = _led(path)
+            except OSError:
+                led = None
+            who = f"{file}: {key}"
+            if led is None or not led.is_directory:
+                self.warnings.append(f"{who} names {canonical(path)}, which isn't there")
+            elif self.may_follow(led, who, author):
+                leads.append((led.path, who, False))
             else:
-                self.warnings.append(f"{file}: {key} names {path}, which isn't there")
+                self.missing.append((who, led.path))
         return leads
 
     def layout(self) -> Layout:
         """What was found, each directory once. One that a directory found later holds is dropped here, so that the
         order of finding makes no difference."""
+        for who, path in self.missing:
+            if not self._known(path):  # extra_paths may hold it
+                said = f"names {path}, which belongs to another user than the file: a set without it is no backup"
+                raise PreconditionError(said, object=who, cure="name it in extra_paths if it is the node's")
         kept: list[str] = []
         for path, mount in self.found.items():
             holder = None
@@ -362,6 +484,7 @@ class _Search:
         found = [Found(path, self.found[path], self._relative(path)) for path in kept]
         found.sort(key=lambda root: (root.path != self.data, root.relative is None, root.path))
         warned = [f"{path} shows the same as {same}: stored once" for path, same in sorted(self.aliases.items())]
+        unread = [f"{file}: a link that leads to no file of the node's, and not read" for file in self.linked_options]
         return Layout(
             roots=found,
             subvolumes=[Found(path, self.subvolumes[path], self._relative(path)) for path in sorted(self.subvolumes)],
@@ -370,7 +493,7 @@ class _Search:
                 {f"{who} -> {path}: {why}" for who, path, why in self.outside if not self._known(path)}
             ),
             aliases=sorted(self.aliases.items()),
-            warnings=sorted({*self.warnings, *warned}),
+            warnings=sorted({*self.warnings, *warned, *unread}),
         )
 
     def _relative(self, path: str) -> str | None:

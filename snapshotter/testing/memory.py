@@ -260,6 +260,7 @@ class MemoryProvider(Provider):
                 access=access,
                 purpose=purpose,
                 since=None,  # until settle
+                tree=True,
             )
             # Recorded before the first byte is written: whatever happens from here on, detach finds it.
             record = StoredAttachment(listed, self.store.run, made_directory=not there)

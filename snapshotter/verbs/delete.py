@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from snapshotter.catalog import Catalog
-from snapshotter.core.errors import BusyError, UsageError
+from snapshotter.core.errors import BusyError, Interrupted, SnapshotterError, UsageError
 from snapshotter.core.model import SnapshotSet
 from snapshotter.host.locks import Locks
 from snapshotter.verbs.documents import set_document
@@ -48,18 +48,29 @@ def plan(session: Session, selectors: list[str], *, last: bool, from_host: bool)
 
 
 def delete(session: Session, selectors: list[str], *, last: bool = False, from_host: bool = False) -> dict[str, Any]:
-    """Delete these sets. All are checked before the first is touched, and each again under its lock."""
-    gone = []
+    """Delete these sets. All are checked before the first is touched, and each again under its lock. One that fails
+    then doesn't stop the rest: the document's `failed` names it. If none was deleted, its error is raised."""
+    gone: list[dict[str, Any]] = []
+    errors: list[SnapshotterError] = []
+    failed = []
     for found in plan(session, selectors, last=last, from_host=from_host):
-        with Locks(lock_names(found)):
-            entries = session.catalog()
-            now = next((entry for entry in entries.sets if entry.set_id == found.set_id), None)
-            if now is None:
-                continue  # somebody else deleted it: that is what was asked for
-            check(entries, now, last=last)
-            remove(session, now)
-            gone.append(set_document(now))
-    return {"deleted": gone}
+        try:
+            with Locks(lock_names(found)):
+                entries = session.catalog()
+                now = next((entry for entry in entries.sets if entry.set_id == found.set_id), None)
+                if now is None:
+                    continue  # somebody else deleted it: that is what was asked for
+                check(entries, now, last=last)
+                remove(session, now)
+                gone.append(set_document(now))
+        except Interrupted:
+            raise
+        except SnapshotterError as error:
+            errors.append(error)
+            failed.append({"set_id": found.set_id, **error.as_json()})
+    if errors and not gone:
+        raise errors[0]
+    return {"deleted": gone, "failed": failed}
 
 
 def remove(session: Session, found: SnapshotSet) -> None:

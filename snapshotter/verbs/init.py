@@ -24,6 +24,8 @@ def init(session: Session, path: str, *, kind: str | None = None, write: str | N
     if node.name in session.config.nodes:
         raise UsageError("is in the config already", object=node.name, cure="edit the config instead")
     data = canonical(node.path)
+    if data == "/":
+        raise UsageError("can't be a data path", object=data, cure="give the node's own directory")
     profile, why = profiles.detect(data)
     provider, _ = planning.nearest(session, node, data, mounts.mount_of(data))
     found: dict[str, Any] = {"path": data, "profile": profile.name}
@@ -53,10 +55,8 @@ def init(session: Session, path: str, *, kind: str | None = None, write: str | N
 
 
 def usual_config() -> str:
-    """The config file that a run of this user reads when none is named, and `--write` makes."""
-    if os.geteuid() == 0:
-        return config.SYSTEM_FILE
-    return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "snapshotter/config.toml")
+    """The config file that `--write` makes when none is named: the first that a run of this user reads."""
+    return config.usual_files()[0]
 
 
 def _user(uid: int) -> str | None:

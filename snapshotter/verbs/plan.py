@@ -25,6 +25,8 @@ from snapshotter.provider import Provider
 from snapshotter.verbs.documents import when
 from snapshotter.verbs.session import Session
 
+STOP_BUDGET_S = 3600.0
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:
@@ -160,11 +162,15 @@ def make(
         deadline=now + timedelta(seconds=max(1.0, budget_s or node.budget)),
         slot=slot,
     )
-    if len(birth.roots) > 1 and not _remembered(birth):
+    if not _remembered(birth):
         raise PreconditionError(
-            f"the paths of its {len(birth.roots)} roots are too long to be recorded",
+            "the paths of its roots are too long to be recorded, and it could not be restored",
             object=node.path,
-            cure="shorten them",
+            cure="give it a shorter path (a bind mount will do)",
+        )
+    if not any(_has_anything(root.path) for root in birth.roots):
+        raise PreconditionError(
+            "is empty: an image of nothing is no backup", object=node.path, cure="is its disk mounted?"
         )
     chosen = _quiesce(node, quiesce, owners, volumes)
     grade = _grade(chosen, owners, volumes)
@@ -190,15 +196,21 @@ def make(
         providers=tuple(owners),
         quiesce=chosen,
         grade=grade,
-        budget_s=budget_s or node.budget,
+        # A service takes its time to stop, and is held as long as the copy lasts.
+        budget_s=budget_s or (STOP_BUDGET_S if chosen is Quiesce.STOP else float(node.budget)),
     )
     for provider, theirs in plan.by_provider():
         provider.check(theirs, birth)
     return plan
 
 
+def _has_anything(path: str) -> bool:
+    with os.scandir(path) as entries:
+        return any(entry.name != "lost+found" for entry in entries)
+
+
 def _remembered(birth: Birth) -> bool:
-    """Whether the birth record has room for the paths; a restore of several roots needs them."""
+    """Whether the birth record has room for the paths: a restore needs them."""
     decoded = decode_birth(encode_birth(birth))
     return decoded is not None and decoded.paths_known
 

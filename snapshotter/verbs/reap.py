@@ -9,14 +9,16 @@ a person's clone.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from snapshotter.core.errors import BusyError, SnapshotterError, UndoIncompleteError
 from snapshotter.core.model import Purpose, State, utc_now
-from snapshotter.host import mounts, quiesce
+from snapshotter.host import mounts, processes, quiesce
 from snapshotter.host.locks import Locks
 from snapshotter.host.places import host_name, same_host
 from snapshotter.verbs.delete import lock_names, remove
+from snapshotter.verbs.release import refuse_foreign_mount
 from snapshotter.verbs.session import Session
 
 
@@ -35,10 +37,15 @@ def reap(session: Session) -> dict[str, Any]:
             if attachment.held or not (half_made or attachment.purpose is Purpose.VERIFY):
                 continue
             try:
-                if attachment.path:
+                if attachment.path and os.path.lexists(attachment.path):
+                    refuse_foreign_mount(attachment.path, {attachment.path} if attachment.tree else set())
+                    if users := processes.users_of(attachment.path):
+                        raise BusyError(f"is in use by {processes.named(users)}", object=attachment.path)
                     mounts.unmount(attachment.path)
                 provider.detach(attachment.id)
                 released.append(attachment.id)
+            except BusyError as error:
+                kept.append({"set_id": attachment.set_id, "reason": f"its attachment {attachment.id}: {error.line()}"})
             except SnapshotterError as error:
                 left.append(f"{attachment.id}: {error.line()}")
     for found in session.catalog().sets:

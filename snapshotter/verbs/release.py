@@ -23,10 +23,12 @@ def release(session: Session, where: str, *, discard_changes: bool = False) -> d
     # The deepest first: a root may be mounted inside another.
     paths = sorted({found.path for _, found in ours if found.path}, key=lambda path: path.count("/"), reverse=True)
     attachments = [found for _, found in ours]
+    trees = {found.path for found in attachments if found.tree}
     if any(found.held for found in attachments):
         raise BusyError("is being made by a running restore", object=where, cure="wait for it, or stop it")
     with Locks([f"attachment:{attachment_id}"]):
-        for path in paths:
+        for path in [path for path in paths if os.path.lexists(path)]:
+            refuse_foreign_mount(path, trees)
             _refuse_if_used(path)
         if not discard_changes and attachments[0].access is Access.WRITABLE:
             _refuse_if_changed(attachments)
@@ -48,6 +50,13 @@ def _identify(attachments: list[Attachment], where: str) -> str:
     raise NotFoundError(
         "nothing of ours is attached there", object=where, cure="`snapshotter show SET` names attachments"
     )
+
+
+def refuse_foreign_mount(path: str, trees: set[str]) -> None:
+    """Raise BusyError if somebody mounted something of his own at `path`: on a tree of ours, or on our mount."""
+    mounted = [entry for entry in mounts.table() if entry.path == path]
+    if len(mounted) > (0 if path in trees else 1):
+        raise BusyError("something else is mounted there", object=path, cure=f"umount {path}, then release it again")
 
 
 def _refuse_if_used(path: str) -> None:

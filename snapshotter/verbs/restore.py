@@ -84,6 +84,11 @@ def restore(
             snapshot = next(member for member in found.snapshots if member.birth.member == root.member)
             _attach_root(undo, holding[snapshot.provider], snapshot, root, attachment_id, access, place, index)
         pairs = [(root.path, place) for root, place in places]
+        if os.path.isdir(f"{top}.roots"):
+            # Whoever may enter the clone may enter its other roots.
+            like = os.stat(top)
+            os.chown(f"{top}.roots", like.st_uid, like.st_gid, follow_symlinks=False)
+            os.chmod(f"{top}.roots", like.st_mode & 0o777)
         warnings += [note for provider in holding.values() for note in provider.notes]
         if access is Access.WRITABLE:
             changes = repoint.repoint(pairs, f"{top}.roots/outside")
@@ -200,18 +205,27 @@ def bring(undo: Undo, made: MountSpec, inside: str, place: str, name: str) -> No
         undo.push(place, lambda: _remove_if_empty(place))
         os.mkdir(place)
     if not inside:
-        undo.push(f"mount {place}", lambda: mounts.unmount(place))
-        mounts.mount(made, place)
+        _mount(undo, made, place)
         return
     staging = private_directory(os.path.join(private_directory(os.path.join(run_directory(), "staging")), name))
     undo.push(staging, lambda: _remove_if_empty(staging))
-    undo.push(f"mount {staging}", lambda: mounts.unmount(staging))
-    mounts.mount(made, staging)
-    undo.push(f"mount {place}", lambda: mounts.unmount(place))
+    _mount(undo, made, staging)
     options: Sequence[str] = [option for option in made.options if option == "ro"]
-    mounts.mount(MountSpec(os.path.join(staging, inside), "bind", tuple(options)), place)
+    _mount(undo, MountSpec(os.path.join(staging, inside), "bind", tuple(options)), place)
     mounts.unmount(staging)
     _remove_if_empty(staging)
+
+
+def _mount(undo: Undo, spec: MountSpec, place: str) -> None:
+    """Mount there; the inverse leaves alone what somebody else had mounted at `place` before."""
+    before = sum(entry.path == place for entry in mounts.table())
+
+    def inverse() -> None:
+        if sum(entry.path == place for entry in mounts.table()) > before:
+            mounts.unmount(place)
+
+    undo.push(f"mount {place}", inverse)
+    mounts.mount(spec, place)
 
 
 def _remove_if_empty(path: str) -> None:

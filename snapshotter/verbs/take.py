@@ -8,18 +8,17 @@ ready. Before the seal every way out undoes everything; after it the set is kept
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from snapshotter import catalog
 from snapshotter.core.errors import Interrupted, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.interrupts import deferred
 from snapshotter.core.labels import pack_hash
-from snapshotter.core.model import Quiesce, State, compact_time, utc_now
+from snapshotter.core.model import Grade, Hold, Quiesce, State, compact_time, utc_now
 from snapshotter.core.undo import Undo
-from snapshotter.host import quiesce as holding
 from snapshotter.host.locks import Locks
-from snapshotter.host.service import Commands, Service, SystemdUnit
 from snapshotter.nodes import profiles, rpc
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.target import resolve
@@ -27,6 +26,9 @@ from snapshotter.verbs import plan as planning
 from snapshotter.verbs.documents import set_document
 from snapshotter.verbs.plan import Plan
 from snapshotter.verbs.session import Session
+
+if TYPE_CHECKING:
+    from snapshotter.host.service import Service
 
 
 def take(
@@ -59,10 +61,10 @@ def take(
     if dry_run:
         return plan.document()
     notes = list(plan.layout.warnings)
-    with Locks(plan.locks()) as locks:
+    with Locks(plan.locks()):
         if slot and (existing := _of_slot(session, plan)) is not None:
             return {**existing, "existing": True, "warnings": notes, "left_out": list(plan.layout.links_outside)}
-        notes += _carry_out(session, plan, locks)
+        notes += _carry_out(plan)
     document = _wait_until_ready(session, plan, wait_s if wait else 0.0)
     return {**document, "existing": False, "warnings": notes, "left_out": list(plan.layout.links_outside)}
 
@@ -86,12 +88,13 @@ def take_all(session: Session, **how: Any) -> tuple[dict[str, Any], list[Snapsho
 
 def _of_slot(session: Session, plan: Plan) -> dict[str, Any] | None:
     for found in session.catalog(node=plan.node).of_target(plan.birth.target):
-        if found.birth.slot == plan.birth.slot and found.state in (State.READY, State.PENDING):
+        pending = found.state is State.PENDING and found.grade is not Grade.SKEWED
+        if found.birth.slot == plan.birth.slot and (found.good or pending):
             return set_document(found)
     return None
 
 
-def _carry_out(session: Session, plan: Plan, locks: Locks) -> list[str]:
+def _carry_out(plan: Plan) -> list[str]:
     """From the first change to the seal. Returns notes for a person."""
     set_id = plan.set_id
     groups = plan.by_provider()
@@ -123,15 +126,22 @@ def _carry_out(session: Session, plan: Plan, locks: Locks) -> list[str]:
                 provider.mark(set_id, marks)
             undo.commit()
     notes = [*held.notes, *(note for provider, _ in groups for note in provider.notes)]
-    return notes + ([f"no height is known: {plan.node.rpc}: {silent}"] if silent else [])
+    if silent:
+        # Never the URL itself: it may have a password or an API key in it.
+        notes.append(f"no height is known, the node's RPC gives none: {silent}")
+    return notes
 
 
-def _hold(plan: Plan) -> AbstractContextManager[holding.Held]:
+def _hold(plan: Plan) -> AbstractContextManager[Any]:
+    """What gives a `Held`. Its module is imported only when something is to be held: it takes longer than a snapshot."""
+    if plan.quiesce is Quiesce.NONE:
+        return nullcontext(SimpleNamespace(hold=Hold(), notes=[], held_ms=None))
+    from snapshotter.host import quiesce as holding
+    from snapshotter.host.service import SystemdUnit
+
     paths = [root.path for root in plan.birth.roots]
     what = plan.set_id
     match plan.quiesce:
-        case Quiesce.NONE:
-            return holding.none()
         case Quiesce.PAUSE:
             unit = SystemdUnit(plan.node.unit) if plan.node.unit else None
             return holding.pause(paths, plan.budget_s, what=what, cgroup=unit.control_group() if unit else None)
@@ -139,13 +149,15 @@ def _hold(plan: Plan) -> AbstractContextManager[holding.Held]:
             points = sorted({found.mount.path for found in plan.layout.roots})
             return holding.freeze(points, plan.budget_s, what=what)
         case Quiesce.STOP:
-            return holding.stop(service_of(plan.node), what, paths=paths)
-        case Quiesce.HOOKS:
+            return holding.stop(service_of(plan.node), what, plan.budget_s, paths)
+        case _:
             return holding.hooks(plan.node.hold, plan.node.release, plan.budget_s, what=what)
 
 
 def service_of(node: Node) -> Service:
     """The service manager's handle for a node that has one. Raises PreconditionError."""
+    from snapshotter.host.service import Commands, SystemdUnit
+
     if node.unit:
         return SystemdUnit(node.unit)
     if node.stop:

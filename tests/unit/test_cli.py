@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from snapshotter.host.mounts import is_mount_point
 from tests.support import CHECKOUT, NOBODY, Command, loop_file_system
 
 
@@ -281,9 +282,7 @@ def test_store_full(tmp_path: Path, data: Path) -> None:
 
 def test_completion_and_version(command: Command, data: Path) -> None:
     identity = command.json("take", str(data))["set_id"]
-    environment = {**command.environment(), "XDG_CONFIG_HOME": str(command.home)}
-    os.makedirs(command.home / "snapshotter")
-    shutil.copy(command.config, command.home / "snapshotter" / "config.toml")
+    environment = command.environment()
     for shell in ("bash", "zsh", "fish"):
         script = subprocess.run(
             [sys.executable, "-m", "snapshotter"],
@@ -293,8 +292,8 @@ def test_completion_and_version(command: Command, data: Path) -> None:
         assert "snapshotter" in script.stdout
     done = subprocess.run(
         [sys.executable, "-m", "snapshotter"],
-        env={**environment, "_SNAPSHOTTER_COMPLETE": "bash_complete", "COMP_WORDS": "snapshotter show s",
-        "COMP_CWORD": "2"},
+        env={**environment, "_SNAPSHOTTER_COMPLETE": "bash_complete", "COMP_WORDS": f"snapshotter show --config {command.config} s",
+        "COMP_CWORD": "4"},
         capture_output=True, text=True, cwd=CHECKOUT,
     )  # fmt: skip
     assert identity in done.stdout
@@ -322,6 +321,7 @@ def test_init_finds_and_writes(command: Command, data: Path) -> None:
 def test_init_keeps_what_the_config_says(command: Command, data: Path, tmp_path: Path) -> None:
     other = tmp_path / "place" / "other"
     other.mkdir()
+    (other / "file").write_text("content")
     command.config.write_text(f'# mine\n[node.a]\npath = "{data}"\n')
     command.json("init", str(other), "--write")
     assert command.config.read_text().startswith("# mine\n[node.a]")
@@ -368,3 +368,98 @@ def test_another_hosts_set_is_looked_at_but_not_touched(command: Command, data: 
     ):
         assert "--from-host" in command.error(*words, exit_code=2)["line"]
     command.json("restore", identity, "--to", str(tmp_path / "c"), "--from-host")
+
+
+def test_an_empty_data_path_is_no_backup(command: Command, data: Path) -> None:
+    """Its disk isn't mounted, most likely: an image of nothing must not become the latest."""
+    good = command.json("take", str(data))["set_id"]
+    shutil.rmtree(data)
+    data.mkdir()
+    (data / "lost+found").mkdir()
+    assert "mounted" in command.error("take", str(data), exit_code=3)["line"]
+    assert command.json("show", f"latest:{data}")["set_id"] == good
+
+
+def test_a_path_that_could_not_be_recorded_is_refused(command: Command, tmp_path: Path) -> None:
+    data = tmp_path / ("d" * 200) / ("e" * 200)
+    data.mkdir(parents=True)
+    (data / "file").write_text("")
+    assert "bind mount" in command.error("take", str(data), exit_code=3)["line"]
+    assert not (data.parent / ".snapshotter").exists()
+
+
+@pytest.mark.parametrize("gone", ["removed", "moved"])
+def test_a_clone_that_is_gone_is_released(command: Command, data: Path, tmp_path: Path, gone: str) -> None:
+    identity = command.json("take", str(data))["set_id"]
+    command.json("restore", identity, "--to", str(tmp_path / "clone"))
+    if gone == "removed":
+        shutil.rmtree(tmp_path / "clone")
+    else:
+        (tmp_path / "clone").rename(tmp_path / "mine")
+    command.json("release", str(tmp_path / "clone"))
+    assert command.json("show", identity)["attachments"] == []
+    command.json("delete", identity, "--yes", "--last")
+    assert gone == "removed" or (tmp_path / "mine" / "key").exists()
+
+
+@pytest.mark.root
+def test_a_mount_of_somebody_elses_is_not_unmounted(command: Command, data: Path, tmp_path: Path) -> None:
+    identity = command.json("take", str(data))["set_id"]
+    clone = tmp_path / "clone"
+    command.json("restore", identity, "--to", str(clone))
+    (clone / "mine").write_text("")
+    (tmp_path / "other").mkdir()
+    subprocess.run(["mount", "--bind", tmp_path / "other", clone], check=True)
+    try:
+        assert "umount" in command.error("release", str(clone), "--discard-changes", exit_code=5)["line"]
+        assert is_mount_point(str(clone))
+    finally:
+        subprocess.run(["umount", clone], check=True)
+    assert "--discard-changes" in command.error("release", str(clone), exit_code=5)["line"]
+    assert (clone / "mine").exists()
+
+
+def test_output_that_nobody_takes(command: Command, data: Path) -> None:
+    """A closed or broken stdout or stderr is no reason to fail, nor for a traceback."""
+    environment = command.environment()
+    listing = " ".join(f"'{word}'" for word in command.argv("list", str(data), "--json"))
+    taking = " ".join(f"'{word}'" for word in command.argv("take", str(data)))
+    for script, codes in [
+        (f"{taking} 2>&-", {0}),
+        (f"{taking} <&- >&- 2>&-", {0}),
+        (f"set -o pipefail; {listing} | true", {0}),
+        (f"{listing} > /dev/full", {3}),
+    ]:
+        done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, cwd="/")
+        assert done.returncode in codes, (script, done.returncode, done.stderr)
+        assert "Traceback" not in done.stderr and "Exception" not in done.stderr, (script, done.stderr)
+    assert len(command.json("list", str(data))["sets"]) == 2
+
+
+def test_budgets_out_of_range(command: Command, data: Path) -> None:
+    for budget in ("0s", "999999999w", "11m", "-5s", "1ms"):
+        command.error("take", str(data), f"--budget={budget}", exit_code=2)
+
+
+def test_the_rpcs_address_is_nobodys_business(tmp_path: Path, data: Path) -> None:
+    config = f'[node.a]\npath = "{data}"\nrpc = "http://admin:hunter2@127.0.0.1:1/v3/APIKEY"\n'
+    done = Command(tmp_path / "etc", config=config).run("take", "a", "--json")
+    assert done.returncode == 0
+    assert "height" in done.stderr and "hunter2" not in done.stdout + done.stderr
+    assert "APIKEY" not in done.stdout + done.stderr
+
+
+def test_a_copied_store_beside_the_first(command: Command, data: Path, tmp_path: Path) -> None:
+    """A set that is there twice is one set, and a broken copy doesn't break it."""
+    identity = command.json("take", str(data))["set_id"]
+    store = tmp_path / "place" / ".snapshotter"
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy, symlinks=True)
+    os.chmod(copy, 0o700)
+    (copy / "sets" / identity / "image.json").unlink()
+    other = tmp_path / "place2" / "node"
+    other.mkdir(parents=True)
+    (other / "file").write_text("")
+    command.json("take", str(other), "-o", f"store={copy}")  # now it is known
+    (found,) = command.json("list", str(data))["sets"]
+    assert (found["state"], len(found["snapshots"])) == ("ready", 1)

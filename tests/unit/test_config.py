@@ -219,6 +219,9 @@ def test_the_first_that_exists(home: Path, monkeypatch: pytest.MonkeyPatch) -> N
     places["etc"].write_text('state = "/etc-one"')
     assert (load().state, load().source) == ("/etc-one", str(places["etc"]))
     places["xdg/snapshotter"].write_text('state = "/xdg-one"')
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert load().state == "/etc-one", "root has one place: under sudo HOME may be another user's"
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert load().state == "/xdg-one"
     explicit.write_text('state = "/explicit-one"')
     assert load(str(explicit)).state == "/explicit-one"

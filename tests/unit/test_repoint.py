@@ -159,7 +159,7 @@ def test_read_only_is_judged_and_nothing_written(farm: Farm) -> None:
     os.symlink("db", farm.data / "database")
     os.symlink("/dev/null", farm.data / "null")
     farm.copy()
-    (farm.clone / ".snapshotter-repoint").write_text("of a killed run")
+    (farm.clone / ".snapshotter-repoint-0123456789abcdef").write_text("of a killed run")
     before = snapshot_of(farm.top)
     assert [(change.path, change.before) for change in check_read_only(farm.roots)] == [
         (str(farm.clone / "wal"), str(farm.fast / "wal"))
@@ -175,13 +175,13 @@ def test_a_killed_runs_temporary_is_replaced_and_owner_and_times_stay(farm: Farm
         os.lchown(link, 1234, 4321)
     os.utime(link, ns=(10**18, 10**18), follow_symlinks=False)
     os.utime(farm.clone, ns=(10**18, 10**18))
-    os.symlink("half", farm.clone / ".snapshotter-repoint")
+    os.symlink("half", farm.clone / ".snapshotter-repoint-0123456789abcdef")
     before, directory = os.lstat(link), os.stat(farm.clone)
     farm.repoint()
     after = os.lstat(link)
     assert (after.st_uid, after.st_gid, after.st_mtime_ns) == (before.st_uid, before.st_gid, 10**18)
     assert os.stat(farm.clone).st_mtime_ns == directory.st_mtime_ns
-    assert not os.path.lexists(farm.clone / ".snapshotter-repoint")
+    assert not os.path.lexists(farm.clone / ".snapshotter-repoint-0123456789abcdef")
 
 
 def test_odd_names_and_long_targets(farm: Farm) -> None:

@@ -74,13 +74,10 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 def load_all(extra_directory: str | None = None) -> dict[str, Profile]:
     """Every profile by its name. `extra_directory` (may be missing) holds the user's own *.toml; a built-in's
     namesake takes its place. Raises UsageError for a wrong file, PreconditionError for one that can't be read."""
-    from importlib.resources import files
-
     found: dict[str, Profile] = {}
-    for entry in sorted(files(__name__).iterdir(), key=lambda entry: entry.name):
-        if entry.name.endswith(".toml"):
-            profile = _decode(entry.read_bytes(), entry.name)
-            found[profile.name] = profile
+    for name, content in _built_in():
+        profile = _decode(content, name)
+        found[profile.name] = profile
     if extra_directory is None:
         return found
     try:
@@ -99,6 +96,22 @@ def load_all(extra_directory: str | None = None) -> dict[str, Profile]:
                 raise PreconditionError(f"can't read the profile: {error.strerror}", object=path) from None
             found[profile.name] = profile
     return found
+
+
+def _built_in() -> list[tuple[str, bytes]]:
+    """(name, content) of our own files. importlib.resources is slow to import, and only a zip needs it."""
+    here = os.path.dirname(__file__)
+    found = []
+    if os.path.isdir(here):
+        for name in sorted(os.listdir(here)):
+            if name.endswith(".toml"):
+                with open(os.path.join(here, name), "rb") as file:
+                    found.append((name, file.read()))
+        return found
+    from importlib.resources import files
+
+    entries = sorted(files(__name__).iterdir(), key=lambda entry: entry.name)
+    return [(entry.name, entry.read_bytes()) for entry in entries if entry.name.endswith(".toml")]
 
 
 def _decode(content: bytes, source: str) -> Profile:
