@@ -215,10 +215,10 @@ def _led(path: str) -> _Led:
                 links += 1
                 if links > _MOST_LINKS:
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
-                # Root's link is the word of whoever owns its directory, where moving it (or linking to it from here)
-                # gives it another meaning.
-                moved = found.st_nlink > 1 or not text.startswith("/")
-                authors.add(os.fstat(fd).st_uid if found.st_uid == 0 and moved else found.st_uid)
+                # Who owns the directory may have brought another's link here (a hard link), or have moved root's to
+                # where it means something else (a relative one): then it is his word.
+                brought = found.st_nlink > 1 or (found.st_uid == 0 and not text.startswith("/"))
+                authors.add(os.fstat(fd).st_uid if brought else found.st_uid)
                 todo += text.split("/")[::-1]
                 if text.startswith("/"):
                     top = os.open("/", _ITSELF)
@@ -346,9 +346,9 @@ class _Search:
             names: list[str] = []
             try:
                 fd = open_directory(directory)
-            except (FileNotFoundError, NotADirectoryError):
-                continue  # removed since it was listed (the node is running), or a link has come into the path
             except OSError as error:
+                if directory != top and isinstance(error, FileNotFoundError | NotADirectoryError):
+                    continue  # removed since it was listed (the node is running), or a link has come into the path
                 raise _readable(error, directory) from None
             try:
                 with os.scandir(fd) as entries:
@@ -443,7 +443,7 @@ class _Search:
             self.warnings.append(f"{file}: not a file, and not read")
             return []
         content, found = read
-        # Root's file that is linked to from elsewhere was perhaps not put here by root.
+        # A file that has other names may have been brought here by who owns the directory.
         author = found.st_uid if found.st_nlink == 1 else os.fstat(fd).st_uid
         leads: list[tuple[str, str, bool]] = []
         for key, path in option_paths(content):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -546,3 +548,207 @@ def test_an_absolute_wal_dir_alone(farm: Farm, mended: bool) -> None:
         assert after == before
     else:
         assert after != before, "the control: without repoint the engine writes to the live log's directory"
+
+
+# Who owns the clone is not who runs this.
+
+
+def _temporary(directory: Path) -> Path | None:
+    return next((path for path in directory.iterdir() if path.name.startswith(".snapshotter-repoint")), None)
+
+
+@needs_root
+@as_root
+@pytest.mark.parametrize("swapped_for", ["link", "hard link"])
+@pytest.mark.parametrize("kind", ["options", "link"])
+def test_a_temporary_swapped_by_the_clones_owner_hurts_nobody(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch, kind: str, swapped_for: str
+) -> None:
+    """At the worst moment, right after it was made, the owner puts his way to root's file in its place."""
+    victim = farm.top / "victim"
+    victim.write_text("root's")
+    os.chmod(victim, 0o600)
+    if kind == "options":
+        _options(farm, wal=f"{farm.fast}/wal")
+    else:
+        os.symlink(farm.fast / "wal", farm.data / "db/wal")
+    farm.copy()
+    directory = farm.clone / "db"
+    name = directory / ("OPTIONS-000007" if kind == "options" else "wal")
+    os.chown(directory, 65534, 65534)
+    os.lchown(name, 65534, 65534)
+    if kind == "options":
+        os.chmod(name, 0o6666)
+    swaps: list[Path] = []
+
+    def swap() -> None:
+        if (temporary := _temporary(directory)) is not None and not swaps:
+            temporary.unlink()
+            os.symlink(victim, temporary) if swapped_for == "link" else os.link(victim, temporary)
+            swaps.append(temporary)
+
+    real_fsync, real_symlink, real_chown = os.fsync, os.symlink, os.chown
+
+    def fsync(fd: int) -> None:
+        real_fsync(fd)
+        swap()
+
+    def symlink(src: str, dst: str, **given: object) -> None:
+        real_symlink(src, dst, **given)  # type: ignore[arg-type]
+        if os.fspath(dst).startswith(".snapshotter-repoint"):
+            swap()
+
+    def chown(path: str, *args: int, **given: object) -> None:
+        swap()
+        real_chown(path, *args, **given)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fsync)
+        patched.setattr(os, "symlink", symlink)
+        patched.setattr(os, "chown", chown)
+        try:
+            farm.repoint()
+        except StorageError as error:
+            assert "\n" not in error.line()
+    assert swaps
+    found = os.stat(victim)
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (0, 0, 0o600)
+    assert victim.read_text() == "root's"
+
+
+@needs_root
+@as_root
+def test_an_options_file_gets_its_owner_but_no_setuid(farm: Farm) -> None:
+    _options(farm, wal=f"{farm.fast}/wal")
+    farm.copy()
+    file = farm.clone / "db/OPTIONS-000007"
+    os.chown(file, 65534, 65534)
+    os.chmod(file, 0o6664)
+    farm.repoint()
+    found = os.stat(file)
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (65534, 65534, 0o664)
+
+
+def test_leftovers_are_known_by_their_whole_name(farm: Farm) -> None:
+    mine = ".snapshotter-repoint"
+    (farm.data / mine).write_text("the node's own")
+    (farm.data / "db" / f"{mine}-0123456789abcdef").mkdir()
+    (farm.data / "db" / f"{mine}-0123456789abcdef/f").write_text("a directory is no leftover")
+    (farm.data / "db" / f"{mine}-0123456789ABCDEF").write_text("not ours")
+    (farm.data / "sub" / mine).mkdir()
+    os.symlink(farm.fast / "wal", farm.data / "sub" / f"{mine}-x")
+    farm.copy()
+    (farm.clone / f"{mine}-0123456789abcdef").write_text("ours")
+    os.symlink("ours", farm.clone / "sub" / f"{mine}-fedcba9876543210")
+    farm.repoint()
+    assert (farm.clone / mine).read_text() == "the node's own"
+    assert (farm.clone / "db" / f"{mine}-0123456789abcdef/f").exists()
+    assert (farm.clone / "db" / f"{mine}-0123456789ABCDEF").exists() and (farm.clone / "sub" / mine).is_dir()
+    assert os.readlink(farm.clone / "sub" / f"{mine}-x") == str(farm.clone_fast / "wal")
+    assert not (farm.clone / f"{mine}-0123456789abcdef").exists()
+    assert not os.path.lexists(farm.clone / "sub" / f"{mine}-fedcba9876543210")
+    assert farm.repoint() == []
+
+
+def test_options_that_are_no_files_are_not_waited_for(farm: Farm) -> None:
+    _options(farm, "OPTIONS-000003", wal=f"{farm.fast}/wal")
+    os.symlink("/dev/zero", farm.data / "db/OPTIONS-000008")
+    os.symlink("../sub/pipe", farm.data / "db/OPTIONS-000007")
+    farm.copy()
+    os.mkfifo(farm.clone / "db/OPTIONS-000009")
+    os.mkfifo(farm.clone / "sub/pipe")
+    code = (
+        "import json, sys; from snapshotter.nodes.repoint import repoint; repoint(json.loads(sys.argv[1]), sys.argv[2])"
+    )
+    argv = [sys.executable, "-c", code, json.dumps(farm.roots), str(farm.outside)]
+    subprocess.run(argv, check=True, timeout=60)  # a hang shows as a timeout
+    assert f"wal_dir={farm.clone_fast}/wal\n" in (farm.clone / "db/OPTIONS-000003").read_text()
+
+
+def test_an_options_file_too_large_to_be_one_is_refused_if_it_is_the_newest(farm: Farm) -> None:
+    file = _options(farm, wal=f"{farm.fast}/wal")
+    farm.copy()
+    with open(farm.clone / "db/OPTIONS-000003", "wb") as large:
+        large.truncate(1 << 40)
+    assert {Path(change.path).name for change in farm.repoint()} == {file.name}
+    os.rename(farm.clone / "db/OPTIONS-000003", farm.clone / "db/OPTIONS-000008")
+    with pytest.raises(PreconditionError, match="larger than 16 MiB"):
+        farm.repoint()
+
+
+def test_an_options_link_swapped_after_it_was_judged_leads_nowhere(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory that holds an options file's target becomes a link to a foreign one: that isn't written."""
+    file = _options(farm, wal=f"{farm.fast}/wal")
+    (farm.data / "sub/deep/kept").write_text(file.read_text())
+    file.unlink()
+    os.symlink("../sub/deep/kept", file)
+    farm.copy()
+    foreign = farm.top / "foreign/deep"
+    foreign.mkdir(parents=True)
+    (foreign / "kept").write_text(f"[DBOptions]\n  wal_dir={farm.fast}/wal\n")
+    before = snapshot_of(foreign)
+    real = os.path.realpath
+
+    def realpath(path: str, **given: object) -> str:
+        found = real(path, **given)  # type: ignore[call-overload]
+        if str(path).endswith(file.name) and (farm.clone / "sub").is_dir():
+            os.rename(farm.clone / "sub", farm.clone / "was-sub")
+            os.symlink(farm.top / "foreign", farm.clone / "sub")
+        return str(found)
+
+    monkeypatch.setattr(os.path, "realpath", realpath)
+    with contextlib.suppress(PreconditionError):  # said of the swapped directory itself, if it comes later
+        farm.repoint()
+    assert os.path.islink(farm.clone / "sub")
+    assert snapshot_of(foreign) == before
+
+
+def test_a_deep_tree_needs_few_descriptors(farm: Farm) -> None:
+    """600 levels, together longer than any path may be, and a link to mend at the very bottom and on the way back."""
+    farm.copy()
+    fd = os.open(farm.clone, os.O_RDONLY)
+    name = "level-name"
+    for _ in range(600):
+        os.mkdir(name, dir_fd=fd)
+        os.mkdir("zz-sibling", dir_fd=fd)
+        sibling = os.open("zz-sibling", os.O_RDONLY, dir_fd=fd)
+        os.symlink(farm.fast / "wal", "wal", dir_fd=sibling)
+        os.close(sibling)
+        below = os.open(name, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.symlink(farm.fast / "wal", "wal", dir_fd=fd)
+    code = """
+import json, resource, sys
+from snapshotter.nodes.repoint import repoint
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+print(len(repoint(json.loads(sys.argv[1]), sys.argv[2])))
+"""
+    argv = [sys.executable, "-c", code, json.dumps(farm.roots), str(farm.outside)]
+    outcome = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    try:
+        assert outcome.stdout == "601\n", outcome.stderr
+        assert os.readlink("wal", dir_fd=fd) == str(farm.clone_fast / "wal")
+    finally:
+        os.close(fd)
+        subprocess.run(["rm", "-rf", str(farm.clone)], check=True)  # too deep for the fixture's own removal
+
+
+def test_a_directory_moved_away_under_the_walk_is_noticed(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Going back up from it would go on outside the clone."""
+    farm.copy()
+    away = farm.top / "away"
+    (away / "x").mkdir(parents=True)
+    os.symlink(farm.data, away / "x/link")
+    real = os.scandir
+
+    def scandir(path: int) -> object:
+        if isinstance(path, int) and os.readlink(f"/proc/self/fd/{path}") == str(farm.clone / "sub/deep"):
+            os.rename(farm.clone / "sub", away / "sub")
+        return real(path)
+
+    (farm.clone / "sub/deep/deeper").mkdir()
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PreconditionError, match="was moved"):
+        farm.repoint()
+    assert os.readlink(away / "x/link") == str(farm.data)

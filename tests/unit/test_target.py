@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -399,3 +401,202 @@ def test_every_directory_reached_is_in_one_root(links: list[tuple[str, str, str,
             waiting += [os.path.realpath(entry) for entry in os.scandir(here) if entry.is_dir()]
         assert all(held(path) for path in reached)
         assert all(one in reached for one in named)
+
+
+# Who owns the tree is not who runs this.
+
+NOBODY, OTHER = 65534, 65533
+
+
+def owned(path: Path, uid: int) -> Path:
+    os.chown(path, uid, uid, follow_symlinks=False)
+    return path
+
+
+def linked(link: Path, target: Path | str, uid: int) -> None:
+    os.symlink(target, link)
+    owned(link, uid)
+
+
+@needs_root
+@as_root
+def test_a_link_leads_root_only_to_what_its_author_owns(top: Path) -> None:
+    data = owned(made(top / "data"), NOBODY)
+    private, hidden, mine = owned(made(top / "pg"), OTHER), made(top / "of-root"), owned(made(top / "fast/db"), NOBODY)
+    os.chmod(private, 0o700)
+    blessed = owned(made(top / "blessed"), OTHER)
+    linked(data / "a", private, NOBODY)
+    linked(data / "b", hidden, NOBODY)
+    linked(data / "c", mine, NOBODY)
+    linked(data / "d", blessed, 0)
+    found = layout(data)
+    assert paths(found) == [str(data), str(blessed), str(mine)]
+    assert [line.partition(":")[0] for line in found.links_outside] == [
+        f"{data}/a -> {private}",
+        f"{data}/b -> {hidden}",
+    ]
+    assert all("name it in extra_paths" in line for line in found.links_outside)
+    named = layout(data, extra_paths=(str(private),))
+    assert paths(named) == [str(data), str(blessed), str(mine), str(private)]
+    assert len(named.links_outside) == 1
+
+
+@needs_root
+@as_root
+def test_roots_own_link_is_no_way_through_the_nodes(top: Path) -> None:
+    data, private = owned(made(top / "data"), NOBODY), owned(made(top / "pg"), OTHER)
+    way = owned(made(top / "way"), NOBODY)
+    linked(way / "db", private, NOBODY)
+    linked(data / "through", way / "db", 0)  # root's, but it passes one of nobody's
+    linked(data / "moved", "../pg", 0)  # root's, and relative: who owns the directory may have moved it here
+    linked(top / "others", private, OTHER)
+    os.link(
+        top / "others", data / "brought", follow_symlinks=False
+    )  # its own author may go there; but not by this name
+    linked(data / "near", "../fast", 0)
+    owned(made(top / "fast"), NOBODY)
+    found = layout(data)
+    assert paths(found) == [str(data), str(top / "fast")]
+    assert len(found.links_outside) == 3
+
+
+@needs_root
+@as_root
+def test_a_profiles_root_that_the_node_turned_into_a_link(top: Path) -> None:
+    data, private = owned(made(top / "data"), NOBODY), owned(made(top / "pg"), OTHER)
+    linked(data / "ancient", private, NOBODY)
+    profile = msgspec.structs.replace(GENERIC, extra_roots=("ancient",))
+    assert paths(roots(Node(name="n", path=str(data)), profile)) == [str(data)]
+
+
+@needs_root
+@as_root
+def test_options_lead_root_only_to_what_their_author_owns(top: Path) -> None:
+    data, wal = owned(made(top / "data"), NOBODY), owned(made(top / "wal"), OTHER)
+    (data / "CURRENT").write_text("MANIFEST-000001\n")
+    options = data / "OPTIONS-000007"
+    options.write_text(f"[DBOptions]\n  wal_dir={wal}\n")
+    assert paths(layout(data)) == [str(data), str(wal)]  # root's own word
+    owned(options, NOBODY)
+    with pytest.raises(PreconditionError, match="belongs to another user") as refused:
+        layout(data)
+    assert "extra_paths" in refused.value.line()
+    assert paths(layout(data, extra_paths=(str(wal),))) == [str(data), str(wal)]
+    owned(wal, NOBODY)
+    assert paths(layout(data)) == [str(data), str(wal)]
+    # Another's file, brought here by a hard link, isn't its author's word here.
+    owned(wal, OTHER)
+    owned(options, OTHER)
+    os.link(options, top / "the-others-own")
+    with pytest.raises(PreconditionError, match="belongs to another user"):
+        layout(data)
+
+
+def test_without_root_links_lead_anywhere_that_can_be_read(top: Path) -> None:
+    """Nobody's privilege is lent to the link's author."""
+    data, private = made(top / "data"), made(top / "other")
+    os.symlink(private, data / "link")
+    for above in (top, *top.parents):
+        if above.stat().st_uid == os.geteuid() and above != Path("/"):
+            above.chmod(above.stat().st_mode | 0o055)
+    code = """
+import sys
+from snapshotter.nodes import profiles, target
+from snapshotter.nodes.config import Node
+print(len(target.roots(Node(name="n", path=sys.argv[1]), profiles.get("generic")).roots))
+"""
+    argv = [sys.executable, "-c", code, str(data)]
+    if os.geteuid() == 0:
+        owned(data / "link", OTHER)
+        argv = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *argv]
+    assert subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout == "2\n"
+
+
+_LAYOUT = """
+import json, resource, sys
+from snapshotter.core.errors import PreconditionError
+from snapshotter.nodes import profiles, target
+from snapshotter.nodes.config import Node
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+try:
+    found = target.roots(Node(name="n", path=sys.argv[1]), profiles.get("generic"))
+    print(json.dumps([[root.path for root in found.roots], found.warnings]))
+except PreconditionError as error:
+    print(json.dumps(error.line()))
+"""
+
+
+@pytest.mark.parametrize("kind", ["fifo", "fifo by link", "zero by link", "socket", "directory", "huge"])
+def test_options_that_are_no_files_neither_hang_nor_fill_the_memory(top: Path, kind: str) -> None:
+    data = made(top / "data")
+    (data / "CURRENT").write_text("MANIFEST-000001\n")
+    options = data / "OPTIONS-000009"
+    if kind == "fifo":
+        os.mkfifo(options)
+    elif kind == "fifo by link":
+        os.mkfifo(data / "pipe")
+        os.symlink("pipe", options)
+    elif kind == "zero by link":
+        os.symlink("/dev/zero", options)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as unix:
+            unix.bind(f"/proc/self/fd/{(fd := os.open(data, os.O_PATH))}/{options.name}")
+            os.close(fd)
+    elif kind == "directory":
+        options.mkdir()
+    else:
+        with open(options, "wb") as file:
+            file.truncate(1 << 40)
+    argv = [sys.executable, "-c", _LAYOUT, str(data)]
+    said = json.loads(subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout)
+    if kind == "huge":
+        assert str(options) in said and "larger than 16 MiB" in said
+    else:
+        assert said[0] == [str(data)] and len(said[1]) == 1 and "not read" in said[1][0]
+
+
+def test_options_that_are_a_link_are_read_in_a_root_alone(top: Path) -> None:
+    data, fast, wal = made(top / "data"), made(top / "fast"), made(top / "wal")
+    (data / "db").mkdir()
+    (data / "db/CURRENT").write_text("MANIFEST-000001\n")
+    (fast / "kept").write_text(f"[DBOptions]\n  wal_dir={wal}\n")
+    os.symlink(fast / "kept", data / "db/OPTIONS-000009")
+    found = layout(data)
+    assert paths(found) == [str(data)] and any("not read" in line for line in found.warnings)
+    os.symlink(fast, data / "a-root-found-later")
+    found = layout(data)
+    assert paths(found) == [str(data), str(fast), str(wal)] and found.warnings == []
+    os.unlink(data / "a-root-found-later")
+    assert paths(layout(data, extra_paths=(str(fast),))) == [str(data), str(fast), str(wal)]
+
+
+def test_a_directory_swapped_for_a_link_during_the_walk_isnt_entered(
+    top: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, private = made(top / "data"), made(top / "pg")
+    made(data / "a/b/c")
+    made(private / "b/c")
+    made(top / "wal")
+    os.symlink(top / "wal", private / "b/c/link")
+    real = os.scandir
+
+    class Swapping:
+        def __init__(self, given: object) -> None:
+            self.it, self.given = real(given), given  # type: ignore[call-overload]
+
+        def __enter__(self) -> object:
+            return self.it.__enter__()
+
+        def __exit__(self, *raised: object) -> None:
+            where = os.readlink(f"/proc/self/fd/{self.given}") if isinstance(self.given, int) else str(self.given)
+            self.it.__exit__(*raised)
+            if where == str(data / "a/b") and not os.path.islink(data / "a"):
+                os.rename(data / "a", data / "was-a")
+                os.symlink(private, data / "a")
+
+        def close(self) -> None:
+            self.it.close()
+
+    monkeypatch.setattr(os, "scandir", Swapping)
+    assert paths(layout(data)) == [str(data)]
+    assert os.path.islink(data / "a")
