@@ -30,6 +30,7 @@ class Catalog:
     sets: list[SnapshotSet]
     attachments: list[Attachment]
     unavailable: list[Unavailable] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what providers found odd, for a person
 
     def of_target(self, target: str) -> list[SnapshotSet]:
         """The sets of one target, oldest first."""
@@ -93,6 +94,7 @@ def read(providers: Sequence[Provider], unavailable: Iterable[Unavailable] = (),
     """Ask every provider, each object once (two instances may see the same store). A provider that fails becomes
     `unavailable`; the rest is still listed."""
     gone = list(unavailable)
+    notes: list[str] = []
     members: dict[str, dict[tuple[str, int], Snapshot]] = {}
     attachments: dict[tuple[str, str, int], Attachment] = {}
     for provider in providers:
@@ -104,6 +106,10 @@ def read(providers: Sequence[Provider], unavailable: Iterable[Unavailable] = (),
                 # counts.
                 if key not in found or found[key].state is ImageState.INVALID:
                     found[key] = snapshot
+        except SnapshotterError as error:
+            gone.append(Unavailable(provider.name, error.line()))
+        notes += provider.notes
+        try:
             for attachment in provider.attachments():
                 attachments[(attachment.id, attachment.provider, attachment.member)] = attachment
         except SnapshotterError as error:
@@ -117,7 +123,12 @@ def read(providers: Sequence[Provider], unavailable: Iterable[Unavailable] = (),
         for identity, parts in members.items()
     ]
     sets.sort(key=lambda found: found.sort_key)
-    return Catalog(sets=sets, attachments=list(attachments.values()), unavailable=gone)
+    return Catalog(
+        sets=sets,
+        attachments=list(attachments.values()),
+        unavailable=list(dict.fromkeys(gone)),
+        notes=list(dict.fromkeys(notes)),
+    )
 
 
 def _assemble(found: list[Snapshot], attachments: tuple[Attachment, ...], cannot_ask: set[str]) -> SnapshotSet:

@@ -10,7 +10,7 @@ changed since is copied inside the quiesce. Must know no policy: what is kept, a
                        /image.json  written last: without it there is no image
                        /<member>/tree, /<member>/manifest
                        /attic       what a pass replaced; goes with the seal
-    store/attachments/<id>.<member>.json
+    store/attachments/<id>.<member>.json    its time stamp: the last sign of life while a clone is made
     store/trash/                    deleting is a rename to here, so nothing is ever half-deleted and listed
 
 flock on a set's directory says that somebody makes, marks, attaches or deletes it.
@@ -26,7 +26,8 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from providers.copy.making import MAKING, Making, Part, mount_points, own
+from providers.copy import clones
+from providers.copy.making import MAKING, Making, Part, leave_stores_out, mount_points, own
 from providers.copy.sets import NAME, Sets
 from snapshotter.core.errors import (
     BusyError,
@@ -52,7 +53,6 @@ from snapshotter.core.model import (
     Hold,
     ImageState,
     MountSpec,
-    Progress,
     Purpose,
     Quiesce,
     Snapshot,
@@ -65,11 +65,9 @@ from snapshotter.host.mirror import (
     CLEAN,
     Mirror,
     Shares,
-    directory_identity,
     manifest_lines,
-    remove_clone,
 )
-from snapshotter.host.mounts import Mount, is_under
+from snapshotter.host.mounts import Mount
 from snapshotter.host.store import (
     STORE_CURE,
     KnownStores,
@@ -79,7 +77,7 @@ from snapshotter.host.store import (
     readable,
     refused,
     room,
-    room_fd,
+    store_around,
     sync_directory,
     told,
     write_object,
@@ -137,26 +135,36 @@ class CopyProvider(Provider):
                 "is a mount point, so nothing beside it is on its disk", object=data, cure=STORE_CURE
             )
         store = canonical(named or default_store(data))
+        if (point := self._cache.away(store)) is not None:
+            raise PreconditionError(
+                f"was a store before, and nothing is mounted at {point} now: is its disk mounted?",
+                object=store,
+                cure=f"mount it, or remove the line from {self._cache.file}",
+            )
         check_place(store, list(dict.fromkeys([*tops, *(r.path for r in birth.roots if r.path.startswith("/"))])))
         return store
 
     def _known(self) -> Iterator[Sets]:
         """Every store that we know of, open for the time of the loop's body."""
-        named = self._named()
-        paths = [named] if named else [*self._used, *self._cache.read(), *map(default_store, self.settings.paths)]
-        seen = set()
-        for path in paths:
-            try:
-                path = canonical(path)
-            except PreconditionError:
-                continue
-            if path in seen:
-                continue
-            seen.add(path)
+        for path in self._where():
             store = Sets.open(path)
+            # A copy of a store that lies in an image isn't one more.
             if store is not None:
                 with store:
-                    yield store
+                    if store_around(os.path.dirname(path)) is None:
+                        yield store
+
+    def _where(self) -> list[str]:
+        """Where a store that we know of is or was, each path once."""
+        named = self._named()
+        found: dict[str, None] = {}
+        paths = [named] if named else [*self._used, *self._cache.read(), *map(default_store, self.settings.paths)]
+        for path in paths:
+            try:
+                found[canonical(path)] = None
+            except PreconditionError:
+                continue
+        return list(found)
 
     # -- before --------------------------------------------------------------------------------------------------
 
@@ -196,7 +204,13 @@ class CopyProvider(Provider):
 
         try:
             with tree.open_tree(volume.path) as top:
-                tree.walk(top, mount_points(volume.path), seen=seen, unreadable=refused.append)
+                tree.walk(
+                    top,
+                    mount_points(volume.path),
+                    seen=seen,
+                    unreadable=refused.append,
+                    leave_out=leave_stores_out(set()),
+                )
                 if refused:
                     raise PreconditionError(
                         f"{len(refused)} of its files or directories can't be read, the first is {refused[0]!r}",
@@ -380,6 +394,8 @@ class CopyProvider(Provider):
             self._abandon(making, remove=False)
             raise
         self.notes = [*dict.fromkeys(text for part in making.parts for text in part.mirror.warnings)]
+        for part in making.parts:
+            self.notes += [f"{part.top}/{path} is a store of copies: left out" for path in sorted(part.left_out)]
         del MAKING[birth.set_id]
         making.close()
         return made
@@ -405,6 +421,15 @@ class CopyProvider(Provider):
         for store in self._known():
             with told(store.path):
                 yield from store.snapshots(set_id)
+            self.notes += [note for note in store.damaged if note not in self.notes]
+        # Last, so that all others are listed. Who asks for one set has seen it, or asks several instances.
+        for path in [] if set_id is not None else self._where():
+            if (point := self._cache.away(path)) is not None:
+                raise StorageError(
+                    f"the store is not there, and nothing is mounted at {point}",
+                    object=path,
+                    cure=f"mount its disk, or remove its line from {self._cache.file}",
+                )
 
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         _check_set_id(set_id)
@@ -504,60 +529,13 @@ class CopyProvider(Provider):
                     "inode": None,
                 }
                 if access is Access.READ_ONLY:
-                    write_object(name, record, store.fd)
+                    self.notes = clones.view(store, name, record)
                     return MountSpec(f"{store.path}/{at}/{number}/tree", "bind", ("ro", "nosuid", "nodev"))
-                self._clone(store, f"{at}/{number}/tree", found.size_bytes or 0, name, record)
+                self.notes = clones.clone(store, name, record, found.size_bytes or 0, self.settings.report)
+                # More than a tick of the kernel's clock: what is written to it from now on has a later ctime.
+                time.sleep(0.02)
                 return Tree(destination)
         raise NotFoundError("no such set in any store known here", object=set_id, cure="`snapshotter list` shows all")
-
-    def _clone(self, store: Sets, image: str, size: int, name: str, record: dict[str, Any]) -> None:
-        path = str(record["path"])
-        real = os.path.realpath(path)
-        if is_under(real, store.path) or is_under(store.path, real):
-            raise PreconditionError("lies inside the store, or around it", object=path, cure="choose another directory")
-        try:
-            if os.listdir(path):
-                raise PreconditionError("is not empty", object=path, cure="name an absent or an empty directory")
-            record["inode"] = directory_identity(path)
-        except FileNotFoundError:
-            above = os.path.dirname(real)
-            if not os.path.isdir(above):
-                raise PreconditionError("doesn't exist", object=above, cure=f"make it: mkdir -p {above}") from None
-            record["made"] = True
-        except NotADirectoryError:
-            raise PreconditionError("is no directory", object=path, cure="name an absent or empty directory") from None
-        write_object(name, record, store.fd)
-        with told(path), ExitStack() as stack:
-            if record["made"]:
-                os.mkdir(path, 0o700)
-                record["inode"] = directory_identity(path)
-                write_object(name, record, store.fd)
-            source = stack.enter_context(tree.open_tree(image, dir_fd=store.fd))
-            target = stack.enter_context(tree.open_tree(path))
-            done = 0
-
-            def step(count: int) -> None:
-                nonlocal done
-                done += count
-                self.settings.report(Progress("restoring", done, max(done, size)))
-
-            def none_left() -> None:
-                # Asked when blocks turn out not to be shareable: better now than with a full disk.
-                _, free = room_fd(target.top)
-                if size > free:
-                    raise StorageError(
-                        f"the clone needs {readable(size)}, and {readable(free)} are free there",
-                        object=path,
-                        cure="choose a directory on another file system",
-                    )
-
-            made = Mirror(source, target, step=step, load_shares=none_left)
-            now = tree.walk(source)
-            made.update(now)
-            made.finish(now)
-        self.notes = made.warnings
-        # More than a tick of the kernel's clock: what is written to the clone from now on has a later ctime.
-        time.sleep(0.02)
 
     def settle(self, attachment_id: str, since: datetime) -> None:
         found = False
@@ -573,7 +551,9 @@ class CopyProvider(Provider):
 
     def attachments(self) -> Iterator[Attachment]:
         for store in self._known():
-            for _, record in store.records():
+            with told(store.path):
+                records = list(store.records())
+            for _, record in records:
                 try:
                     maker = record["maker"]
                     yield Attachment(
@@ -601,7 +581,7 @@ class CopyProvider(Provider):
                 for name, record in sorted(parts, key=lambda each: -len(str(each[1].get("path")))):
                     if record.get("access") == Access.WRITABLE:
                         with told(str(record["path"])):
-                            remove_clone(str(record["path"]), record["inode"], made=bool(record["made"]))
+                            self.notes += clones.remove(store, name, record)
                     store.unlink(name)
                 for name in store.names("attachments"):
                     if name.startswith(attachment_id + ".") and name.endswith(".tmp"):  # killed while it was written

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from providers.copy.clones import reach
 from providers.copy.sets import Sets
 from snapshotter.core.errors import (
     PreconditionError,
@@ -29,6 +30,7 @@ from snapshotter.host.mirror import (
 )
 from snapshotter.host.store import (
     STORE_CURE,
+    is_store,
     room_fd,
     write_object,
 )
@@ -47,6 +49,7 @@ class Part:
     volume: Volume
     mirror: Mirror
     walk_s: float = 0.0
+    left_out: set[str] = field(default_factory=set)  # stores below the volume's top
 
     @property
     def top(self) -> str:
@@ -56,7 +59,9 @@ class Part:
     def walk(self, tick: Callable[[], None]) -> dict[str, tree.Entry]:
         began = time.perf_counter()
         with self._named():
-            found = tree.walk(self.mirror.source, mount_points(self.top), tick=tick)
+            found = tree.walk(
+                self.mirror.source, mount_points(self.top), tick=tick, leave_out=leave_stores_out(self.left_out)
+            )
         self.walk_s = time.perf_counter() - began
         return found
 
@@ -214,6 +219,7 @@ class Making:
                 "size_bytes": sum(files.values()),
                 "files": len(files),
                 "manifest_bytes": len(text),
+                "reach": reach(part.top),
             }
         image = {"order": self.store.next_order(), "members": members}
         write_object(f"{at}/image.json", image, self.store.fd, durable=False)
@@ -226,6 +232,18 @@ MAKING: dict[str, Making] = {}
 def own(set_id: str) -> Making | None:
     making = MAKING.get(set_id)
     return making if making is not None and making.pid == os.getpid() else None
+
+
+def leave_stores_out(noted: set[str]) -> Callable[[int, str], bool]:
+    """For a walk: a store of copies is no data of a node, also if another node's copies lie below this one's top."""
+
+    def leave_out(fd: int, path: str) -> bool:
+        if not is_store(fd):
+            return False
+        noted.add(path)
+        return True
+
+    return leave_out
 
 
 def mount_points(top: str) -> set[str]:

@@ -36,6 +36,11 @@ NAME = "copy"
 class Sets(Store):
     """The store with what this driver keeps in it."""
 
+    def __init__(self, path: str, fd: int) -> None:
+        super().__init__(path, fd)
+        #: What a listing could not read, in a person's words.
+        self.damaged: list[str] = []
+
     def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
         """What is in this store. One damaged set hides no other."""
         found = [set_id] if set_id is not None else [name for name in self.names("sets") if SET_ID.fullmatch(name)]
@@ -47,25 +52,24 @@ class Sets(Store):
         try:
             birth = decode_birth(slurp(f"{at}/birth.json", self.fd).decode())
         except (OSError, ValueError):
-            return
+            birth = None
         if birth is None or birth.set_id != set_id:
+            if self.has(at):  # not just deleted by another process
+                self.damaged.append(f"{self.path}/{at} has a damaged record (birth.json), so it is no set: left alone")
             return
         why = ""
         marks: dict[str, str] = {}
-        image: dict[str, Any] = {}
+        order, parts = 0, dict[int, Any]()
         try:
             read = (read_object(f"{at}/marks.json", self.fd) or {}).get("marks", {})
             marks = {name: value for name, value in read.items() if name in MARK_NAMES and isinstance(value, str)}
         except (OSError, ValueError, AttributeError):
             why = "its marks are damaged"
         try:
-            image = read_object(f"{at}/image.json", self.fd) or {}
-            order = int(image.get("order", 0))
-            parts = {int(number): part for number, part in image.get("members", {}).items()}
+            order, parts = self.image(set_id)
         except (OSError, ValueError, TypeError, AttributeError):
-            image, order, parts = {}, 0, {}
             why = why or "its image.json is damaged"
-        if not image:
+        if not parts:
             why = why or "the copy was never completed"
         for number, member in enumerate(birth.members):
             if member.provider != NAME:
@@ -85,6 +89,12 @@ class Sets(Store):
                 order=order,
                 why=wrong,
             )
+
+    def image(self, set_id: str) -> tuple[int, dict[int, Any]]:
+        """(order, what is known of each member) from image.json; (0, {}) without one.
+        Raises OSError, ValueError, TypeError, AttributeError."""
+        image = read_object(f"sets/{set_id}/image.json", self.fd) or {}
+        return int(image.get("order", 0)), {int(number): part for number, part in image.get("members", {}).items()}
 
     def _lacks(self, at: str, number: int, part: Any) -> str:
         try:

@@ -22,6 +22,7 @@ from snapshotter.host.mounts import mounts_below
 from snapshotter.host.tree import (
     SWAPPED,
     UNSUPPORTED,
+    Choose,
     Dirs,
     Entry,
     Tick,
@@ -103,6 +104,9 @@ class Mirror:
     costs: Costs = field(default_factory=Costs)
     warnings: list[str] = field(default_factory=list)
     clones: bool | None = None  # whether FICLONE from the source works; tried with the first file
+    must_copy: Callable[[], None] = lambda: None  # called once if it doesn't: all content will take room
+    devices: bool = True  # else device nodes are left out: one leads to the live disk
+    top_mask: int = 0o7777  # what the target's top may have of the source's mode
     _clones_shares: bool = True
     _shares: Shares | None = None
     _copied_bytes: int = 0
@@ -149,7 +153,11 @@ class Mirror:
         if kind == stat.S_IFDIR:
             if old is None and path:
                 parent, name = parent_and_name(path)
-                os.mkdir(name, 0o700, dir_fd=self.target.get(parent))
+                try:
+                    os.mkdir(name, 0o700, dir_fd=self.target.get(parent))
+                except FileExistsError:
+                    if path != "lost+found":  # mkfs made that in an otherwise empty target
+                        raise
             if old is None or old.entry != entry:
                 self._record(path, entry, CLEAN)
             return
@@ -221,8 +229,10 @@ class Mirror:
             entry = entry_of(found)
             if self.clones is None and entry.size:
                 self.clones = bool(can_clone(source, f"/proc/self/fd/{self.target.get(parent)}"))
-                if not self.clones and not volatile and self._share(path, seen):
-                    return True
+                if not self.clones:
+                    self.must_copy()
+                    if not volatile and self._share(path, seen):
+                        return True
             if path in self.have:
                 self._retire(path)
                 del self.have[path]
@@ -297,6 +307,10 @@ class Mirror:
         if stat.S_ISSOCK(entry.mode):
             self._record(path, entry, SKIPPED)
             return False
+        if not self.devices and (stat.S_ISBLK(entry.mode) or stat.S_ISCHR(entry.mode)):
+            self._warn(f"{path!r} is a device node: left out, as it leads to the live device")
+            self._record(path, entry, SKIPPED)
+            return False
         try:
             at = self.source.get(parent)
             if stat.S_ISLNK(entry.mode):
@@ -345,7 +359,7 @@ class Mirror:
                 continue
             try:
                 source = self.source.get(path)
-                self._metadata(source, target, os.fstat(source))
+                self._metadata(source, target, os.fstat(source), 0o7777 if path else self.top_mask)
             except OSError as error:
                 if path == "lost+found" or error.errno in SWAPPED:
                     continue
@@ -353,14 +367,15 @@ class Mirror:
 
     # ------------------------------------------------------------------------------------------------- metadata
 
-    def _metadata(self, source: int, target: int, found: os.stat_result) -> None:
-        # The order matters: a chown clears set-id bits and capabilities, an ACL changes the mode.
-        mode = stat.S_IMODE(found.st_mode)
+    def _metadata(self, source: int, target: int, found: os.stat_result, mask: int = 0o7777) -> None:
+        # The order matters: a chown clears set-id bits and capabilities, an ACL changes the mode. And a file that has
+        # another mode than the one it was made with has its content and its time: what a killed run left is told so.
+        mode = stat.S_IMODE(found.st_mode) & mask
         if not self._own(found, lambda uid, gid: os.fchown(target, uid, gid)):
             mode &= 0o1777  # set-id for another owner would be another thing
+        os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
         self._xattrs(source, target)
         os.fchmod(target, mode)
-        os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
 
     def _own(self, found: os.stat_result | Entry, chown: Callable[[int, int], None]) -> bool:
         uid, gid = (found.uid, found.gid) if isinstance(found, Entry) else (found.st_uid, found.st_gid)
@@ -425,10 +440,11 @@ def _identity(fd: int) -> tuple[int, int]:
     return found.st_ino, born_ns(fd) or found.st_dev
 
 
-def remove_clone(path: str, inode: Sequence[int] | None, *, made: bool) -> None:
+def remove_clone(path: str, inode: Sequence[int] | None, *, made: bool, choose: Choose | None = None) -> list[str]:
     """Remove the clone at `path`, if that is the very directory of this identity, and only that: what a person has
     put there instead stays. A directory that wasn't `made` for it is emptied. Without identity (killed before it was
-    noted) it goes only if it is empty. Absent is done. Raises BusyError (mounts in it), OSError."""
+    noted) it goes only if it is empty. With `choose` only what that names; returns what is left in it. Absent is done.
+    Raises BusyError (mounts in it), OSError."""
     try:
         try:
             top = open_tree(path, unlock=True)
@@ -437,16 +453,17 @@ def remove_clone(path: str, inode: Sequence[int] | None, *, made: bool) -> None:
             top = open_tree(path, unlock=True)
     except OSError as error:
         if error.errno in SWAPPED:
-            return
+            return []
         raise
+    left: list[str] = []
     with top:
         if inode is not None:
             if _identity(top.top) != tuple(inode):
-                return
+                return []
             if below := mounts_below(os.path.realpath(path)):
                 raise BusyError("something is mounted in it", object=path, cure=f"umount {below[0].path}")
-            remove_content(top)
-    if made:
+            left = remove_content(top, choose=choose)
+    if made and not left:
         try:
             os.rmdir(path)
         except FileNotFoundError:
@@ -454,3 +471,4 @@ def remove_clone(path: str, inode: Sequence[int] | None, *, made: bool) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or inode is not None:
                 raise
+    return left

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
-from snapshotter.core.errors import BusyError, PreconditionError, StorageError
+from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.labels import loads
 from snapshotter.host import mounts, tree
 from snapshotter.host.mounts import is_under
@@ -171,13 +171,23 @@ class Store:
         self.close()
 
     def names(self, directory: str) -> list[str]:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+        try:
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+        except FileNotFoundError:
+            return []
         try:
             return os.listdir(fd)
         except FileNotFoundError:
             return []
         finally:
             os.close(fd)
+
+    def ensure(self, directory: str) -> None:
+        """Make one of `DIRECTORIES` if it isn't there: a tool that synchronises stores may have dropped it, empty."""
+        try:
+            os.mkdir(directory, 0o700, dir_fd=self.fd)
+        except FileExistsError:
+            pass
 
     def has(self, path: str) -> bool:
         try:
@@ -258,6 +268,7 @@ class Store:
 
     def discard(self, path: str, name: str) -> str:
         """Move a directory to the trash, at once; what is left to do is to remove it (the result)."""
+        self.ensure("trash")
         trashed = f"trash/{name}.{secrets.token_hex(4)}"
         os.rename(path, trashed, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         return trashed
@@ -281,6 +292,39 @@ def check_ours(path: str, fd: int) -> None:
         raise PreconditionError(
             "is no store of ours, and not empty", object=path, cure="name an empty or absent directory: -o store=DIR"
         )
+
+
+def is_store(fd: int) -> bool:
+    """Whether the open directory is a store of this or another version, whoever's. The marker counts only if it is the
+    directory's owner's: else anybody could put one into /tmp."""
+    try:
+        found = os.stat(MARKER, dir_fd=fd, follow_symlinks=False)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.fstat(fd).st_uid:
+            return False
+        read = loads(slurp(MARKER, fd))
+    except PermissionError:
+        return True  # a foreign one: a marker that only its owner may read
+    except (OSError, ValueError):
+        return False
+    return isinstance(read, dict) and isinstance(read.get("schema"), int)
+
+
+def store_around(path: str) -> str | None:
+    """The store that the canonical `path`, which need not exist, is or lies in; None if in none."""
+    while True:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            pass
+        else:
+            try:
+                if is_store(fd):
+                    return path
+            finally:
+                os.close(fd)
+        if path == "/":
+            return None
+        path = os.path.dirname(path)
 
 
 def default_store(path: str) -> str:
@@ -312,6 +356,8 @@ def check_place(store: str, tops: Sequence[str]) -> None:
             raise PreconditionError(f"the store {store} lies inside {top}", object=store, cure=STORE_CURE)
         if is_under(top, store) or (aliases and is_under(mounts.inside(top, on), mounts.inside(store, at))):
             raise PreconditionError(f"{top} lies inside the store {store}", object=store, cure=STORE_CURE)
+    if (around := store_around(os.path.dirname(store))) is not None:
+        raise PreconditionError(f"lies inside the store {around}", object=store, cure=STORE_CURE)
     if refused(at.fstype):
         raise PreconditionError(f"the store {store} would be on {at.fstype}", object=store, cure=STORE_CURE)
     try:
@@ -334,30 +380,49 @@ def check_place(store: str, tops: Sequence[str]) -> None:
 
 
 class KnownStores:
-    """Paths of stores that were used on this host, one per line in a file: a cache, so all is best effort."""
+    """Paths of stores that were used on this host, one per line in a file, each with the mount point that it was found
+    on (after a tab): a cache, so all is best effort."""
 
     def __init__(self, file: str) -> None:
-        self._file = file
+        self.file = file
 
-    def read(self) -> list[str]:
+    def read(self) -> dict[str, str]:
+        """Path -> mount point ('' if not known)."""
         try:
-            with open(self._file, "rb") as file:
-                return [os.fsdecode(line) for line in file.read().split(b"\n") if line.startswith(b"/")]
+            with open(self.file, "rb") as file:
+                lines = [os.fsdecode(line).partition("\t") for line in file.read().split(b"\n")]
         except OSError:
-            return []
+            return {}
+        return {path: point for path, _, point in lines if path.startswith("/")}
+
+    def away(self, path: str) -> str | None:
+        """The mount point of this store's disk if it isn't mounted now, so that the store is away and not gone."""
+        point = self.read().get(path)
+        if point in (None, "", "/") or mounts.is_mount_point(point):
+            return None
+        store = Store.open(path)
+        if store is not None:
+            store.close()
+            return None
+        return point
 
     def add(self, path: str) -> None:
         known = self.read()
-        if path in known or "\n" in path:
-            return
-        # One that isn't there may be on a disk that isn't mounted now: those go only when there are many.
-        kept = known if len(known) < 50 else [each for each in known if os.path.isdir(each)]
-        scratch = f"{self._file}.{os.getpid()}.tmp"
         try:
-            os.makedirs(os.path.dirname(self._file), 0o700, exist_ok=True)
+            point = mounts.mount_of(path).path
+        except SnapshotterError:
+            point = ""
+        if known.get(path) == point or "\n" in path + point or "\t" in path + point:
+            return
+        if len(known) >= 50:  # those whose disk isn't mounted stay: nothing else tells of them
+            known = {each: at for each, at in known.items() if os.path.isdir(each) or self.away(each)}
+        known[path] = point
+        scratch = f"{self.file}.{os.getpid()}.tmp"
+        try:
+            os.makedirs(os.path.dirname(self.file), 0o700, exist_ok=True)
             with open(scratch, "wb") as file:
-                file.write(b"".join(os.fsencode(each) + b"\n" for each in [*kept, path]))
-            os.replace(scratch, self._file)
+                file.write(b"".join(os.fsencode(f"{each}\t{at}\n") for each, at in known.items()))
+            os.replace(scratch, self.file)
         except OSError:
             return
 

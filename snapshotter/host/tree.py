@@ -16,7 +16,7 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 FICLONE = 0x40049409
@@ -78,6 +78,9 @@ class Dirs:
     call. Takes over `top`. With `unlock`, a directory of ours that can't be entered is made 0700 first."""
 
     KEEP = 64
+    #: Of the way down to a directory so much is kept: who goes up again needs it next, and would else begin at the top
+    #: for each level.
+    CHAIN = 32
 
     def __init__(self, top: int, *, unlock: bool = False) -> None:
         self.top = top
@@ -92,23 +95,27 @@ class Dirs:
         if fd is None:
             fd = self._reach(path)
         self._open[path] = fd  # last in the dict: the most recently used
-        if len(self._open) > self.KEEP:
+        while len(self._open) > self.KEEP:
             os.close(self._open.pop(next(iter(self._open))))
         return fd
 
     def _reach(self, path: str) -> int:
-        known, names = path, []
+        known, steps = path, []
         while known and known not in self._open:
-            known, name = parent_and_name(known)
-            names.append(name)
+            above, name = parent_and_name(known)
+            steps.append((known, name))
+            known = above
         fd = at = self._open.get(known, self.top)
-        for name in reversed(names):
+        kept = at
+        for left, (step, name) in reversed(list(enumerate(steps))):
             try:
                 fd = self._enter(name, at)
             finally:
-                if at not in (self.top, self._open.get(known)):
+                if at not in (self.top, kept):
                     os.close(at)
             at = fd
+            if 0 < left <= self.CHAIN:
+                self._open[step] = kept = fd
         return fd
 
     def _enter(self, name: str, at: int) -> int:
@@ -155,12 +162,14 @@ def walk(
     tick: Tick = no_tick,
     seen: Callable[[int, str, str, os.stat_result], None] | None = None,
     unreadable: Callable[[str], None] | None = None,
+    leave_out: Callable[[int, str], bool] | None = None,
 ) -> dict[str, Entry]:
     """Everything in the tree, parents before children, the top as ''. Never enters a mount point (relative paths):
     such a directory comes without inode and times, since what is seen of it belongs to another volume.
 
     `seen(directory descriptor, name, path, stat)` is called for each entry, `unreadable(path)` for each directory that
-    can't be listed (without it: PermissionError). What vanishes meanwhile is left out.
+    can't be listed (without it: PermissionError). A directory below the top of which `leave_out(descriptor, path)` is
+    true isn't in the result, nor is what it holds. What vanishes meanwhile is left out.
     """
     # A directory that was removed and made again since the last walk would else be read as it was: in all walks alike,
     # so that nothing would look changed. And btrfs (6.5 on) lists by an old descriptor only what was there at its
@@ -168,7 +177,7 @@ def walk(
     dirs.refresh()
     top = os.open(".", _LIST, dir_fd=dirs.top)
     try:
-        return _walk(dirs, top, frozenset(mount_points), tick, seen, unreadable)
+        return _walk(dirs, top, frozenset(mount_points), tick, seen, unreadable, leave_out)
     finally:
         os.close(top)
 
@@ -180,6 +189,7 @@ def _walk(
     tick: Tick,
     seen: Callable[[int, str, str, os.stat_result], None] | None,
     unreadable: Callable[[str], None] | None,
+    leave_out: Callable[[int, str], bool] | None,
 ) -> dict[str, Entry]:
     found = {"": entry_of(os.fstat(top))}
     pending = [""]
@@ -188,6 +198,9 @@ def _walk(
         tick()
         try:
             fd = dirs.get(path) if path else top
+            if leave_out is not None and path and leave_out(fd, path):
+                del found[path]
+                continue
             listing = os.scandir(fd)
         except PermissionError as error:
             if path == "lost+found":  # mkfs made it, root's alone; a user's node has nothing in there
@@ -345,12 +358,13 @@ def syncfs(fd: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def born_ns(fd: int) -> int:
+def born_ns(fd: int, name: str = "") -> int:
     """When the inode was made (statx btime), ns; 0 where the file system doesn't know. With the inode number it names
-    a directory for ever: numbers alone are given out again at once."""
+    a directory for ever: numbers alone are given out again at once. `name`: of that entry of the open directory."""
     buffer = ctypes.create_string_buffer(256)
+    flags = 0x100 if name else 0x1000  # AT_SYMLINK_NOFOLLOW, AT_EMPTY_PATH
     try:
-        failed = _libc.statx(fd, b"", 0x1000, 0x800, buffer)  # AT_EMPTY_PATH, STATX_BTIME
+        failed = _libc.statx(fd, os.fsencode(name), flags, 0x800, buffer)  # STATX_BTIME
     except AttributeError:
         return 0
     if failed or not struct.unpack_from("I", buffer, 0)[0] & 0x800:
@@ -370,11 +384,21 @@ def open_to_read(name: str, dir_fd: int) -> int:
 # -------------------------------------------------------------------------------------------------------- removing
 
 
-def remove_content(top: Dirs, *, tick: Tick = no_tick) -> None:
-    """Remove all below `top` (opened with `unlock`), which stays. The caller has made sure that nothing is mounted
-    there. Entries that vanish meanwhile are fine. Raises OSError whose filename is the path."""
-    for path, entry in reversed(walk(top, tick=tick).items()):
+Choose = Callable[[Dirs, Mapping[str, Entry]], Collection[str]]
+
+
+def remove_content(top: Dirs, *, tick: Tick = no_tick, choose: Choose | None = None) -> list[str]:
+    """Remove all below `top` (opened with `unlock`), which stays; with `choose`, only the paths that it names, and of
+    directories only the empty. The caller has made sure that nothing is mounted there. Entries that vanish meanwhile
+    are fine. Returns what is left. Raises OSError whose filename is the path."""
+    found = walk(top, tick=tick)
+    chosen = None if choose is None else choose(top, found)
+    left = []
+    for path, entry in reversed(found.items()):
         if not path:
+            continue
+        if chosen is not None and path not in chosen:
+            left.append(path)
             continue
         parent, name = parent_and_name(path)
         is_directory = stat.S_ISDIR(entry.mode)
@@ -390,7 +414,11 @@ def remove_content(top: Dirs, *, tick: Tick = no_tick) -> None:
         except FileNotFoundError:
             continue
         except OSError as error:
+            if chosen is not None and is_directory and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                left.append(path)
+                continue
             raise OSError(error.errno, error.strerror, path) from error
+    return left
 
 
 def _remove_one(name: str, at: int, is_directory: bool) -> None:

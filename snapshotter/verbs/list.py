@@ -21,6 +21,7 @@ def list_sets(session: Session, target: str | None = None) -> dict[str, Any]:
     return {
         "sets": [set_document(entry) for entry in found.sets if wanted is None or entry.birth.target == wanted],
         "unavailable": [{"provider": gone.provider, "reason": gone.reason} for gone in found.unavailable],
+        "warnings": found.notes,
     }
 
 

@@ -31,6 +31,7 @@ def reap(session: Session) -> dict[str, Any]:
     kept: list[dict[str, str]] = []
     removed: list[str] = []
     released: list[str] = []
+    notes: list[str] = []
     for provider in providers:
         for attachment in sorted(provider.attachments(), key=lambda found: len(found.path), reverse=True):
             half_made = attachment.since is None
@@ -43,6 +44,7 @@ def reap(session: Session) -> dict[str, Any]:
                         raise BusyError(f"is in use by {processes.named(users)}", object=attachment.path)
                     mounts.unmount(attachment.path)
                 provider.detach(attachment.id)
+                notes += provider.notes
                 released.append(attachment.id)
             except BusyError as error:
                 kept.append({"set_id": attachment.set_id, "reason": f"its attachment {attachment.id}: {error.line()}"})
@@ -82,4 +84,5 @@ def reap(session: Session) -> dict[str, Any]:
         "scratch": scratch,
         "kept": kept,
         "unavailable": [{"provider": entry.provider, "reason": entry.reason} for entry in gone],
+        "warnings": notes,
     }

@@ -36,10 +36,12 @@ def release(session: Session, where: str, *, discard_changes: bool = False) -> d
             if mounts.is_mount_point(path):
                 mounts.unmount(path)
                 _remove_mount_point(path, attachment_id)
+        notes: list[str] = []
         for provider in {id(provider): provider for provider, _ in ours}.values():
             provider.detach(attachment_id)
+            notes += provider.notes
         _tidy(min(attachments, key=lambda found: found.member).path)
-    return {"released": attachment_document(attachments), "set_id": attachments[0].set_id}
+    return {"released": attachment_document(attachments), "set_id": attachments[0].set_id, "warnings": notes}
 
 
 def _identify(attachments: list[Attachment], where: str) -> str:

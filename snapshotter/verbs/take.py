@@ -133,7 +133,7 @@ def _carry_out(plan: Plan) -> list[str]:
 
 
 def _hold(plan: Plan) -> AbstractContextManager[Any]:
-    """What gives a `Held`. Its module is imported only when something is to be held: it takes longer than a snapshot."""
+    """What gives a `Held`. Its module is imported only where something is to be held: it takes its time."""
     if plan.quiesce is Quiesce.NONE:
         return nullcontext(SimpleNamespace(hold=Hold(), notes=[], held_ms=None))
     from snapshotter.host import quiesce as holding

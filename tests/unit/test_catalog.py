@@ -46,6 +46,7 @@ class Listed:
 
     def __init__(self, name: str, found: list[Snapshot], error: SnapshotterError | None = None) -> None:
         self.name = name
+        self.notes: list[str] = []
         self.found = found
         self.error = error
 

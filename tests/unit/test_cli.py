@@ -292,8 +292,8 @@ def test_completion_and_version(command: Command, data: Path) -> None:
         assert "snapshotter" in script.stdout
     done = subprocess.run(
         [sys.executable, "-m", "snapshotter"],
-        env={**environment, "_SNAPSHOTTER_COMPLETE": "bash_complete", "COMP_WORDS": f"snapshotter show --config {command.config} s",
-        "COMP_CWORD": "4"},
+        env={**environment, "_SNAPSHOTTER_COMPLETE": "bash_complete", "COMP_CWORD": "4",
+             "COMP_WORDS": f"snapshotter show --config {command.config} s"},
         capture_output=True, text=True, cwd=CHECKOUT,
     )  # fmt: skip
     assert identity in done.stdout

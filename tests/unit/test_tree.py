@@ -350,3 +350,36 @@ def test_nocow_files_are_reflinked_too(tmp_path: Path) -> None:
         )
         for name in ("db", "plain"):
             assert (top / "target" / name).read_bytes() == (top / "source" / name).read_bytes()
+
+
+def test_twelve_hundred_levels_take_no_time(tmp_path: Path) -> None:
+    """Each level must not begin at the top again: in a pause the writers wait for it."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    at = os.open(source, os.O_RDONLY)
+    for level in range(1200):
+        os.mkdir("d", dir_fd=at)
+        below = os.open("d", os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = below
+        if level % 100 == 0:
+            os.close(os.open("file", os.O_WRONLY | os.O_CREAT, dir_fd=at))
+    os.close(at)
+    target.mkdir()
+    with tree.open_tree(str(source)) as ours, tree.open_tree(str(target)) as theirs:
+        made = mirroring.Mirror(ours, theirs)
+        now = tree.walk(ours)
+        made.update(now)
+        began = time.process_time()
+        made.finish(now)
+        finished = time.process_time() - began
+        assert len(tree.walk(theirs)) == len(now) == 1 + 1200 + 12
+    held = len(os.listdir("/proc/self/fd"))
+    for each in (source, target):
+        with tree.open_tree(str(each), unlock=True) as top:
+            began = time.process_time()
+            tree.remove_content(top)
+            finished = max(finished, time.process_time() - began)
+        assert os.listdir(each) == []
+    assert len(os.listdir("/proc/self/fd")) == held, "descriptors are left open"
+    assert finished < 2, "generous: a pause has room for a tenth"
