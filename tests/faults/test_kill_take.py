@@ -8,13 +8,15 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.hot.conftest import start  # noqa: F401 a fixture
-from tests.support import Command, Node, check_database, state_of
+from tests.support import Command, Node, check_database, loop_file_system, state_of
 
 VICTIMS = ["take", "watchdog", "both"]
 
@@ -85,6 +87,50 @@ def test_killed_at_random_instants(tmp_path: Path, start, victim: str, request: 
     command.json("reap")
     sets = command.json("list", str(node.data))["sets"]
     assert all(entry["good"] for entry in sets), "reap must have removed every unsealed set"
+
+
+@pytest.mark.root
+def test_killed_on_btrfs(tmp_path: Path, start, request: pytest.FixtureRequest) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    """The same with the btrfs provider, which needs no watchdog: after `reap` there is what the good sets are made of."""
+    times = 40 if request.config.getoption("--full") else 6
+    chance = random.Random("btrfs")
+    with loop_file_system("btrfs", tmp_path, 3000) as place:
+        node: Node = start(place / "data", "--rate", "2", "--fill", "20")
+        node.wait_for(30)
+        command = Command(tmp_path / "etc")
+        began = time.monotonic()
+        command.json("take", str(node.data))
+        whole_s = time.monotonic() - began
+        for _ in range(times):
+            before = node.acknowledged()
+            process = command.start("take", str(node.data), "--json")
+            time.sleep(chance.uniform(0.3, 1.05) * whole_s)
+            kill(process.pid)
+            process.communicate(timeout=60)
+            settle(node, command)
+            assert all(entry["good"] == (entry["state"] == "ready") for entry in sets_of(node, command))
+            taken = command.json("take", str(node.data))
+            clone = tmp_path / "clone"
+            command.json("restore", taken["set_id"], "--to", str(clone))
+            found = check_database(clone)
+            assert found["lost"] == 0 and found["head"] >= before
+            command.json("release", str(clone), "--discard-changes")
+            # Each is a subvolume that pins what the node writes over.
+            command.json("delete", taken["set_id"], "--yes", "--last")
+        time.sleep(5.5)  # the deadline of the unsealed ones
+        command.json("reap")
+        good = sets_of(node, command)
+        assert all(entry["good"] for entry in good)
+        listed = subprocess.run(["btrfs", "subvolume", "list", str(place)], capture_output=True, text=True, check=True)
+        snapshots = [line for line in listed.stdout.splitlines() if "/sets/" in line]
+        assert len(snapshots) == len(good), "an image without a set is left"
+        assert "/attachments/" not in listed.stdout
+        node.kill()
+
+
+def sets_of(node: Node, command: Command) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = command.json("list", str(node.data))["sets"]
+    return found
 
 
 def settle(node: Node, command: Command) -> None:

@@ -23,7 +23,7 @@ def open_to(uid: int | None, *paths: Path) -> None:
                     os.chmod(parent, os.stat(parent).st_mode | 0o055)
 
 
-def hot_takes(place: Path, start: Start, times: int, uid: int | None) -> None:
+def hot_takes(place: Path, start: Start, times: int, uid: int | None, provider: str = "copy") -> None:
     base = place / f"node-{uid or 0}"
     base.mkdir()
     open_to(uid, base)
@@ -35,7 +35,7 @@ def hot_takes(place: Path, start: Start, times: int, uid: int | None) -> None:
     for turn in range(times):
         before = node.acknowledged()
         with StopWatch(node) as watch:
-            taken = command.json("take", str(node.data))
+            taken = command.json("take", str(node.data), "--provider", provider)
         assert taken["good"] and taken["state"] == "ready" and taken["grade"] == "filesystem", taken
         clone = base / f"clone-{turn}"
         restored = command.json("restore", taken["set_id"], "--to", str(clone))
@@ -47,6 +47,7 @@ def hot_takes(place: Path, start: Start, times: int, uid: int | None) -> None:
         )
         command.json("release", str(clone), "--discard-changes")
         assert not clone.exists()
+        assert taken["quiesce"] == ("pause" if provider == "copy" else "none")
         assert node.state() not in ("", "T", "Z"), "the node must go on"
     sets = command.json("list", str(node.data))["sets"]
     assert len(sets) == times and all(entry["good"] for entry in sets)
@@ -74,8 +75,14 @@ def test_hot_takes_without_root(start: Start, request: pytest.FixtureRequest) ->
 @pytest.mark.root
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])
 def test_hot_takes_by_reflink(tmp_path: Path, start: Start, request: pytest.FixtureRequest, kind: str) -> None:
-    with loop_file_system(kind, tmp_path, 2500) as place:
+    with loop_file_system(kind, tmp_path, 4000) as place:
         hot_takes(place, start, count(request), None)
+
+
+@pytest.mark.root
+def test_hot_takes_by_btrfs(tmp_path: Path, start: Start, request: pytest.FixtureRequest) -> None:
+    with loop_file_system("btrfs", tmp_path, 6000) as place:
+        hot_takes(place, start, count(request), None, "btrfs")
 
 
 def test_control_a_slow_copy_without_the_pause_loses(tmp_path: Path, start: Start) -> None:
