@@ -91,7 +91,7 @@ def test_killed_at_random_instants(tmp_path: Path, start, victim: str, request: 
 
 @pytest.mark.root
 def test_killed_on_btrfs(tmp_path: Path, start, request: pytest.FixtureRequest) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
-    """The same with the btrfs provider, which needs no watchdog: after `reap` only what good sets consist of is left."""
+    """The same with the btrfs provider, which needs no watchdog: after `reap` only the images of good sets are left."""
     times = 40 if request.config.getoption("--full") else 6
     chance = random.Random("btrfs")
     with loop_file_system("btrfs", tmp_path, 3000) as place:
