@@ -18,7 +18,8 @@ from snapshotter.host import mounts, processes, quiesce
 from snapshotter.host.locks import Locks
 from snapshotter.host.places import host_name, same_host
 from snapshotter.verbs.delete import lock_names, remove
-from snapshotter.verbs.release import refuse_foreign_mount
+from snapshotter.verbs.documents import grouped
+from snapshotter.verbs.release import places_of, refuse_foreign_mount, tidy
 from snapshotter.verbs.session import Session
 
 
@@ -33,23 +34,27 @@ def reap(session: Session) -> dict[str, Any]:
     released: list[str] = []
     notes: list[str] = []
     for provider in providers:
-        for attachment in sorted(provider.attachments(), key=lambda found: len(found.path), reverse=True):
-            half_made = attachment.since is None
-            if attachment.held or not (half_made or attachment.purpose is Purpose.VERIFY):
+        for parts in grouped(tuple(provider.attachments())):
+            dead = any(part.since is None or part.purpose is Purpose.VERIFY for part in parts)
+            if not dead or any(part.held for part in parts):
                 continue
             try:
-                if attachment.path and os.path.lexists(attachment.path):
-                    refuse_foreign_mount(attachment.path, {attachment.path} if attachment.tree else set())
-                    if users := processes.users_of(attachment.path):
-                        raise BusyError(f"is in use by {processes.named(users)}", object=attachment.path)
-                    mounts.unmount(attachment.path)
-                provider.detach(attachment.id)
+                trees = {part.path for part in parts if part.tree}
+                places = [path for path in places_of(session, parts) if os.path.lexists(path)]
+                for path in places:
+                    refuse_foreign_mount(path, trees)
+                    if users := processes.users_of(path):
+                        raise BusyError(f"is in use by {processes.named(users)}", object=path)
+                for path in places:
+                    mounts.unmount(path)
+                provider.detach(parts[0].id)
+                tidy(places, parts[0].id)
                 notes += provider.notes
-                released.append(attachment.id)
+                released.append(parts[0].id)
             except BusyError as error:
-                kept.append({"set_id": attachment.set_id, "reason": f"its attachment {attachment.id}: {error.line()}"})
+                kept.append({"set_id": parts[0].set_id, "reason": f"its attachment {parts[0].id}: {error.line()}"})
             except SnapshotterError as error:
-                left.append(f"{attachment.id}: {error.line()}")
+                left.append(f"{parts[0].id}: {error.line()}")
     for found in session.catalog().sets:
         if found.state is not State.INCOMPLETE:
             continue

@@ -10,6 +10,7 @@ from snapshotter.core.model import Access, Attachment, parse_compact_time
 from snapshotter.host import mounts, processes, tree
 from snapshotter.host.locks import Locks
 from snapshotter.verbs.documents import attachment_document
+from snapshotter.verbs.restore import layout, staging_directory
 from snapshotter.verbs.session import Session
 
 
@@ -20,9 +21,8 @@ def release(session: Session, where: str, *, discard_changes: bool = False) -> d
     parts = [(provider, found) for provider in providers for found in provider.attachments()]
     attachment_id = _identify([found for _, found in parts], where)
     ours = [(provider, found) for provider, found in parts if found.id == attachment_id]
-    # The deepest first: a root may be mounted inside another.
-    paths = sorted({found.path for _, found in ours if found.path}, key=lambda path: path.count("/"), reverse=True)
     attachments = [found for _, found in ours]
+    paths = places_of(session, attachments)
     trees = {found.path for found in attachments if found.tree}
     if any(found.held for found in attachments):
         raise BusyError("is being made by a running restore", object=where, cure="wait for it, or stop it")
@@ -33,15 +33,26 @@ def release(session: Session, where: str, *, discard_changes: bool = False) -> d
         if not discard_changes and attachments[0].access is Access.WRITABLE:
             _refuse_if_changed(attachments)
         for path in paths:
-            if mounts.is_mount_point(path):
-                mounts.unmount(path)
-                _remove_mount_point(path, attachment_id)
+            mounts.unmount(path)
         notes: list[str] = []
         for provider in {id(provider): provider for provider, _ in ours}.values():
             provider.detach(attachment_id)
             notes += provider.notes
-        _tidy(min(attachments, key=lambda found: found.member).path)
+        tidy(paths, attachment_id)
     return {"released": attachment_document(attachments), "set_id": attachments[0].set_id, "warnings": notes}
+
+
+def places_of(session: Session, parts: list[Attachment]) -> list[str]:
+    """Everywhere that something of one attachment may be mounted, the deepest first (a root may be inside another):
+    where its parts are, where the set's other roots were brought, and where a killed restore was mounting."""
+    paths = {found.path for found in parts if found.path}
+    for entry in session.catalog(parts[0].set_id).sets:
+        data = entry.birth.roots[0].member
+        for top in [found.path for found in parts if found.member == data and found.path]:
+            paths |= {place for _, place in layout(entry, top)}
+    staging = staging_directory()
+    paths |= {os.path.join(staging, name) for name in os.listdir(staging) if name.startswith(parts[0].id)}
+    return sorted(paths, key=lambda path: path.count("/"), reverse=True)
 
 
 def _identify(attachments: list[Attachment], where: str) -> str:
@@ -104,26 +115,20 @@ def first_change(top: str, since: float) -> str | None:
     return None
 
 
-def _remove_mount_point(path: str, attachment_id: str) -> None:
-    """Remove an empty directory that is younger than its attachment: restore made it, and nobody has used it."""
-    made = parse_compact_time(attachment_id[1:].partition("-")[0])
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return
-    try:
-        if tree.born_ns(fd) >= made.timestamp() * 1e9:
-            os.rmdir(path)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
-
-
-def _tidy(top: str) -> None:
-    """Remove the directory of the roots outside, where nothing is left in it."""
-    for leftover in (f"{top}.roots/outside", f"{top}.roots"):
+def tidy(paths: list[str], attachment_id: str) -> None:
+    """Remove what is left empty of these places, and the directory of the roots beside the data path, where they are
+    younger than the attachment: restore made them, and nobody has used them."""
+    made_ns = parse_compact_time(attachment_id[1:].partition("-")[0]).timestamp() * 1e9
+    beside = {os.path.dirname(path) for path in paths if os.path.dirname(path).endswith(".roots")}
+    for path in [*paths, *(f"{top}/outside" for top in beside), *beside]:
         try:
-            os.rmdir(leftover)
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:
             continue
+        try:
+            if tree.born_ns(fd) >= made_ns:
+                os.rmdir(path)
+        except OSError:
+            continue
+        finally:
+            os.close(fd)

@@ -80,9 +80,13 @@ def restore(
         if access is Access.READ_ONLY and not os.path.isdir(top):
             undo.push(top, lambda: _remove_if_empty(top))
             os.mkdir(top)
+        made: dict[int, MountSpec | Tree] = {}  # several roots may lie in one volume: it is attached once
         for index, (root, place) in enumerate(places):
-            snapshot = next(member for member in found.snapshots if member.birth.member == root.member)
-            _attach_root(undo, holding[snapshot.provider], snapshot, root, attachment_id, access, place, index)
+            make_parents(undo, place)
+            if root.member not in made:
+                snapshot = next(member for member in found.snapshots if member.birth.member == root.member)
+                made[root.member] = attach(undo, holding[snapshot.provider], snapshot, attachment_id, access, place)
+            bring(undo, made[root.member], root.inside, place, f"{attachment_id}-{index}")
         pairs = [(root.path, place) for root, place in places]
         if os.path.isdir(f"{top}.roots"):
             # Whoever may enter the clone may enter its other roots.
@@ -175,39 +179,40 @@ def layout(found: SnapshotSet, top: str) -> list[tuple[Root, str]]:
     return sorted(places, key=lambda pair: pair[1].count("/"))
 
 
-def _attach_root(
-    undo: Undo,
-    provider: Provider,
-    snapshot: Snapshot,
-    root: Root,
-    attachment_id: str,
-    access: Access,
-    place: str,
-    index: int,
-) -> None:
-    """Attach one root's volume and bring the root to its place."""
+def make_parents(undo: Undo, place: str) -> None:
+    """The directory that `place` is to be in: there already but for roots beside the data path."""
     parent = os.path.dirname(place)
     if not os.path.isdir(parent):
         undo.push(parent, lambda: _remove_if_empty(parent))
         os.makedirs(parent, mode=0o700)
+
+
+def attach(
+    undo: Undo, provider: Provider, snapshot: Snapshot, attachment_id: str, access: Access, place: str
+) -> MountSpec | Tree:
+    """Attach one volume's snapshot; the inverse is on the stack before."""
     undo.push(f"attachment {attachment_id}", lambda: provider.detach(attachment_id))
-    made = provider.attach(snapshot, attachment_id, access, place)
+    return provider.attach(snapshot, attachment_id, access, place)
+
+
+def staging_directory() -> str:
+    """Where a volume is mounted for a moment, when only a directory inside it is wanted: `<attachment id>-<n>`."""
+    return private_directory(os.path.join(run_directory(), "staging"))
+
+
+def bring(undo: Undo, made: MountSpec | Tree, inside: str, place: str, name: str) -> None:
+    """See to it that the directory `inside` of what was attached is seen at `place`."""
     if isinstance(made, Tree):
-        if root.inside:
-            raise StorageError("a root below its volume's top can't be a plain tree", object=root.path)
+        if inside or made.path != place:
+            raise StorageError("a root below its volume's top can't be a plain tree", object=place)
         return
-    bring(undo, made, root.inside, place, f"{attachment_id}-{index}")
-
-
-def bring(undo: Undo, made: MountSpec, inside: str, place: str, name: str) -> None:
-    """Mount `made` so that its directory `inside` is seen at `place`."""
     if not os.path.isdir(place):
         undo.push(place, lambda: _remove_if_empty(place))
         os.mkdir(place)
     if not inside:
         _mount(undo, made, place)
         return
-    staging = private_directory(os.path.join(private_directory(os.path.join(run_directory(), "staging")), name))
+    staging = private_directory(os.path.join(staging_directory(), name))
     undo.push(staging, lambda: _remove_if_empty(staging))
     _mount(undo, made, staging)
     options: Sequence[str] = [option for option in made.options if option == "ro"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -130,3 +131,31 @@ def test_two_roots_whose_directories_come_and_go(tmp_path: Path) -> None:
     # This very test writes without an open file, so it can't be paused: the take may refuse, and must not break.
     assert process.returncode in (0, 3), said
     command.json("take", str(data))
+
+
+@pytest.mark.root
+def test_two_roots_in_one_subvolume(tmp_path: Path, start: Start) -> None:
+    """The data path and the database that it links to are directories of one btrfs subvolume: one image, two places."""
+    with loop_file_system("btrfs", tmp_path, 1000) as disk:
+        subprocess.run(["btrfs", "subvolume", "create", disk / "sub"], check=True, capture_output=True)
+        data, fast = disk / "sub" / "node", disk / "sub" / "fast"
+        data.mkdir()
+        fast.mkdir()
+        (data / "database").symlink_to(fast)
+        node = start(data, "--rate", "2")
+        node.wait_for(30)
+        before = node.acknowledged()
+        command = Command(tmp_path / "etc")
+        taken = command.json("take", str(data))
+        assert (len(taken["roots"]), len(taken["snapshots"]), taken["quiesce"]) == (2, 1, "none")
+        clone = tmp_path / "clone"
+        command.json("restore", taken["set_id"], "--to", str(clone))
+        live = digest(fast) if node.kill() is None else {}
+        found = check_database(clone)
+        assert found["lost"] == 0 and found["head"] >= before
+        assert digest(fast) == live, "opening the clone wrote to production"
+        command.json("release", str(clone), "--discard-changes")
+        assert not clone.exists() and not (tmp_path / "clone.roots").exists()
+        command.json("restore", taken["set_id"], "--to", str(clone))
+        command.json("release", str(clone), "--discard-changes")
+        command.json("delete", taken["set_id"], "--yes", "--last")
