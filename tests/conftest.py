@@ -16,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="KIND",
-        help="make a skip of this kind a failure (root: everything that needs root on this machine)",
+        help="make a skip a failure (root: all that this machine can run as root must run)",
     )
 
 
@@ -44,9 +44,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  # type: ignore[no-untyped-def]
     report = yield
-    if report.skipped and item.get_closest_marker("root") and "root" in item.config.getoption("--require"):
+    # What the conformance suite leaves out for a driver whose traits lack it was not to be had in the first place.
+    lacking = report.skipped and "snapshotter/testing/" not in str(report.longrepr[0])
+    if lacking and item.config.getoption("--require"):
         report.outcome = "failed"
-        report.longrepr = f"skipped although --require root was given: {report.longrepr}"
+        report.longrepr = f"skipped although --require was given: {report.longrepr}"
     return report
 
 
