@@ -13,7 +13,6 @@ import pytest
 from tests.hot.conftest import Start
 from tests.support import NOBODY, Command, StopWatch, check_database, loop_file_system
 
-
 KEPT = 5
 
 
