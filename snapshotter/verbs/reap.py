@@ -40,8 +40,8 @@ def reap(session: Session) -> dict[str, Any]:
                 continue
             try:
                 trees = {part.path for part in parts if part.tree}
-                places = [path for path in places_of(session, parts) if os.path.lexists(path)]
-                for path in places:
+                places = places_of(session, parts)
+                for path in [path for path in places if os.path.lexists(path)]:
                     refuse_foreign_mount(path, trees)
                     if users := processes.users_of(path):
                         raise BusyError(f"is in use by {processes.named(users)}", object=path)
