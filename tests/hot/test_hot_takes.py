@@ -80,13 +80,13 @@ def test_hot_takes_without_root(start: Start, request: pytest.FixtureRequest) ->
 @pytest.mark.root
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])
 def test_hot_takes_by_reflink(tmp_path: Path, start: Start, request: pytest.FixtureRequest, kind: str) -> None:
-    with loop_file_system(kind, tmp_path, 4000) as place:
+    with loop_file_system(kind, tmp_path, 20_000) as place:
         hot_takes(place, start, count(request), None)
 
 
 @pytest.mark.root
 def test_hot_takes_by_btrfs(tmp_path: Path, start: Start, request: pytest.FixtureRequest) -> None:
-    with loop_file_system("btrfs", tmp_path, 6000) as place:
+    with loop_file_system("btrfs", tmp_path, 20_000) as place:
         hot_takes(place, start, count(request), None, "btrfs")
 
 
