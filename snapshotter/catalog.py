@@ -38,11 +38,11 @@ class Catalog:
 
     def newest_good(self, target: str) -> SnapshotSet | None:
         """What `latest` means."""
-        return _last(found for found in self.of_target(target) if found.good)
+        return next((found for found in reversed(self.of_target(target)) if found.good), None)
 
     def newest_verified(self, target: str) -> SnapshotSet | None:
         """What `latest-verified` means."""
-        return _last(found for found in self.of_target(target) if found.good and found.verified)
+        return next((found for found in reversed(self.of_target(target)) if found.good and found.verified), None)
 
     def pick(self, selector: str, *, careful: bool = False, from_host: bool = False) -> SnapshotSet:
         """The set with this id or prefix. `careful` (delete, pin, in place) wants the full id or a prefix that goes 8
@@ -81,13 +81,6 @@ def _common_prefix(ids: Sequence[str]) -> str:
     if first == last:
         return "s"
     return first[: next(k for k, (a, b) in enumerate(zip(first, last, strict=True)) if a != b)]
-
-
-def _last(found: Iterable[SnapshotSet]) -> SnapshotSet | None:
-    last = None
-    for last in found:  # noqa: B007 the sets are sorted, oldest first
-        pass
-    return last
 
 
 def read(providers: Sequence[Provider], unavailable: Iterable[Unavailable] = (), set_id: str | None = None) -> Catalog:

@@ -251,9 +251,7 @@ def _one_instant(owners: Sequence[Provider], volumes: Sequence[Volume]) -> bool:
 def _grade(quiesce: Quiesce, owners: Sequence[Provider], volumes: Sequence[Volume]) -> Grade:
     if quiesce in (Quiesce.STOP, Quiesce.HOOKS):
         return Grade.APPLICATION
-    if quiesce is Quiesce.PAUSE:
-        return Grade.FILESYSTEM
-    if quiesce is Quiesce.FREEZE:
+    if quiesce in (Quiesce.PAUSE, Quiesce.FREEZE):
         return Grade.FILESYSTEM
     needs = {owner.traits.quiesce for owner in owners}
     if Quiesce.PAUSE in needs or not _one_instant(owners, volumes):
