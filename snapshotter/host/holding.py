@@ -27,6 +27,7 @@ from types import TracebackType
 
 from snapshotter.core.command import start
 from snapshotter.core.errors import PreconditionError, QuiesceError, StorageError, UndoIncompleteError
+from snapshotter.core.interrupts import deferred
 from snapshotter.core.model import Hold
 from snapshotter.host import watchdog
 from snapshotter.host.places import private_directory, run_directory
@@ -265,7 +266,8 @@ class Held(ABC):
         failures, fired = ["not tried"], ""
         for _ in range(10):
             try:
-                failures = guard.undo()
+                with deferred():
+                    failures = guard.undo()
                 if self.held_ms is None and self._deadline is not None:
                     self.held_ms = (self._budget_s - self._remaining_s()) * 1000
                 fired = guard.end()

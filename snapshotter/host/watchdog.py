@@ -173,7 +173,7 @@ def undo_record(path: str, fds: tuple[int, ...] = ()) -> list[str]:
         try:
             _undo(act, by_device)
             said.append("")
-        except Exception as error:
+        except (OSError, ValueError, LookupError, MemoryError) as error:  # what a signal handler raises goes on
             said.append(f"{' '.join(act)}: {getattr(error, 'strerror', None) or error!r}")
 
     for act in reversed(acts):
