@@ -6,7 +6,8 @@ Must know no storage and no policy. An image is judged by what its storage says 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from snapshotter.core.errors import NotFoundError, SnapshotterError, UsageError
 from snapshotter.core.labels import merge_marks
@@ -15,22 +16,20 @@ from snapshotter.host.places import host_name, same_host
 from snapshotter.provider import Provider
 
 
-@dataclass(frozen=True, slots=True)
-class Unavailable:
+class Unavailable(Struct, frozen=True):
     """A provider that could not be asked, and why."""
 
     provider: str
     reason: str
 
 
-@dataclass(slots=True)
-class Catalog:
+class Catalog(Struct):
     """What all providers list now. `unavailable` providers make the sets that name them `unknown`."""
 
     sets: list[SnapshotSet]
     attachments: list[Attachment]
-    unavailable: list[Unavailable] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what providers found odd, for a person
+    unavailable: list[Unavailable] = []
+    notes: list[str] = []  # what providers found odd, for a person
 
     def of_target(self, target: str) -> list[SnapshotSet]:
         """The sets of one target, oldest first."""

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import ClassVar
+
+from msgspec import Struct
 
 from snapshotter.core.errors import PreconditionError, UsageError
 from snapshotter.core.labels import LabelLimits
@@ -37,8 +38,7 @@ from snapshotter.core.model import (
 from snapshotter.host.mounts import Mount
 
 
-@dataclass(frozen=True, slots=True)
-class Traits:
+class Traits(Struct, frozen=True):
     """What the orchestrator must know of a driver to plan with it."""
 
     atomic_across_volumes: bool  # one create() of several volumes is one instant
@@ -47,24 +47,22 @@ class Traits:
     swaps: bool  # a clone can take its origin's place
     needs_host: bool  # works only on the host that sees the data path
     subvolumes_apart: bool = False  # a snapshot ends at nested btrfs subvolumes: they are volumes of their own
-    limits: LabelLimits = field(default_factory=LabelLimits)
+    limits: LabelLimits = LabelLimits()
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(Struct, frozen=True):
     """One typed option of a driver, given by `-o KEY=VALUE` or `options = {}`."""
 
     kind: type
     help: str
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(Struct, frozen=True):
     """What an instance is made from. `state` is snapshotter's own directory (caches may live there, truth may
     not). `paths` are data paths that the config or the command names: where a store may be found."""
 
     state: str
-    options: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, object] = {}
     paths: tuple[str, ...] = ()
     floor: float = 0.10  # share of free space that a take must leave
     report: Report = no_report

@@ -8,8 +8,9 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from providers.copy.clones import reach
 from providers.copy.sets import Sets
@@ -41,15 +42,14 @@ PASSES = 3
 OVERHEAD_S = 0.010
 
 
-@dataclass
-class Part:
+class Part(Struct):
     """One volume of a set in the making."""
 
     number: int
     volume: Volume
     mirror: Mirror
     walk_s: float = 0.0
-    left_out: set[str] = field(default_factory=set)  # stores below the volume's top
+    left_out: set[str] = set()  # stores below the volume's top
 
     @property
     def top(self) -> str:
@@ -82,14 +82,13 @@ class Part:
             raise OSError(error.errno, error.strerror, os.path.join(self.top, str(error.filename or ""))) from error
 
 
-@dataclass
-class Making:
+class Making(Struct):
     """A set between `prepare` and the end of `create`; closing it frees its lock."""
 
     store: Sets
     birth: Birth
     settings: Settings
-    parts: list[Part] = field(default_factory=list)
+    parts: list[Part] = []
     mapped: frozenset[tuple[int, int]] = frozenset()
     pid: int = field(default_factory=os.getpid)
     open: ExitStack = field(default_factory=ExitStack)

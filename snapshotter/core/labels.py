@@ -15,11 +15,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from snapshotter.core.errors import PreconditionError
 from snapshotter.core.model import SET_ID, Birth, Member, Root
@@ -48,8 +49,7 @@ MARK_NAMES = frozenset(
 MARK_VALUE = re.compile(r"[a-z0-9_-]{1,63}")
 
 
-@dataclass(frozen=True, slots=True)
-class LabelLimits:
+class LabelLimits(Struct, frozen=True):
     """What one store's labels take. `value_pattern` is a regex that every value must match in full; a record that
     doesn't is written as base64url, in chunks of `max_value` characters, at most `max_chunks` of them."""
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 SET_ID = re.compile(r"s[0-9]{8}t[0-9]{6}z-[0-9a-f]{6}")
 ATTACHMENT_ID = re.compile(r"a[0-9]{8}t[0-9]{6}z-[0-9a-f]{6}")
@@ -95,8 +97,7 @@ class Purpose(StrEnum):
     VERIFY = "verify"
 
 
-@dataclass(frozen=True, slots=True)
-class Volume:
+class Volume(Struct, frozen=True):
     """The unit that a provider can snapshot. `id` is the storage's own name for it, stable over reboots.
 
     `path` is where the volume's top directory is seen on this host, None when it isn't (off the host).
@@ -113,8 +114,7 @@ class Volume:
         return f"{self.provider}:{self.id}"
 
 
-@dataclass(frozen=True, slots=True)
-class Root:
+class Root(Struct, frozen=True):
     """A directory that belongs to the node. `path` is canonical and absolute; `inside` is where it lies
     below its volume's top ('' for the top itself); `member` is the index of its volume in the set."""
 
@@ -123,16 +123,14 @@ class Root:
     inside: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(Struct, frozen=True):
     """One volume of a set, as the birth record names it."""
 
     provider: str
     volume: str
 
 
-@dataclass(frozen=True, slots=True)
-class Birth:
+class Birth(Struct, frozen=True):
     """The immutable record written in the very call that creates each snapshot (`core.labels` encodes it).
 
     The same for all members of a set but for `member`, the index of the one that carries it. `roots[0]` is the
@@ -163,8 +161,7 @@ class Birth:
         return self if index == self.member else replace(self, member=index)
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(Struct, frozen=True):
     """One member of a set as it exists in the storage. `order` rises with the age of the storage's own
     clock (createtxg, generation, cloud time) so that sets sort right when the host's clock was wrong."""
 
@@ -172,7 +169,7 @@ class Snapshot:
     id: str
     birth: Birth
     state: ImageState
-    marks: Mapping[str, str] = field(default_factory=dict)
+    marks: Mapping[str, str] = {}
     size_bytes: int | None = None
     order: int = 0
     why: str = ""  # why it is INVALID, for a person
@@ -182,8 +179,7 @@ class Snapshot:
         return self.birth.members[self.birth.member].volume
 
 
-@dataclass(frozen=True, slots=True)
-class Attachment:
+class Attachment(Struct, frozen=True):
     """A snapshot made usable on this host. `path` is the destination given to `attach` ('' if not known).
 
     One attachment id spans all members of the set: each provider records its own part. `since` is None until
@@ -202,8 +198,7 @@ class Attachment:
     tree: bool = False  # a plain directory at `path`: nothing of ours is mounted there
 
 
-@dataclass(frozen=True, slots=True)
-class MountSpec:
+class MountSpec(Struct, frozen=True):
     """How the core is to mount what `attach` made: `mount -t fstype -o options source`."""
 
     source: str
@@ -211,25 +206,22 @@ class MountSpec:
     options: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Tree:
+class Tree(Struct, frozen=True):
     """`attach` made a plain directory with the content: nothing to mount."""
 
     path: str
 
 
-@dataclass(frozen=True, slots=True)
-class Space:
+class Space(Struct, frozen=True):
     """Room where a snapshot of some volumes would live. Bytes; None where the storage can't tell."""
 
     total_bytes: int | None
     free_bytes: int | None
     will_pin_bytes: int | None = None
-    detail: Mapping[str, int] = field(default_factory=dict)
+    detail: Mapping[str, int] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
+class Hold(Struct, frozen=True):
     """What a provider may know of the quiesce that it works inside.
 
     `deadline` is time.monotonic() seconds at which the watchdog lets the writers go: every call of the provider
@@ -241,8 +233,7 @@ class Hold:
     mapped: frozenset[tuple[int, int]] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(Struct, frozen=True):
     """A step of long work, for a person's terminal. `total` is None while it isn't known."""
 
     what: str
@@ -258,8 +249,7 @@ def no_report(progress: Progress) -> None:
     """The `Report` of runs that nobody watches."""
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotSet:
+class SnapshotSet(Struct, frozen=True):
     """All the snapshots of one take. Built by the catalog from what the providers list; never stored."""
 
     birth: Birth

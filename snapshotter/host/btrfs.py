@@ -16,8 +16,9 @@ import select
 import stat
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from snapshotter.core.errors import StorageError
 from snapshotter.host.mounts import Mount, table
@@ -51,8 +52,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 SNAPPER = ".snapshots"
 
 
-@dataclass(frozen=True, slots=True)
-class Subvolume:
+class Subvolume(Struct, frozen=True):
     """One subvolume as the kernel describes it. `parent` is the id of the one that it lies in, 0 for the top level
     and for one that is deleted; `directory` the inode there. UUIDs are hex, '' for none."""
 
@@ -292,8 +292,7 @@ def rename(old_parent: int, old: str, new_parent: int, new: str, *, exchange: bo
 # ------------------------------------------------------------------------------------------------- the file systems
 
 
-@dataclass(frozen=True, slots=True)
-class FileSystem:
+class FileSystem(Struct, frozen=True):
     """A btrfs that is mounted on this host. `mount` is one of its mounts, that can be seen."""
 
     uuid: str

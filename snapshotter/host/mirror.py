@@ -14,8 +14,9 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from msgspec import Struct, field
 
 from snapshotter.core.errors import BusyError, PreconditionError
 from snapshotter.host.mounts import mounts_below
@@ -73,8 +74,7 @@ class Shares:
         return self._unchanged.get(path) == (entry.ino, entry.size, entry.mtime_ns, entry.ctime_ns)
 
 
-@dataclass(slots=True)
-class Costs:
+class Costs(Struct):
     """What a pass took, so that a pause can be foretold: small or cloned files by number, others by bytes."""
 
     files: int = 0
@@ -83,8 +83,7 @@ class Costs:
     bytes_s: float = 0.0
 
 
-@dataclass(slots=True)
-class Mirror:
+class Mirror(Struct):
     """A copy of a tree in the making. `update` brings `target` up to what a walk saw, any number of times; `finish`
     gives the directories their metadata, after which it isn't to be updated again.
 
@@ -100,9 +99,9 @@ class Mirror:
     flush: Callable[[int], bool] | None = None  # while writers run
     tick: Tick = no_tick
     step: Callable[[int], None] = lambda _: None
-    have: dict[str, Copied] = field(default_factory=dict)
+    have: dict[str, Copied] = {}
     costs: Costs = field(default_factory=Costs)
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str] = []
     clones: bool | None = None  # whether FICLONE from the source works; tried with the first file
     must_copy: Callable[[], None] = lambda: None  # called once if it doesn't: all content will take room
     devices: bool = True  # else device nodes are left out: one leads to the live disk

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from snapshotter.core.command import run
 from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, StorageError
@@ -17,8 +18,7 @@ from snapshotter.core.model import MountSpec
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(Struct, frozen=True):
     """One line of mountinfo. `root` is the directory of the file system that is seen at `path`."""
 
     id: int

@@ -10,7 +10,8 @@ import signal
 import stat
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 
 def open_for_writing(path: str) -> bool | None:
@@ -39,8 +40,7 @@ def open_for_writing(path: str) -> bool | None:
         os.close(fd)
 
 
-@dataclass(frozen=True, slots=True)
-class _Access:
+class _Access(Struct, frozen=True):
     """Owner, mode and ACL of a file or directory."""
 
     uid: int

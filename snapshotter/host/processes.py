@@ -14,7 +14,8 @@ import os
 import re
 import stat
 from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from snapshotter.core.errors import NotFoundError
 from snapshotter.host.mounts import Mount, inside, is_under, mount_of, mounts_below, parse, table
@@ -32,8 +33,7 @@ _NEVER_DATA = ("/dev/null", "/dev/pts/", "/memfd:")
 Identity = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Process:
+class Process(Struct, frozen=True):
     """`reason` is a file that it has open (an example), '' if that can't be seen. `state` as in proc(5)."""
 
     pid: int
@@ -51,8 +51,7 @@ class Process:
         return f"{self.name} (pid {self.pid})"
 
 
-@dataclass(frozen=True, slots=True)
-class Scan:
+class Scan(Struct, frozen=True):
     """`writers` can write below the paths. `mapped`: (st_dev, st_ino) of every file there that one of them maps shared
     and writable. We may not look into `refused` and `assumed`: mode and ACL would let the first write there, the
     second not."""
@@ -63,8 +62,7 @@ class Scan:
     assumed: tuple[Process, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Stat:
+class _Stat(Struct, frozen=True):
     """What we need of /proc/pid/stat."""
 
     name: str

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from snapshotter.core.command import run
 from snapshotter.core.errors import PreconditionError, StorageError
@@ -45,8 +46,7 @@ def cgroup2() -> str | None:
     return next((mount.path for mount in table() if mount.fstype == "cgroup2"), None)
 
 
-@dataclass(frozen=True, slots=True)
-class SystemdUnit:
+class SystemdUnit(Struct, frozen=True):
     """A systemd unit, through systemctl(1)."""
 
     unit: str
@@ -86,8 +86,7 @@ class SystemdUnit:
         return directory if os.path.isdir(directory) else None
 
 
-@dataclass(frozen=True, slots=True)
-class Commands:
+class Commands(Struct, frozen=True):
     """A service that the operator's commands handle. `status` exits 0 if it runs, 3 if it is stopped (as the LSB and
     systemctl have it)."""
 

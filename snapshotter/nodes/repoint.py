@@ -18,8 +18,9 @@ import re
 import secrets
 import stat
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
+
+from msgspec import Struct
 
 from snapshotter.core.errors import PreconditionError, StorageError
 from snapshotter.host import mounts
@@ -40,8 +41,7 @@ _ONE_PATH = ("wal_dir", "db_log_dir")
 _PATHS = ("db_paths", "cf_paths")
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(Struct, frozen=True):
     """What was changed, or would have to be. `path` is in the clone; `key` is the option's name, '' for a link."""
 
     path: str
@@ -147,8 +147,7 @@ def _mapped(key: str, value: str, change: Callable[[str], str | None]) -> str:
 # Where a path leads.
 
 
-@dataclass(frozen=True, slots=True)
-class _Side:
+class _Side(Struct, frozen=True):
     """A directory by its name and by its identity (device and place in its file system)."""
 
     path: str
@@ -204,8 +203,7 @@ def _moved(path: str, top: str, new_top: str) -> str:
     return new_top.rstrip("/") + rest if rest.strip("/") else new_top
 
 
-@dataclass(frozen=True, slots=True)
-class _Led:
+class _Led(Struct, frozen=True):
     """Where a target leads. `target`: what it must be rewritten to so that it stays in the clone, None if it does
     as it is. `outside`: the path outside every root that it leads to by itself, None if it doesn't."""
 

@@ -13,7 +13,8 @@ import hashlib
 import os
 import re
 import stat
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, UsageError
 from snapshotter.host import mounts, places
@@ -41,8 +42,7 @@ _NOT_THE_AUTHORS = "belongs to another user than the link: name it in extra_path
 _SYSTEM_TREES = ("/etc", "/usr", "/dev", "/proc", "/sys", "/run", "/boot", "/var/log")
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(Struct, frozen=True):
     """One root. `path` is canonical, `mount` what it lies on, `relative` its place below the data path: '' for the
     data path itself, None for a root outside it."""
 
@@ -51,8 +51,7 @@ class Found:
     relative: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(Struct, frozen=True):
     """What belongs to a node. `roots[0]` is the data path; those below it come next, then those elsewhere, each
     in the order of their names. `links_outside`: links (and single mounted files) that are not followed, each with
     why. `aliases`: (path, same content's path in a root): bind mounts that aren't stored a second time. `subvolumes`:
@@ -183,8 +182,7 @@ def roots(node: Node, profile: Profile) -> Layout:
     return search.layout()
 
 
-@dataclass(frozen=True, slots=True)
-class _Led:
+class _Led(Struct, frozen=True):
     """Where a path leads. `authors`: who wrote the links on the way, or could have put them there."""
 
     path: str

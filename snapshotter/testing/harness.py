@@ -13,8 +13,9 @@ import struct
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from datetime import timedelta
+
+from msgspec.structs import replace
 
 from snapshotter.core.model import (
     Birth,

@@ -10,9 +10,11 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import ClassVar
+
+from msgspec.structs import replace
 
 from snapshotter.core.errors import (
     BusyError,

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
+
+from msgspec import Struct
 
 from snapshotter import provider as providers
 from snapshotter.core.errors import PreconditionError, SnapshotterError, UsageError
@@ -28,8 +29,7 @@ from snapshotter.verbs.session import Session
 STOP_BUDGET_S = 3600.0
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(Struct, frozen=True):
     """One root, the provider that will snapshot what it lies on, and the volume."""
 
     root: str
@@ -37,8 +37,7 @@ class Claim:
     volume: Volume
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """Everything decided before anything is done. `volumes` are in member order."""
 
     node: Node

@@ -6,7 +6,8 @@ One per run of the command. Loads a provider when it is first asked for, never a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from snapshotter import catalog, provider
 from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, UsageError
@@ -16,15 +17,14 @@ from snapshotter.nodes.target import canonical, resolve, target_id
 from snapshotter.provider import Provider, Settings
 
 
-@dataclass(slots=True)
-class Session:
+class Session(Struct):
     """`provider_name` and `options` are what the command line said (--provider, -o), above any node's own."""
 
     config: Config
     provider_name: str | None = None
-    options: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, object] = {}
     report: Report = no_report
-    _made: dict[tuple[str, str], Provider] = field(default_factory=dict)
+    _made: dict[tuple[str, str], Provider] = {}
 
     def provider(self, name: str, node: Node | None = None, *, chosen: bool = True) -> Provider:
         """The instance for this node's options (the command line's go above them). Where it isn't the `chosen` one but

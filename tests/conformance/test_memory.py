@@ -6,10 +6,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from snapshotter.core.errors import PreconditionError, QuiesceError, StorageError
 from snapshotter.core.labels import encode_birth, pack

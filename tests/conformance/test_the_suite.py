@@ -9,11 +9,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from snapshotter.core.errors import BusyError, NotFoundError
 from snapshotter.core.labels import pack, unpack

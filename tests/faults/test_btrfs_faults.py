@@ -12,11 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from snapshotter.core.errors import Exit, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.model import Access, Birth, Hold, ImageState, Volume, new_attachment_id, new_set_id, utc_now

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
+from msgspec.structs import replace
 
 from snapshotter.core.errors import BusyError, NotFoundError, SnapshotterError
 from snapshotter.core.model import (
