@@ -7,7 +7,6 @@ stdout carries the answer (`--json`: one object, schema 1); warnings, progress a
 from __future__ import annotations
 
 import functools
-import gc
 import io
 import os
 import sys
@@ -15,12 +14,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
-from click.shell_completion import CompletionItem
 
 from snapshotter import __version__
 from snapshotter.core.errors import Exit, PreconditionError, SnapshotterError, UsageError, plain, worst
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from snapshotter.verbs.session import Session
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -110,6 +110,8 @@ def providing(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _names(ctx: click.Context, what: Callable[[Session], list[str]], incomplete: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
     try:
         names = what(Call(False, False, ctx.params.get("config")).session())
     except Exception:  # a shell that completes must never print our errors
@@ -119,6 +121,8 @@ def _names(ctx: click.Context, what: Callable[[Session], list[str]], incomplete:
 
 def complete_target(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """A node's name, or a path."""
+    from click.shell_completion import CompletionItem
+
     if "/" in incomplete:
         return [CompletionItem(incomplete, type="dir")]
     return _names(ctx, lambda session: list(session.config.nodes), incomplete)
@@ -443,9 +447,6 @@ def _traceback() -> None:
     traceback.print_exc()
 
 
-def main() -> None:
-    """What `__main__` calls."""
-    gc.set_threshold(100_000, 50, 50)  # ten thousand sets are many objects and no cycles
-    code = run(sys.argv[1:])
-    gc.freeze()  # else the interpreter ends with a search for cycles in all that was imported: 20 ms
-    sys.exit(code)
+def main() -> int:
+    """Run the words that the process was given; returns its exit code. What `__main__` calls."""
+    return run(sys.argv[1:])

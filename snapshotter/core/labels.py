@@ -11,8 +11,6 @@ then False, and a restore in place must be told the path.
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -22,6 +20,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from snapshotter.core.digest import sha256
 from snapshotter.core.errors import PreconditionError
 from snapshotter.core.model import SET_ID, Birth, Member, Root
 
@@ -100,8 +99,20 @@ def loads(text: str | bytes) -> Any:
     """JSON, quickly: a catalog is tens of thousands of small documents. Raises ValueError."""
     try:
         return msgspec.json.decode(text)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeEncodeError):
+        import json
+
         return json.loads(text)  # a lone surrogate (a path that isn't UTF-8) is only too strange for msgspec
+
+
+def dumps(content: Any) -> str:
+    """Compact JSON, quickly. A lone surrogate stays as it is."""
+    try:
+        return msgspec.json.encode(content).decode()
+    except UnicodeEncodeError:
+        import json
+
+        return json.dumps(content, separators=(",", ":"), ensure_ascii=False)
 
 
 def decode_birth(text: str) -> Birth | None:
@@ -236,11 +247,16 @@ def with_paths(birth: Birth, paths: Mapping[str, str]) -> Birth:
 
 def _dump(record: Mapping[str, Any]) -> str:
     # ensure_ascii: the length in characters is the length in bytes, and every store takes it.
+    text = dumps(record)
+    if text.isascii() and text.isprintable():
+        return text
+    import json  # slow to import, and few paths need its escapes
+
     return json.dumps(record, separators=(",", ":"), ensure_ascii=True)
 
 
 def _hashed(path: str) -> str:
-    return "#" + hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()[:16]
+    return "#" + sha256(path.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _fold(root: Root, volume: str) -> list[Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.labels import dumps, loads
 from snapshotter.host import btrfs, mounts
 from snapshotter.host.btrfs import DIRECTORY, STORE, FileSystem
 from snapshotter.host.mounts import is_under
@@ -96,7 +96,7 @@ def read_object(fd: int, name: str) -> dict[str, Any] | None:
     """A JSON object of this schema; None for anything else."""
     content = read_record(fd, name)
     try:
-        read = json.loads(content.decode("utf-8", "surrogateescape")) if content else None
+        read = loads(content.decode("utf-8", "surrogateescape")) if content else None
     except ValueError:
         return None
     return read if isinstance(read, dict) and read.get("schema") == SCHEMA else None
@@ -104,7 +104,7 @@ def read_object(fd: int, name: str) -> dict[str, Any] | None:
 
 def as_object(content: Mapping[str, Any], what: str) -> bytes:
     """Inverse of `read_object`. Raises PreconditionError if the file system has no room for a record of that length."""
-    text = json.dumps({"schema": SCHEMA, **content}, separators=(",", ":"), ensure_ascii=False)
+    text = dumps({"schema": SCHEMA, **content})
     raw = text.encode("utf-8", "surrogateescape")
     if len(raw) > _MAX_RECORD:
         raise PreconditionError("its path is too long to be recorded", object=what, cure="choose a shorter one")

@@ -17,7 +17,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import secrets
 import select
 import sys
 import time
@@ -55,7 +54,7 @@ class Guard:
     def __init__(self, what: str, budget_s: float, fds: Sequence[int] = ()) -> None:
         self._fds = tuple(fds)
         self.what = what
-        name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', what)[:80]}.{secrets.token_hex(4)}"
+        name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', what)[:80]}.{os.urandom(4).hex()}"
         self.path = os.path.join(_directory(), name)
         self._open: list[int] = []
         self._orders = self._answers = -1

@@ -8,20 +8,20 @@ descriptors (`Locks.fds`), so that a lock is free only when the storage no longe
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import re
 import time
 from collections.abc import Iterable
 from types import TracebackType
 
+from snapshotter.core.digest import sha256
 from snapshotter.core.errors import BusyError
 from snapshotter.host.places import lock_directory
 
 
 def _path(name: str) -> str:
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[-40:]
-    return os.path.join(lock_directory(), f"{readable}.{hashlib.sha256(name.encode()).hexdigest()[:12]}")
+    return os.path.join(lock_directory(), f"{readable}.{sha256(name.encode()).hexdigest()[:12]}")
 
 
 class Locks:

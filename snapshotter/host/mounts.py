@@ -37,7 +37,9 @@ class Mount(Struct, frozen=True):
 
 
 def _unescape(field: bytes) -> str:
-    return os.fsdecode(_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), field))
+    if b"\\" in field:
+        field = _ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), field)
+    return os.fsdecode(field)
 
 
 def parse(table: bytes) -> list[Mount]:

@@ -8,10 +8,10 @@ Root: /run/snapshotter and /var/lib/snapshotter. Others: a private directory in 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import stat
 
+from snapshotter.core.digest import sha256
 from snapshotter.core.errors import PreconditionError
 
 
@@ -76,7 +76,7 @@ def host_name() -> str:
     name = os.uname().nodename.split(".")[0].lower()[:20] or "host"
     if not identity:
         identity = "name:" + os.uname().nodename
-    return f"{name}-{hashlib.sha256(b'snapshotter:' + identity.encode()).hexdigest()[:8]}"
+    return f"{name}-{sha256(b'snapshotter:' + identity.encode()).hexdigest()[:8]}"
 
 
 def same_host(one: str, other: str) -> bool:

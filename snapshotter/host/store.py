@@ -10,7 +10,6 @@ import errno
 import fcntl
 import json
 import os
-import secrets
 import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -269,7 +268,7 @@ class Store:
     def discard(self, path: str, name: str) -> str:
         """Move a directory to the trash, at once; what is left to do is to remove it (the result)."""
         self.ensure("trash")
-        trashed = f"trash/{name}.{secrets.token_hex(4)}"
+        trashed = f"trash/{name}.{os.urandom(4).hex()}"
         os.rename(path, trashed, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         return trashed
 

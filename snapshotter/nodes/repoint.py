@@ -15,13 +15,12 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 import stat
 from collections.abc import Callable, Sequence
-from hashlib import sha256
 
 from msgspec import Struct
 
+from snapshotter.core.digest import sha256
 from snapshotter.core.errors import PreconditionError, StorageError
 from snapshotter.host import mounts
 from snapshotter.host.mounts import is_under
@@ -317,7 +316,7 @@ class _Pass:
         self.changes.append(Change(path, "", before, after))
         if not self.write:
             return
-        temporary = _TEMPORARY + secrets.token_hex(8)
+        temporary = _TEMPORARY + os.urandom(8).hex()
         try:
             os.symlink(after, temporary, dir_fd=fd)
             itself = os.open(temporary, _ITSELF, dir_fd=fd)
@@ -383,7 +382,7 @@ class _Pass:
         self.changes += changed
         if not changed or not self.write:
             return
-        temporary = _TEMPORARY + secrets.token_hex(8)
+        temporary = _TEMPORARY + os.urandom(8).hex()
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             new_fd = os.open(temporary, flags, 0o600, dir_fd=fd)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import errno
 import fnmatch
-import hashlib
 import os
 import re
 import stat
 
 from msgspec import Struct
 
+from snapshotter.core.digest import sha256
 from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, UsageError
 from snapshotter.host import mounts, places
 from snapshotter.host.mounts import Mount, is_under
@@ -73,7 +73,7 @@ def target_id(path: str) -> str:
     """16 hex that name a data path of this host: its name in the config, its path and a link to it are one target.
     Built from the machine's identity (not its name) and the canonical path."""
     host = places.host_name().rpartition("-")[2]
-    return hashlib.sha256(host.encode() + b"\0" + os.fsencode(canonical(path))).hexdigest()[:16]
+    return sha256(host.encode() + b"\0" + os.fsencode(canonical(path))).hexdigest()[:16]
 
 
 def resolve(name_or_path: str | None, config: Config, *, must_exist: bool = True) -> Node:

@@ -19,7 +19,7 @@ from snapshotter.core.labels import pack_hash
 from snapshotter.core.model import Grade, Hold, Quiesce, State, compact_time, utc_now
 from snapshotter.core.undo import Undo
 from snapshotter.host.locks import Locks
-from snapshotter.nodes import profiles, rpc
+from snapshotter.nodes import profiles
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.target import resolve
 from snapshotter.verbs import plan as planning
@@ -29,6 +29,7 @@ from snapshotter.verbs.session import Session
 
 if TYPE_CHECKING:
     from snapshotter.host.service import Service
+    from snapshotter.nodes.rpc import Block
 
 
 def take(
@@ -106,7 +107,7 @@ def _carry_out(plan: Plan) -> list[str]:
             undo.push(f"set {set_id} at {provider.name}", lambda provider=provider: provider.delete(set_id))  # type: ignore[misc]
             provider.prepare(volumes, plan.birth, plan.budget_s)
         # Asked before the instant: the image holds at least this block.
-        head, silent = rpc.height(plan.node.rpc) if plan.node.rpc else (None, "")
+        head, silent = _height(plan.node)
         with _hold(plan) as held:
             first = time.monotonic()
             for provider, volumes in groups:
@@ -130,6 +131,15 @@ def _carry_out(plan: Plan) -> list[str]:
         # Never the URL itself: it may have a password or an API key in it.
         notes.append(f"no height is known, the node's RPC gives none: {silent}")
     return notes
+
+
+def _height(node: Node) -> tuple[Block | None, str]:
+    """The newest block that the node says it has, or None and why not ('' where it isn't asked)."""
+    if not node.rpc:
+        return None, ""
+    from snapshotter.nodes import rpc
+
+    return rpc.height(node.rpc)
 
 
 def _hold(plan: Plan) -> AbstractContextManager[Any]:

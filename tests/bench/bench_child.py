@@ -60,6 +60,9 @@ def main():
     import importlib
 
     importlib.import_module = clock.inside("imports", importlib.import_module)
+    from snapshotter import __main__
+
+    __main__.make_fit()
     from snapshotter import cli, provider
 
     plain = provider.load
@@ -84,7 +87,7 @@ def main():
 
     cli.run = timed
     sys.argv = ["snapshotter", *sys.argv[3:]]
-    cli.main()
+    __main__.main()
 
 
 if __name__ == "__main__":

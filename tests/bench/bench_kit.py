@@ -17,6 +17,16 @@ from typing import NamedTuple
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DEPENDENCIES = ("click", "msgspec", "tenacity")
+#: What pip writes for `setup.cfg`'s entry point.
+PIPS_SCRIPT = """\
+# -*- coding: utf-8 -*-
+import re
+import sys
+from snapshotter.__main__ import main
+if __name__ == '__main__':
+    sys.argv[0] = re.sub(r'(-script\\.pyw|\\.exe)?$', '', sys.argv[0])
+    sys.exit(main())
+"""
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 
 
@@ -60,7 +70,7 @@ class Install:
         shutil.copy(CHECKOUT / "tests" / "bench" / "bench_child.py", where)
         subprocess.run([self.python, "-m", "compileall", "-q", where], check=True)
         self.script = self.venv / "bin" / "snapshotter"
-        self.script.write_text(f"#!{self.python}\nimport sys\nfrom snapshotter.cli import main\nsys.exit(main())\n")
+        self.script.write_text(f"#!{self.python}\n{PIPS_SCRIPT}")
         self.script.chmod(0o755)
         self.config = home / "config.toml"
         self.config.write_text(f'state = "{home}/state"\n')
