@@ -204,6 +204,21 @@ def test_the_command_loads_nothing_heavy(statement: str) -> None:
     assert not {name for name in loaded for heavy in HEAVY if below(name, heavy)}
 
 
+def test_a_take_by_btrfs_loads_only_what_it_needs() -> None:
+    """Each of these takes a part of what the whole snapshot does. What our libraries load is theirs."""
+    libraries = loaded_by("import click, msgspec")
+    ours = loaded_by("import snapshotter.__main__, snapshotter.cli, snapshotter.verbs.take, providers.btrfs")
+    slow = {"dataclasses", "_hashlib", "json", "secrets", "random", "tempfile", "subprocess", "tenacity", "logging"}
+    slow |= {
+        "snapshotter.host.quiesce",
+        "snapshotter.host.processes",
+        "snapshotter.nodes.rpc",
+        "urllib",
+        "importlib.metadata",
+    }
+    assert not (ours - libraries) & slow
+
+
 def test_no_cloud_is_loaded_by_naming_the_providers() -> None:
     loaded = loaded_by("import snapshotter.provider; list(snapshotter.provider.names())")
     assert not {name for name in loaded for heavy in HEAVY if below(name, heavy)}

@@ -91,6 +91,22 @@ def test_a_record_comes_back_and_is_never_too_long(birth: Birth) -> None:
 
 @settings(deadline=None)
 @given(births())
+def test_a_record_is_printable_ascii(birth: Birth) -> None:
+    """Whatever bytes a path has: an LVM tag, a ZFS property and a cloud's tag take nothing else."""
+    text = encoded(birth)
+    assert text is None or (text.isascii() and text.isprintable())
+
+
+@pytest.mark.parametrize("name", ["\x7f", "\x01\n", "\u00e9", "\u2028", "\udcff", '"\\'])
+def test_an_odd_path_is_kept_in_printable_ascii(name: str) -> None:
+    birth = plain(roots=(Root(f"/data/{name}", 0),))
+    text = encode_birth(birth)
+    assert text.isascii() and text.isprintable()
+    assert decode_birth(text) == birth
+
+
+@settings(deadline=None)
+@given(births())
 def test_hashed_paths_are_found_again_by_their_path(birth: Birth) -> None:
     text = encoded(birth)
     if text is None:
