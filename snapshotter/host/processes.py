@@ -10,6 +10,7 @@ server). The file copier's last walk is there for these.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -182,7 +183,8 @@ class Scanner:
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = tuple(paths)
         own = table()
-        self._tables = {os.readlink("/proc/self/ns/mnt"): own}
+        self._namespace = os.readlink("/proc/self/ns/mnt")
+        self._tables = {self._namespace: own}
         self._by_id = {mount.id: mount for mount in own}
         self._read_tables_of: set[int] = set()
         self._places: dict[str, list[str]] = {}  # device -> directories in its file system
@@ -271,8 +273,12 @@ class Scanner:
     def _use(self, base: str, pid: int) -> str | None:
         for link in ("cwd", "root", "exe"):
             try:
-                target = os.readlink(f"{base}/{link}")
+                target = _link(f"{base}/{link}")
             except FileNotFoundError:
+                continue
+            if target == _TOO_LONG:
+                if os.stat(f"{base}/{link}").st_dev in self._devices:
+                    return target
                 continue
             if self._path_is_ours(pid, target, None):
                 return target
@@ -294,11 +300,15 @@ class Scanner:
                 try:
                     if writable and not entry.stat(follow_symlinks=False).st_mode & stat.S_IWUSR:
                         continue
-                    link = os.readlink(entry.path)
+                    link = _link(entry.path)
                     if not link.startswith("/") or link.startswith(_NEVER_DATA):
                         continue  # a socket, a pipe
                     info = _read(f"{base}/fdinfo/{entry.name}")
                 except (FileNotFoundError, ProcessLookupError):
+                    continue
+                if link == _TOO_LONG:
+                    if os.stat(entry.path).st_dev in self._devices:  # where it is can't be told, so it counts
+                        yield link, entry.path
                     continue
                 mount_id = int(info.partition(b"mnt_id:")[2].split(None, 1)[0])
                 if self._descriptor_is_ours(pid, link, mount_id, entry.path):
@@ -330,9 +340,14 @@ class Scanner:
         return any(is_under(path, prefix) for prefix in prefixes)
 
     def _mounts_seen_by(self, pid: int, fresh: bool = False) -> list[Mount]:
+        """The mounts by which the links of this process in /proc are to be read. Those links tell paths from the root
+        of its mount namespace, also of a process in a chroot; its own mountinfo tells only what is in the chroot."""
         namespace = os.readlink(f"/proc/{pid}/ns/mnt")
         if fresh or namespace not in self._tables:
-            self._tables[namespace] = parse(_read(f"/proc/{pid}/mountinfo", long=True))
+            whole = namespace == self._namespace or os.readlink(f"/proc/{pid}/root") == "/"
+            whose = os.getpid() if namespace == self._namespace else pid
+            text = _read(f"/proc/{whose}/mountinfo", long=True) if whole else _mounts_in_namespace(pid)
+            self._tables[namespace] = parse(text)
             self._by_id.update((mount.id, mount) for mount in self._tables[namespace])
         return self._tables[namespace]
 
@@ -426,6 +441,53 @@ def users_of(path: str) -> list[Process]:
     """Who but ourselves uses anything at or below the canonical `path` (see `Scanner.users`): the check before an
     unmount or a removal."""
     return Scanner([path]).users()
+
+
+def _mounts_in_namespace(pid: int) -> bytes:
+    """mountinfo as it is seen from the root of that process' mount namespace, by a child that goes there. Raises
+    PermissionError."""
+    import ctypes  # slow to import; os.setns is there from 3.12 on
+
+    library = ctypes.CDLL(None, use_errno=True)
+    namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    source, sink = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        try:
+            if library.setns(namespace, _CLONE_NEWNS) == 0:
+                mounts = os.open("self/mountinfo", os.O_RDONLY, dir_fd=proc)
+                while part := os.read(mounts, 1 << 16):
+                    os.write(sink, part)
+                os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(sink)
+    try:
+        parts = []
+        while part := os.read(source, 1 << 16):
+            parts.append(part)
+    finally:
+        for fd in (namespace, proc, source):
+            os.close(fd)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code != 0:
+        raise PermissionError(errno.EPERM, "can't see the mounts of its namespace", str(pid))
+    return b"".join(parts)
+
+
+_CLONE_NEWNS = 0x00020000  # linux/sched.h
+_TOO_LONG = "/(a path too long to be told)"
+
+
+def _link(path: str) -> str:
+    """Where a link of /proc leads; the kernel tells no path longer than a page."""
+    try:
+        return os.readlink(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return _TOO_LONG
+        raise
 
 
 def _readable_base(pid: int, seen: _Stat) -> str:

@@ -260,10 +260,55 @@ def test_another_bind_mount_and_one_unmounted_lazily(data: Path, children: Child
 
 
 @pytest.mark.root
-def test_a_chroot(data: Path, children: Children) -> None:
+@pytest.mark.parametrize("unshare", [(), ("unshare", "--mount")], ids=["here", "in a namespace of its own"])
+def test_a_chroot(data: Path, children: Children, unshare: tuple[str, ...]) -> None:
     code = "import os, sys; os.chroot(os.path.dirname(sys.argv[1])); os.open('/file', os.O_WRONLY)"
-    pid = children.python(code, data / "file")
+    pid = children.start(*unshare, sys.executable, "-I", "-S", "-c", code + WAIT, str(data / "file"))
     assert writers(data) == [pid]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("unshare", [(), ("unshare", "--mount")], ids=["here", "in a namespace of its own"])
+def test_a_chroot_elsewhere_on_the_same_disk_is_a_stranger(
+    tmp_path: Path, data: Path, children: Children, unshare: tuple[str, ...]
+) -> None:
+    """Its program, its working directory, its root and its files are below its chroot, not below ours. As was met in
+    life: a take paused a compiler that ran in a chroot."""
+    chroot = tmp_path / "chroot"
+    (chroot / "work").mkdir(parents=True)
+    (chroot / "work" / "file").write_bytes(b"x" * 4096)
+    code = (
+        "import mmap, os, sys; os.chroot(sys.argv[1]); os.chdir('/work'); f = os.open('file', os.O_RDWR);"
+        "m = mmap.mmap(f, 0)"
+    )
+    pid = children.start(*unshare, sys.executable, "-I", "-S", "-c", code + WAIT, str(chroot))
+    assert writers(data) == [] and pid not in [user.pid for user in processes.users_of(str(data))]
+    assert writers(chroot) == [pid] and pid in [user.pid for user in processes.users_of(str(chroot))]
+    # A mount that was not there at the first look makes the scanner read mount tables again: still a stranger.
+    scanner = processes.Scanner([str(data)])
+    late = tmp_path / f"late{len(unshare)}"
+    late.mkdir()
+    subprocess.run(["mount", "--bind", str(chroot), str(late)], check=True)
+    try:
+        code = "import os, sys; os.chroot(sys.argv[1]); os.chdir('/work'); os.open('file', os.O_RDWR)"
+        other = children.python(code, late)
+        assert {pid, other}.isdisjoint(writer.pid for writer in scanner.scan().writers)
+        assert {pid, other}.isdisjoint(user.pid for user in scanner.users())
+    finally:
+        os.kill(children.all[-1].pid, signal.SIGKILL)
+        children.all[-1].wait()
+        subprocess.run(["umount", str(late)], check=True)
+
+
+def test_a_path_too_long_to_be_told(data: Path, children: Children) -> None:
+    code = (
+        "import os, sys; os.chdir(os.path.dirname(sys.argv[1]))\n"
+        "for _ in range(30):\n    os.mkdir('d' * 200)\n    os.chdir('d' * 200)\n"
+        "os.open('file', os.O_WRONLY | os.O_CREAT)"
+    )
+    pid = children.python(code, data / "file")
+    (writer,) = processes.Scanner([str(data)]).scan(only=[pid]).writers
+    assert writer.pid == pid and pid in [user.pid for user in processes.users_of(str(data))]
 
 
 @pytest.mark.root
