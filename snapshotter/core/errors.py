@@ -37,8 +37,8 @@ class Exit(IntEnum):
 WORST_FIRST = (Exit.UNDO_INCOMPLETE, Exit.REFUSED, Exit.JUDGED_BAD)
 
 
-class SnapshotterError(Exception):
-    """Base of all. `message` says what, `object` which one, `cure` what the operator can do about it.
+class Told(BaseException):
+    """What the operator is told in one line. `message` says what, `object` which one, `cure` what can be done about it.
 
     `left` names what could not be undone, `undo_command` the command that would.
     """
@@ -91,6 +91,10 @@ class SnapshotterError(Exception):
         return self.line()
 
 
+class SnapshotterError(Told, Exception):
+    """Base of all failures."""
+
+
 class UsageError(SnapshotterError):
     """The call, the config or a name in it is wrong, or a confirmation is missing. Nothing was changed."""
 
@@ -139,13 +143,14 @@ class JudgedBadError(SnapshotterError):
     exit, code = Exit.JUDGED_BAD, "judged-bad"
 
 
-class Interrupted(SnapshotterError):
-    """A signal came. Undone if nothing was sealed yet; kept if it was."""
+class Interrupted(Told):
+    """A signal came. Undone if nothing was sealed yet; kept if it was. Like KeyboardInterrupt it is no `Exception`:
+    what goes on after a failure (the next node, the next provider) doesn't go on after this."""
 
     exit, code = Exit.INTERRUPTED, "interrupted"
 
 
-def worst(errors: Sequence[SnapshotterError]) -> Exit:
+def worst(errors: Sequence[Told]) -> Exit:
     """The exit code of a run with these errors: 7 over 6 over 8 over whichever came first; 0 if none."""
     exits = [error.exit for error in errors]
     for exit_code in WORST_FIRST:

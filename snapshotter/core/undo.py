@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from types import TracebackType
 
-from snapshotter.core.errors import SnapshotterError, UndoIncompleteError
+from snapshotter.core.errors import Told, UndoIncompleteError
 from snapshotter.core.interrupts import deferred
 
 
@@ -62,9 +62,9 @@ class Undo:
         if not failures:
             return
         first = failures[0][1]
-        said = first.line() if isinstance(first, SnapshotterError) else f"{type(first).__name__}: {first}"
+        said = first.line() if isinstance(first, Told) else f"{type(first).__name__}: {first}"
         cause = ""
-        if isinstance(error, SnapshotterError):
+        if isinstance(error, Told):
             cause = f" after: {error.line()}"
         elif error is not None:
             cause = f" after {type(error).__name__}: {error}"
