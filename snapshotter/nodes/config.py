@@ -203,6 +203,11 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     nodes: dict[str, Node] = {}
     source: str | None = None
 
+    @property
+    def profiles(self) -> str:
+        """Where the user's own profiles are looked for: `profiles` beside the config file. Need not be there."""
+        return os.path.join(os.path.dirname(os.path.abspath(self.source or usual_files()[0])), "profiles")
+
 
 class _Top(Struct, forbid_unknown_fields=True):
     """The file's own shape, for the top level's names and types."""

@@ -26,7 +26,7 @@ def init(session: Session, path: str, *, kind: str | None = None, write: str | N
     data = canonical(node.path)
     if data == "/":
         raise UsageError("can't be a data path", object=data, cure="give the node's own directory")
-    profile, why = profiles.detect(data)
+    profile, why = profiles.detect(data, session.config.profiles)
     provider, _ = planning.nearest(session, node, data, mounts.mount_of(data))
     found: dict[str, Any] = {"path": data, "profile": profile.name}
     if kind:

@@ -5,8 +5,10 @@ Paths in a profile are relative to the data path; all but `extra_roots` may be g
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
+import re
 from typing import Literal
 
 from msgspec import Struct
@@ -42,10 +44,25 @@ class Health(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Warned(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Something that the operator of this software should know."""
+    """Something that the operator of this software should know. `before`: only of versions older than this."""
 
     text: str
     source: str
+    before: str | None = None
+
+
+class NodeKey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The file that holds the node's key, and how (`nodes.identity` reads it)."""
+
+    path: str
+    format: Literal["secp256k1-hex", "cometbft"]
+
+
+class Version(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the software notes its version in its data: a JSON file, and the key in it."""
+
+    file: str
+    key: str
 
 
 class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -58,8 +75,11 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     database: tuple[str, ...] = ()  # restored as one unit, together with `metadata`
     metadata: tuple[str, ...] = ()  # beside the database; it can't be opened without them
     identity: tuple[str, ...] = ()  # the node key and what derives from it
+    node_key: NodeKey | None = None  # None: what it holds can't be read as a key
     sign_state: tuple[str, ...] = ()  # must never go back in time
-    secrets: tuple[str, ...] = ()  # restored with mode 0600
+    # How `nodes.sign_state` reads it. Opaque: two that differ can't be ordered, and a restore refuses.
+    sign_state_format: Literal["cometbft", "slashing-protection", "opaque"] = "opaque"
+    secrets: tuple[str, ...] = ()  # restored with mode 0600 (a directory: all in it), withheld from a writable clone
     config: tuple[str, ...] = ()
     runtime: tuple[str, ...] = ()  # stale in an image: removed on restore
     caches: tuple[str, ...] = ()  # rebuilt by the node itself
@@ -67,6 +87,7 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str, ...
     ] = ()  # directories elsewhere that belong to it, if there: absolute, or from the data path
     option_files: tuple[str, ...] = ()  # the database's own options, by file name: they may name directories
+    version: Version | None = None
     health: Health = Health()
     warnings: tuple[Warned, ...] = ()
 
@@ -134,12 +155,27 @@ def _decode(content: bytes, source: str) -> Profile:
         *profile.config,
         *profile.runtime,
         *profile.caches,
+        *([profile.node_key.path] if profile.node_key else []),
+        *([profile.version.file] if profile.version else []),
     )
     for path in inside:
         # A restore removes what `runtime` names: it must never reach outside the data path, nor be all of it.
         if not path or path.startswith("/") or not {"..", ".", ""}.isdisjoint(path.rstrip("/").split("/")):
             raise UsageError(f"{source}: {path!r} isn't a path inside the data path", object=source)
+    for kept in (*profile.identity, *profile.sign_state):
+        for path in (*profile.database, *profile.metadata, *profile.runtime, *profile.caches):
+            # Each of those is removed by some restore, and neither of these may ever be.
+            if _holds(path, kept):
+                raise UsageError(f"{source}: {path!r} holds {kept!r}, which must outlive it", object=source)
     return profile
+
+
+def _holds(pattern: str, inner: str) -> bool:
+    """Whether something that `pattern` means may be, or hold, what `inner` means."""
+    pairs = zip(pattern.rstrip("/").split("/"), inner.rstrip("/").split("/"), strict=False)
+    if pattern.count("/") > inner.rstrip("/").count("/"):
+        return False
+    return all(fnmatch.fnmatchcase(b, a) or fnmatch.fnmatchcase(a, b) for a, b in pairs)
 
 
 def get(name: str, extra_directory: str | None = None) -> Profile:
@@ -169,3 +205,36 @@ def detect(data_path: str, extra_directory: str | None = None) -> tuple[Profile,
             if sign.score > best_score and all(matches(data_path, pattern) for pattern in sign.all):
                 best, best_score, why = profile, sign.score, f"it has {' and '.join(sign.all)}"
     return best, why
+
+
+def outdated(profile: Profile, data_path: str) -> list[str]:
+    """The profile's warnings about versions older than a certain one, where the data says that it is of one."""
+    version = version_of(profile, data_path)
+    if version is None:
+        return []
+    return [
+        f"{warning.text} (its data is of {version}; {warning.source})"
+        for warning in profile.warnings
+        if warning.before and _numbers(version) < _numbers(warning.before)
+    ]
+
+
+def version_of(profile: Profile, data_path: str) -> str | None:
+    """The version that the data says it was last used with; None if that can't be told."""
+    if profile.version is None:
+        return None
+    from snapshotter.core.labels import loads
+    from snapshotter.nodes import files
+
+    try:
+        content, _ = files.read(os.path.join(data_path, profile.version.file), 1 << 16)
+        said = loads(content)[profile.version.key]
+    except (OSError, PreconditionError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return said if isinstance(said, str) and _numbers(said) else None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """25.7.0 of `25.7.0`, `v25.7.0-RC1` or `besu/v25.7.0/linux`; () of what has no version in it."""
+    match = re.search(r"\d{1,9}(\.\d{1,9})+", version)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()
