@@ -1,17 +1,23 @@
-"""A node's service: is it running, stop it, start it. By systemd, or by commands of the operator's.
-Must know nothing of quiesce or restore, which call it."""
+"""A node's service: is it running, stop it, start it, keep it from being started. By systemd, or by commands of the
+operator's. Must know nothing of quiesce or restore, which call it."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from msgspec import Struct
 
 from snapshotter.core.command import run
-from snapshotter.core.errors import PreconditionError, StorageError
+from snapshotter.core.errors import BusyError, PreconditionError, StorageError
 from snapshotter.host.mounts import table
+
+#: Where a link to /dev/null masks a unit until the next boot, whatever else defines it. `systemctl mask --runtime`
+#: writes to /run/systemd/system, which /etc/systemd/system is stronger than: there it exits 0 and masks nothing
+#: (systemd.unit(5), "Unit File Load Path"; tried with 252). Most nodes' units are in /etc.
+_MASKS = "/run/systemd/system.control"
 
 
 class Service(Protocol):
@@ -34,6 +40,98 @@ class Service(Protocol):
     def start(self) -> None:
         """Raises StorageError."""
 
+    @property
+    def can_mask(self) -> bool:
+        """Whether `mask` can keep it from being started (by a restart policy, a timer, a person)."""
+
+    def masked(self) -> bool:
+        """Whether it can't be started now, by us or by its operator. Ask before `mask`: what he masked stays so."""
+
+    def mask(self) -> None:
+        """Nobody can start it from here on, until `unmask` or the next boot. It goes on if it runs. Twice is fine;
+        nothing where it can't be done. Raises PreconditionError (no permission), StorageError (it didn't take)."""
+
+    def unmask(self) -> None:
+        """Inverse of `mask`; not masked is done. A mask of the operator's own stays. Raises as `mask`."""
+
+
+def of(
+    unit: str | None, stop: Sequence[str] = (), start: Sequence[str] = (), status: Sequence[str] = ()
+) -> Service | None:
+    """The service that a node's config names; None if it names none."""
+    if unit:
+        return SystemdUnit(unit)
+    if stop and start:
+        return Commands(stop_argv=tuple(stop), start_argv=tuple(start), status_argv=tuple(status))
+    return None
+
+
+def prove_stopped(service: Service | None, paths: Sequence[str], *, patience_s: float = 10.0) -> None:
+    """Return once the service is stopped and no process but ourselves uses anything at or below these directories
+    (those that exist). Raises BusyError naming who does, after `patience_s` seconds at the latest; PreconditionError if
+    it can't be told."""
+    from snapshotter.host import processes  # slow to import, and many a caller only asks a service
+
+    give_up = time.monotonic() + patience_s
+    while True:
+        running = service is not None and service.running()
+        there = [path for path in map(os.path.realpath, paths) if os.path.isdir(path)]
+        users = {user.identity: user for path in there for user in processes.users_of(path)}
+        if there and not users:  # those that we may not look into count too, where they could write there
+            found = processes.scan(there)
+            users = {user.identity: user for user in (*found.writers, *found.refused)}
+        users = {who: user for who, user in users.items() if _same_world(user.pid) or _has_open(user.pid, there)}
+        if not running and not users:
+            return
+        if time.monotonic() >= give_up:
+            break
+        time.sleep(0.2)
+    if users:
+        cure = "end that first" if service is not None else "stop it, or name its `unit` (or stop, start) in the config"
+        raise BusyError(f"is in use by {processes.named(list(users.values()))}", object=there[0], cure=cure)
+    assert service is not None
+    raise BusyError("runs, though it was stopped: something starts it again", object=service.name, cure="find out what")
+
+
+def _same_world(pid: int) -> bool:
+    """Whether a process sees the same mounts as we do, from the same root; True if that can't be seen."""
+    try:
+        return all(
+            os.readlink(f"/proc/{pid}/{link}") == os.readlink(f"/proc/self/{link}") for link in ("ns/mnt", "root")
+        )
+    except OSError:
+        return True
+
+
+def _has_open(pid: int, directories: Sequence[str]) -> bool:
+    """Whether a process has one of the very files or directories below these open, mapped or as its cwd or root. Of a
+    process with a root of its own on the same file system nothing else tells where its files are."""
+    try:
+        links = [f"/proc/{pid}/{link}" for link in ("cwd", "root", "exe")]
+        for table in ("fd", "map_files"):
+            links += [entry.path for entry in os.scandir(f"/proc/{pid}/{table}")]
+    except PermissionError:
+        return True
+    except OSError:
+        return False  # it has ended
+    theirs = set()
+    for link in links:
+        try:
+            found = os.stat(link)
+            theirs.add((found.st_dev, found.st_ino))
+        except OSError:
+            continue
+    for top in directories:
+        for directory, _, names in os.walk(top):
+            for path in (directory, *(os.path.join(directory, name) for name in names)):
+                try:
+                    found = os.lstat(path)
+                except OSError:
+                    continue
+                if (found.st_dev, found.st_ino) in theirs:
+                    return True
+    return False
+
 
 def _must(argv: Sequence[str], what: str, name: str) -> None:
     outcome = run(argv, mutates=True)
@@ -50,6 +148,7 @@ class SystemdUnit(Struct, frozen=True):
     """A systemd unit, through systemctl(1)."""
 
     unit: str
+    can_mask: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -75,7 +174,48 @@ class SystemdUnit(Struct, frozen=True):
         _must(["systemctl", "stop", "--", self.unit], "stop", self.unit)
 
     def start(self) -> None:
-        _must(self.start_argv, "start", self.unit)
+        if not run(self.start_argv, mutates=True).ok:
+            # It may have been started too often lately: systemd counts, and restores go wrong more than once.
+            run(["systemctl", "reset-failed", "--", self.unit], mutates=True)
+            _must(self.start_argv, "start", self.unit)
+
+    def masked(self) -> bool:
+        return self._show("LoadState") == "masked"
+
+    def _link(self) -> str:
+        real = self._show("Id")
+        if real.removesuffix(".service") != self.unit.removesuffix(".service"):
+            # Another link beside the alias's own would mask half of it.
+            raise PreconditionError(
+                f"is an alias of {real}", object=self.unit, cure=f'set unit = "{real}" in the config'
+            )
+        return os.path.join(_MASKS, real)
+
+    def mask(self) -> None:
+        link = self._link()
+        try:
+            os.makedirs(_MASKS, exist_ok=True)
+            os.symlink("/dev/null", link)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise PreconditionError(f"can't mask it: {error.strerror}", object=link, cure="run as root") from None
+        _must(["systemctl", "daemon-reload"], "mask", self.unit)
+        if not self.masked():
+            raise StorageError(
+                "systemd doesn't take the mask", object=self.unit, cure=f"see `systemctl cat {self.unit}`"
+            )
+
+    def unmask(self) -> None:
+        link = self._link()
+        try:
+            if os.readlink(link) == "/dev/null":
+                os.unlink(link)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise PreconditionError(f"can't unmask it: {error.strerror}", object=link, cure="run as root") from None
+        _must(["systemctl", "daemon-reload"], "unmask", self.unit)
 
     def control_group(self) -> str | None:
         """Directory of its cgroup; None while it isn't running, or without the unified hierarchy."""
@@ -88,8 +228,10 @@ class SystemdUnit(Struct, frozen=True):
 
 class Commands(Struct, frozen=True):
     """A service that the operator's commands handle. `status` exits 0 if it runs, 3 if it is stopped (as the LSB and
-    systemctl have it)."""
+    systemctl have it). What starts it again by itself (a container's restart policy) can't be kept from doing so: who
+    needs it stopped asks again."""
 
+    can_mask: ClassVar[bool] = False
     stop_argv: tuple[str, ...]
     start_argv: tuple[str, ...]
     status_argv: tuple[str, ...]
@@ -99,6 +241,10 @@ class Commands(Struct, frozen=True):
         return " ".join(self.start_argv)
 
     def running(self) -> bool:
+        if not self.status_argv:
+            raise PreconditionError(
+                "can't tell whether it runs", object=self.name, cure="set status in the config: 0 runs, 3 is stopped"
+            )
         outcome = run(self.status_argv, timeout=60.0)
         if outcome.code not in (0, 3):
             raise PreconditionError(
@@ -113,3 +259,12 @@ class Commands(Struct, frozen=True):
 
     def start(self) -> None:
         _must(self.start_argv, "start", self.name)
+
+    def masked(self) -> bool:
+        return False
+
+    def mask(self) -> None:
+        return None
+
+    def unmask(self) -> None:
+        return None

@@ -1,0 +1,278 @@
+"""How a database is proven: found by its files, then checked level by level on a clone that may be written to.
+
+Must know no provider, no set and no command: it is given directories, and says what they are worth.
+
+- L2 structure: the database's own pointers resolve. Our own readers, no library (SQLite's own is Python's).
+- L3 every block is read back by the engine, with its checksum where the format has one.
+- L4 the engine opens it for writing and recovers.
+
+L0 and L1 (the storage says complete; files match the manifest) are the driver's: it proved them by attaching the clone.
+Levels above 2 run an engine, in a process of its own: one that crashes on a bad file takes nobody along.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import struct
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from enum import StrEnum
+
+from msgspec import Struct
+
+from snapshotter.core.command import run
+from snapshotter.core.errors import PreconditionError, StorageError
+from snapshotter.core.model import Progress, Report, no_report
+from snapshotter.nodes.profiles import Profile, matches
+
+HIGHEST = 4
+
+
+class Outcome(StrEnum):
+    """What a check came to. Only OK and CORRUPT say something of the image."""
+
+    OK = "ok"
+    CORRUPT = "corrupt"
+    TOOL_TOO_OLD = "tool-too-old"  # a format newer than what reads it here: nothing is known
+    TOOL_MISSING = "tool-missing"
+    COULD_NOT_RUN = "could-not-run"
+
+
+class CheckFailed(Exception):
+    """A check that isn't ok. `why` is one line for a person."""
+
+    def __init__(self, outcome: Outcome, why: str) -> None:
+        super().__init__(why)
+        self.outcome = outcome
+        self.why = why
+
+
+def corrupt(why: str) -> CheckFailed:
+    return CheckFailed(Outcome.CORRUPT, why)
+
+
+class Finding(Struct, frozen=True):
+    """One database: `level` is the highest that was passed, or, where it is corrupt, the one that found it so.
+    `path` is the place in the original's names."""
+
+    kind: str
+    path: str
+    level: int
+    outcome: Outcome
+    why: str = ""
+
+
+class Proof(Struct, frozen=True):
+    """What is proven of a whole clone. `level`: as in Finding, the lowest of all (of the corrupt ones, if any is).
+
+    With no database found nothing but L1 was to be proven: `level` is 1, `outcome` ok, and `notes` say so."""
+
+    level: int
+    outcome: Outcome
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def why(self) -> str:
+        """One line for a person: the first finding that isn't ok; '' if all are."""
+        for finding in self.findings:
+            if finding.outcome is self.outcome and finding.outcome is not Outcome.OK:
+                return f"{finding.path}: {finding.why}"
+        return ""
+
+
+class Database(Struct, frozen=True):
+    """One found in a clone. `place` is its directory or file, `path` the same in the original's names."""
+
+    kind: str
+    place: str
+    path: str
+
+
+def prove(
+    places: Sequence[tuple[str, str]],
+    profile: Profile,
+    level: int,
+    *,
+    crash: bool = False,
+    report: Report = no_report,
+) -> Proof:
+    """Prove what is in `places`, pairs of (a root's live path, the directory where its clone is), up to `level`.
+
+    The places are *written to* (SQLite's quick_check and engines recover them): clones only, with every link and option
+    re-pointed (`nodes.repoint`). `crash`: the image is of grade crash, so a hole in a log that was never synced is no
+    damage. Never raises for what is wrong with a database."""
+    found = [database for live, place in places for database in databases(live, place)]
+    findings = [finding for live, place in places[:1] for finding in _missing(profile, live, place, found)]
+    for number, database in enumerate(found):
+        findings.append(
+            _one(database, level, crash, lambda word, n=number: report(Progress(word, n, len(found), "databases")))  # type: ignore[misc]
+        )
+    notes = []
+    if not findings:
+        notes.append("no database that is known is in it: its content was not proven")
+        return Proof(min(level, 1), Outcome.OK, (), tuple(notes))
+    outcome = min((finding.outcome for finding in findings), key=_WORST.index)
+    same = [finding for finding in findings if finding.outcome is Outcome.CORRUPT] or findings
+    if outcome is Outcome.OK and level > HIGHEST:
+        outcome = Outcome.TOOL_MISSING
+        notes.append(f"level {level} (the node boots) can't be had yet: level {HIGHEST} was reached")
+    return Proof(min(finding.level for finding in same), outcome, tuple(findings), tuple(notes))
+
+
+_WORST = [Outcome.CORRUPT, Outcome.COULD_NOT_RUN, Outcome.TOOL_MISSING, Outcome.TOOL_TOO_OLD, Outcome.OK]
+
+
+def databases(live: str, place: str) -> list[Database]:
+    """Every database below `place`, by its files: names first, then the first bytes of what remains. Links aren't
+    followed: what they lead to is in another root. What lies in a database's own directory is its own. Raises
+    PreconditionError for a directory that can't be read."""
+    found: list[Database] = []
+
+    def unreadable(error: OSError) -> None:
+        raise PreconditionError(f"can't read it: {error.strerror}", object=str(error.filename)) from None
+
+    for directory, below, files in os.walk(place, onerror=unreadable):
+        names = set(files)
+        shown = os.path.normpath(os.path.join(live, os.path.relpath(directory, place)))
+        kind = _directory_kind(names, set(below))
+        if kind:
+            found.append(Database(kind, directory, shown))
+            below.clear()
+            continue
+        for name in sorted(files):
+            path = os.path.join(directory, name)
+            if kind := _file_kind(path):
+                found.append(Database(kind, path, os.path.join(shown, name)))
+        below.sort()
+    return found
+
+
+def _directory_kind(names: set[str], below: set[str]) -> str:
+    if "PG_VERSION" in names and "global" in below:
+        return "postgresql"
+    if any(name.startswith("marker.manifest.") for name in names):
+        return "pebble"
+    if not ("CURRENT" in names or any(name.startswith("MANIFEST-") for name in names)):
+        return ""
+    tables = {os.path.splitext(name)[1] for name in names}
+    rocks = any(name.startswith("OPTIONS-") or name == "IDENTITY" for name in names) or ".sst" in tables
+    return "rocksdb" if rocks and ".ldb" not in tables else "leveldb"
+
+
+def _file_kind(path: str) -> str:
+    """By its first bytes. A damaged first byte is a file that we don't know: a profile names what must be there."""
+    if path.endswith(("-wal", "-shm", "-journal")) or os.path.islink(path) or not os.path.isfile(path):
+        return ""
+    if os.path.basename(path) == "data.mdb":
+        return "lmdb"
+    if os.path.basename(path) == "mdbx.dat":
+        return "mdbx"
+    try:
+        with open(path, "rb") as file:
+            head = file.read(32)
+    except OSError as error:
+        raise PreconditionError(f"can't read it: {error.strerror}", object=path) from None
+    if head.startswith(b"SQLite format 3\0") or (not head.strip(b"\0") and path.endswith((".sqlite", ".sqlite3"))):
+        return "sqlite"
+    return "lmdb" if head[16:20] == b"\xde\xc0\xef\xbe" else ""
+
+
+def _missing(profile: Profile, live: str, place: str, found: Sequence[Database]) -> Iterator[Finding]:
+    """What the profile says belongs together: databases without the files beside them, files without a database."""
+    named = [path for pattern in profile.database for path in matches(place, pattern)]
+    known = [os.path.realpath(database.place) for database in found]
+
+    def shown(path: str) -> str:
+        return os.path.normpath(os.path.join(live, os.path.relpath(path, place)))
+
+    if profile.database and not named and not found:
+        yield Finding(profile.name, shown(place), 2, Outcome.CORRUPT, f"has no {' or '.join(profile.database)}")
+    for path in named:
+        real = os.path.realpath(path)
+        if not any(each == real or each.startswith(real + "/") for each in known):
+            yield Finding(profile.name, shown(path), 2, Outcome.CORRUPT, "has no database in it")
+    for pattern in profile.metadata:
+        there = matches(place, pattern)
+        if named and not there:
+            yield Finding("metadata", shown(os.path.join(place, pattern)), 2, Outcome.CORRUPT, "is missing")
+        for path in there:
+            try:
+                with open(path, "rb") as file:
+                    content = json.loads(file.read(1 << 20)) if path.endswith(".json") else file.read(1)
+                if not content:
+                    yield Finding("metadata", shown(path), 2, Outcome.CORRUPT, "is empty")
+            except ValueError:
+                yield Finding("metadata", shown(path), 2, Outcome.CORRUPT, "is not JSON")
+            except OSError as error:
+                yield Finding("metadata", shown(path), 2, *_of_os_error(error))
+
+
+def _one(database: Database, level: int, crash: bool, tell: Callable[[str], None]) -> Finding:
+    """All levels of one database, up to the first that it doesn't pass."""
+    reached = 1
+    for step in range(2, min(level, HIGHEST) + 1):
+        tell(f"verifying {database.path}, level {step}")
+        outcome, why = _apart(database, step, crash) if step >= _APART[database.kind] else check_here(
+            database.kind, step, database.place, crash
+        )  # fmt: skip
+        if outcome != Outcome.OK:
+            found = step if outcome == Outcome.CORRUPT else reached
+            return Finding(database.kind, database.path, found, Outcome(outcome), why)
+        reached = step
+    return Finding(database.kind, database.path, reached, Outcome.OK)
+
+
+#: The level from which on a library of each kind's is used, in a process of its own. What has none here is known only
+#: to be there.
+_APART = {"rocksdb": 3, "leveldb": 3, "sqlite": 2, "lmdb": 3, "postgresql": 3, "pebble": 9, "mdbx": 9}
+
+
+def check_here(kind: str, level: int, place: str, crash: bool) -> tuple[str, str]:
+    """One level of one database in this process: its outcome and why."""
+    from importlib import import_module
+
+    if kind in ("pebble", "mdbx"):
+        return Outcome.TOOL_MISSING, f"there is no check for {kind} yet"
+    try:
+        getattr(import_module(f"snapshotter.checks.{kind}"), f"level{level}")(place, crash)
+    except CheckFailed as failed:
+        return failed.outcome, failed.why
+    except OSError as error:
+        return _of_os_error(error)
+    except (ValueError, ArithmeticError, LookupError, struct.error) as error:  # what no reader foresaw in a bad file
+        return Outcome.CORRUPT, f"can't be read: {type(error).__name__}: {error}"
+    except MemoryError:
+        return Outcome.COULD_NOT_RUN, "there is not enough memory"
+    return Outcome.OK, ""
+
+
+def _of_os_error(error: OSError) -> tuple[Outcome, str]:
+    """An image that can't be read can't be restored; but that we may not read it says nothing of it."""
+    name = os.path.basename(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else ""
+    why = f"{name}: {error.strerror}" if name else str(error.strerror or error)
+    bad = error.errno in (errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EUCLEAN, errno.EBADMSG)
+    return (Outcome.CORRUPT if bad else Outcome.COULD_NOT_RUN), why
+
+
+def _apart(database: Database, level: int, crash: bool) -> tuple[str, str]:
+    """The same in a process of its own, which may crash or be killed."""
+    words = [database.kind, str(level), "crash" if crash else "whole", database.place]
+    try:
+        done = run(
+            [sys.executable, "-m", "snapshotter.checks.child", *words],
+            extra_env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+    except (PreconditionError, StorageError) as error:
+        return Outcome.COULD_NOT_RUN, error.line()
+    ready, _, rest = done.stdout.partition("\n")
+    if done.code == 0 and rest:
+        outcome, why = json.loads(rest)
+        return outcome, why
+    crashed = -done.code in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE)
+    if ready == "ready" and crashed:
+        return Outcome.CORRUPT, f"the engine crashed on it ({signal.Signals(-done.code).name})"
+    return Outcome.COULD_NOT_RUN, f"the check ended with {done.code}: {done.said}"

@@ -1,0 +1,210 @@
+"""verify: prove a set by opening a clone of it, and write down what that came to.
+
+The clone is attached with purpose `verify` in a directory that only its maker may enter, with all that leads out of it
+re-pointed, and is gone on every way out; what a killed run leaves is `reap`'s.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from snapshotter import checks
+from snapshotter.checks import Finding, Outcome, Proof
+from snapshotter.core.errors import JudgedBadError, PreconditionError, SnapshotterError, StorageError, UsageError
+from snapshotter.core.interrupts import deferred
+from snapshotter.core.model import (
+    Access,
+    Grade,
+    MountSpec,
+    Purpose,
+    SnapshotSet,
+    Tree,
+    compact_time,
+    new_attachment_id,
+    utc_now,
+)
+from snapshotter.core.undo import Undo
+from snapshotter.host import mounts
+from snapshotter.host.locks import Locks
+from snapshotter.host.places import private_directory
+from snapshotter.nodes import profiles, repoint
+from snapshotter.nodes.config import Node
+from snapshotter.nodes.target import target_id
+from snapshotter.verbs.documents import set_document
+from snapshotter.verbs.restore import bring, judge, layout, make_parents
+from snapshotter.verbs.session import Session
+
+PLACE = ".snapshotter-verify"
+
+
+def verify(
+    session: Session, selector: str | None = None, *, level: int | None = None, from_host: bool = False
+) -> dict[str, Any]:
+    """Prove a set (an id, a prefix, `latest...`), or the newest good set of a target (a node's name or a path; the only
+    node if None), up to `level` (default: the node's policy). Returns the `verify` document; its `outcome` is the
+    verdict. Raises NotFoundError, PreconditionError (pending, no room, no permission), StorageError."""
+    if selector is None or selector in session.config.nodes or "/" in selector:
+        selector = f"latest:{selector}" if selector else "latest"
+    found = session.select(selector, from_host=from_host)
+    node = node_of(session, found)
+    wanted = level if level is not None else int(node.verify.level) if node else 2
+    with Locks([f"set:{found.set_id}"], exclusive=False):
+        proof = prove_set(session, found, wanted)
+    now = session.catalog(found.set_id).pick(found.set_id, from_host=True)
+    return {
+        "set_id": found.set_id,
+        "level": proof.level,
+        "wanted": wanted,
+        "outcome": str(proof.outcome),
+        "why": proof.why or None,
+        "databases": [
+            {
+                "kind": each.kind,
+                "path": each.path,
+                "level": each.level,
+                "outcome": str(each.outcome),
+                "why": each.why or None,
+            }
+            for each in proof.findings
+        ],
+        "set": set_document(now),
+        "warnings": list(proof.notes),
+    }
+
+
+def node_of(session: Session, found: SnapshotSet) -> Node | None:
+    """The config's node that the set is of, if it still has it."""
+    nodes = session.config.nodes.values()
+    return next((node for node in nodes if target_id(node.path) == found.birth.target), None)
+
+
+def prove_set(session: Session, found: SnapshotSet, level: int, *, record: bool = True) -> Proof:
+    """Prove one set on a clone; `record` writes the marks. The caller holds a lock of `set:<id>`, shared at least.
+
+    L0 is the storage's word, asked by whoever listed the set. Raises what attaching raises, but for the driver's
+    JudgedBadError: its manifest (L1) is part of the proof."""
+    try:
+        judge(found)
+    except JudgedBadError as error:  # L0: incomplete or damaged: that is its state, and needs no mark
+        return Proof(0, Outcome.CORRUPT, (), (error.message,))
+    proof = Proof(0, Outcome.OK) if level < 1 else _on_a_clone(session, found, level)
+    if record:
+        _record(session, found, proof)
+    return proof
+
+
+def _on_a_clone(session: Session, found: SnapshotSet, level: int) -> Proof:
+    try:
+        profile = profiles.get(found.birth.profile, session.config.profiles)
+    except UsageError:
+        profile = profiles.get(profiles.FALLBACK)
+    reading = False
+    try:
+        with cloned(session, found) as places:
+            reading = True
+            return checks.prove(places, profile, level, crash=found.grade is Grade.CRASH, report=session.report)
+    except JudgedBadError as error:
+        if reading:
+            raise
+        return Proof(1, Outcome.CORRUPT, (Finding("image", found.birth.path, 1, Outcome.CORRUPT, error.message),))
+
+
+@contextmanager
+def cloned(session: Session, found: SnapshotSet) -> Iterator[list[tuple[str, str]]]:
+    """A writable clone of the whole set for the time of the `with`, detached and gone on every way out. Gives pairs of
+    (a root's live path, the directory where its clone is), the data path first. Never settled: so it is its maker's,
+    and `reap` lets it alone while that lives. Raises what attaching raises."""
+    attachment_id = new_attachment_id(utc_now())
+    base = private_directory(os.path.join(_base(session, found), PLACE))
+    top = os.path.join(base, attachment_id)
+    holding = {provider.name: provider for provider in session.providers_of(found)}
+    with Undo(undo_command="snapshotter reap") as undo:
+        undo.push(base, lambda: _remove_if_empty(base))
+        undo.push(f"{top}.roots", lambda: _remove_if_empty(f"{top}.roots"))
+        places = layout(found, top)
+        made: dict[int, MountSpec | Tree] = {}
+        for index, (root, place) in enumerate(places):
+            make_parents(undo, place)
+            if root.member not in made:
+                snapshot = next(each for each in found.snapshots if each.birth.member == root.member)
+                provider = holding[snapshot.provider]
+                undo.push(f"attachment {attachment_id}", lambda provider=provider: provider.detach(attachment_id))  # type: ignore[misc]
+                made[root.member] = provider.attach(snapshot, attachment_id, Access.WRITABLE, place, Purpose.VERIFY)
+            bring(undo, made[root.member], root.inside, place, f"{attachment_id}-{index}")
+        pairs = [(root.path, place) for root, place in places]
+        repoint.repoint(pairs, f"{top}.roots/outside")
+        yield pairs
+
+
+def _base(session: Session, found: SnapshotSet) -> str:
+    """A directory for the clone on the disk where the image most likely is (a copy can be reflinked there), that isn't
+    itself below a root: beside the store if the config names one, else beside the data path, else our own state."""
+    node = node_of(session, found)
+    store = session.options.get("store") or (node.store if node else None)
+    beside = [os.path.dirname(os.path.abspath(str(store)))] if store else []
+    path = found.birth.path
+    if path.startswith("/") and not (os.path.isdir(path) and mounts.is_mount_point(path)):
+        beside.append(os.path.dirname(path))
+    for directory in map(os.path.realpath, beside):
+        inside = any(mounts.is_under(directory, root.path) for root in found.birth.roots)
+        if os.path.isdir(directory) and os.access(directory, os.W_OK) and not inside and directory != "/":
+            return directory
+    return session.config.state
+
+
+def _remove_if_empty(path: str) -> None:
+    try:
+        os.rmdir(path)
+    except OSError:
+        pass  # another verify uses it, or it never came to be; it is empty and ours, and no harm
+
+
+def _record(session: Session, found: SnapshotSet, proof: Proof) -> None:
+    """Write down what is known now. What says nothing of the image (a tool is missing) replaces no judgement, and a
+    weaker ok no stronger one: corrupt stays until an ok at that level or above."""
+    said = found.marks.get("verify-outcome")
+    before = found.marks.get("verify-level", "")
+    higher = before.isdigit() and int(before) > proof.level
+    if proof.outcome is Outcome.OK and higher and said in (Outcome.OK, Outcome.CORRUPT):
+        return
+    if proof.outcome not in (Outcome.OK, Outcome.CORRUPT) and said in (Outcome.OK, Outcome.CORRUPT):
+        return
+    marks = {
+        "verify-level": str(proof.level),
+        "verify-at": compact_time(utc_now()),
+        "verify-outcome": str(proof.outcome),
+    }
+    with deferred():
+        for provider in session.providers_of(found):
+            provider.mark(found.set_id, marks)
+
+
+def require(found: SnapshotSet, proof: Proof) -> list[str]:
+    """Warnings about a set that is proven well enough to take the place of live data. Raises JudgedBadError (corrupt),
+    PreconditionError (it could not be proven)."""
+    error = failure(found.set_id, proof)
+    if error is not None:
+        raise error
+    return list(proof.notes)
+
+
+def failure(set_id: str, proof: Proof) -> SnapshotterError | None:
+    """What this outcome is as an error, with its cure; None for ok."""
+    why = proof.why or "; ".join(proof.notes)
+    match proof.outcome:
+        case Outcome.OK:
+            return None
+        case Outcome.CORRUPT:
+            cure = "restore another set: latest-verified is one that was proven"
+            return JudgedBadError(f"is corrupt (level {proof.level}): {why}", object=set_id, cure=cure)
+        case Outcome.TOOL_MISSING:
+            cure = f"install it, or verify with --level {max(proof.level, 1)}"
+            return PreconditionError(f"could be proven to level {proof.level} only: {why}", object=set_id, cure=cure)
+        case Outcome.TOOL_TOO_OLD:
+            cure = "install a newer one"
+            return PreconditionError(f"can't be judged: {why}", object=set_id, cure=cure)
+        case _:
+            return StorageError(f"the check could not run: {why}", object=set_id, cure="mend that and verify again")

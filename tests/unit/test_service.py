@@ -1,0 +1,326 @@
+"""A node's service: a real systemd (pid 1 of a pid namespace of its own), and shell scripts as operators write them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snapshotter.core.errors import BusyError, PreconditionError, StorageError
+from snapshotter.host import service
+from tests.support import CHECKOUT
+
+SYSTEMD = "/usr/lib/systemd/systemd"
+BOOT = """
+set -e
+mount --make-rprivate /
+umount -R /sys/fs/cgroup 2>/dev/null || true
+mkdir -p /sys/fs/cgroup
+mount -t cgroup2 none /sys/fs/cgroup
+mount -t tmpfs tmpfs /run
+mkdir -p /run/systemd/system /run/lock
+mount -t tmpfs tmpfs /etc/systemd/system
+printf '[Unit]\\nDefaultDependencies=no\\n' >/etc/systemd/system/bare.target
+for place in /etc/systemd/system /run/systemd/system; do
+    name=in-$(echo $place | cut -d/ -f2).service
+    printf '[Unit]\\nDefaultDependencies=no\\n[Service]\\nExecStart=/bin/sleep 9999\\nRestart=always\\n' >$place/$name
+done
+ln -s in-etc.service /etc/systemd/system/alias.service
+export container=snapshotter-test
+exec %s --system --unit=bare.target --log-target=null --show-status=no
+"""
+
+
+class Systemd:
+    """Runs Python inside, where `systemctl` reaches it."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def enter(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["nsenter", "-t", str(self.pid), "-p", "-m", "-C", "--", *words],
+            capture_output=True,
+            text=True,
+            check=check,
+            timeout=120,
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        )
+
+    def python(self, program: str) -> Any:
+        """The value that the program's `answer(...)` is given, or the error's class and line."""
+        whole = (
+            "import json\nfrom snapshotter.core.errors import SnapshotterError\n"
+            "from snapshotter.host import service\n"
+            "def answer(value): print(json.dumps(value))\n"
+            "try:\n" + "".join(f"    {line}\n" for line in program.splitlines()) + "except SnapshotterError as error:\n"
+            "    answer([type(error).__name__, error.line()])\n"
+        )
+        return json.loads(self.enter(sys.executable, "-c", whole).stdout or "null")
+
+
+@pytest.fixture(scope="module")
+def systemd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Systemd]:
+    """systemd as pid 1, with nothing but what the tests start; its /run and /etc/systemd/system are its own."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: namespaces")
+    if not os.path.exists(SYSTEMD):
+        pytest.skip("needs systemd's program")
+    top = service.cgroup2()
+    if top is None:
+        pytest.skip("needs the unified cgroup hierarchy")
+    script = tmp_path_factory.mktemp("systemd") / "boot"
+    script.write_text(BOOT % SYSTEMD)
+    group = Path(top) / f"snapshotter-test-{uuid.uuid4().hex[:8]}"
+    group.mkdir()
+    process = subprocess.Popen(
+        ["sh", "-c", f'echo $$ >{group}/cgroup.procs && exec unshare --pid --mount --cgroup --fork --mount-proc '
+         '--kill-child=SIGKILL sh "$0"', str(script)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        made = Systemd(inside_of(process.pid))
+        give_up = time.monotonic() + 120
+        while made.enter("systemctl", "is-active", "bare.target", check=False).stdout.strip() != "active":
+            assert process.poll() is None and time.monotonic() < give_up, "systemd did not start"
+            time.sleep(0.2)
+        yield made
+    finally:
+        process.kill()  # and its child with it: that is pid 1 of all others
+        process.wait(30)
+        give_up = time.monotonic() + 60
+        while group.exists() and time.monotonic() < give_up:
+            for directory, _, _ in os.walk(group, topdown=False):
+                try:
+                    os.rmdir(directory)
+                except OSError:
+                    time.sleep(0.1)
+
+
+def inside_of(pid: int) -> int:
+    """The child of unshare, which is pid 1 in there."""
+    give_up = time.monotonic() + 60
+    while time.monotonic() < give_up:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        if children:
+            return int(children[0])
+        time.sleep(0.05)
+    raise AssertionError("unshare has no child")
+
+
+@pytest.mark.root
+def test_it_runs_stops_and_starts(systemd: Systemd) -> None:
+    said = systemd.python(
+        "unit = service.SystemdUnit('in-etc.service')\n"
+        "seen = [unit.running()]\n"
+        "unit.start(); unit.start(); seen.append(unit.running())\n"
+        "group = unit.control_group() is not None\n"
+        "unit.stop(); unit.stop(); seen.append(unit.running())\n"
+        "answer([seen, group])"
+    )
+    assert said == [[False, True, False], True]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("unit", ["in-etc.service", "in-run.service", "in-etc"])
+def test_a_masked_unit_can_not_be_started_wherever_it_is_defined(systemd: Systemd, unit: str) -> None:
+    """`systemctl mask --runtime` exits 0 for a unit in /etc/systemd/system, and it can be started all the same."""
+    said = systemd.python(
+        f"unit = service.SystemdUnit({unit!r})\n"
+        "unit.start()\n"
+        "before = unit.masked(); unit.mask(); unit.mask(); masked = unit.masked(); goes_on = unit.running()\n"
+        "unit.stop()\n"
+        "answer([before, masked, goes_on, unit.running()])"
+    )
+    assert said == [False, True, True, False]
+    real = "in-run.service" if "run" in unit else "in-etc.service"
+    assert systemd.enter("systemctl", "start", real, check=False).returncode != 0
+    assert systemd.python(f"service.SystemdUnit({unit!r}).start()")[0] == "StorageError"
+    said = systemd.python(
+        f"unit = service.SystemdUnit({unit!r})\n"
+        "unit.unmask(); unit.unmask(); masked = unit.masked()\n"
+        "unit.start(); runs = unit.running(); unit.stop()\n"
+        "answer([masked, runs])"
+    )
+    assert said == [False, True]
+    assert not systemd.enter("sh", "-c", "ls /run/systemd/system.control").stdout.split()
+
+
+@pytest.mark.root
+def test_an_alias_is_refused_by_its_own_name(systemd: Systemd) -> None:
+    """Masked by either name alone, the other can still be started, or says that nothing runs."""
+    kind, line = systemd.python("service.SystemdUnit('alias.service').mask()")
+    assert kind == "PreconditionError" and "in-etc.service" in line
+
+
+@pytest.mark.root
+def test_control_what_systemctl_calls_a_runtime_mask_is_none_for_a_unit_in_etc(systemd: Systemd) -> None:
+    assert systemd.enter("systemctl", "mask", "--runtime", "in-etc.service").returncode == 0
+    try:
+        assert systemd.python("answer(service.SystemdUnit('in-etc.service').masked())") is False
+        assert systemd.enter("systemctl", "start", "in-etc.service").returncode == 0
+    finally:
+        systemd.enter("systemctl", "unmask", "--runtime", "in-etc.service")
+        systemd.enter("systemctl", "stop", "in-etc.service")
+
+
+@pytest.mark.root
+def test_the_operators_own_mask_is_told_and_stays(systemd: Systemd) -> None:
+    systemd.enter("sh", "-c", "ln -s /dev/null /etc/systemd/system/retired.service; systemctl daemon-reload")
+    said = systemd.python(
+        "unit = service.SystemdUnit('retired.service')\n"
+        "before = unit.masked(); unit.mask(); unit.unmask(); answer([before, unit.masked()])"
+    )
+    assert said == [True, True]
+
+
+@pytest.mark.root
+def test_an_unknown_unit_is_an_error(systemd: Systemd) -> None:
+    assert systemd.python("service.SystemdUnit('nothing.service').running()")[0] == "PreconditionError"
+
+
+@pytest.mark.root
+def test_a_unit_that_was_started_too_often_is_started_all_the_same(systemd: Systemd) -> None:
+    systemd.enter(
+        "sh", "-c", "for i in 1 2 3 4 5 6 7 8; do systemctl start in-run; systemctl stop in-run; done", check=False
+    )
+    assert systemd.python("unit = service.SystemdUnit('in-run'); unit.start(); answer(unit.running())") is True
+    systemd.enter("systemctl", "stop", "in-run")
+
+
+# ---------------------------------------------------------------------------------------------- the operator's commands
+
+SCRIPT = """#!/bin/sh
+# start|stop|status, as the LSB has it: status exits 0 when it runs, 3 when it is stopped.
+cd "$(dirname "$0")" || exit 1
+alive() { [ -f pid ] && kill -0 "$(cat pid)" 2>/dev/null; }
+case $1 in
+    start) alive && exit 0; setsid sh -c 'exec 9>>"$0/data/log"; exec sleep 9999' "$PWD" </dev/null >/dev/null 2>&1 &
+        echo $! >pid ;;
+    stop) alive && kill "$(cat pid)"; for i in $(seq 100); do alive || exit 0; sleep 0.1; done; exit 1 ;;
+    status) alive && exit 0; exit 3 ;;
+esac
+"""
+
+
+@pytest.fixture
+def scripted(tmp_path: Path) -> Iterator[tuple[service.Commands, Path]]:
+    script = tmp_path / "service"
+    script.write_text(SCRIPT)
+    script.chmod(0o755)
+    (tmp_path / "data").mkdir()
+    made = service.of(None, (str(script), "stop"), (str(script), "start"), (str(script), "status"))
+    assert isinstance(made, service.Commands)
+    yield made, tmp_path / "data"
+    made.stop()
+
+
+def test_commands_run_stop_and_start(scripted: tuple[service.Commands, Path]) -> None:
+    made, data = scripted
+    assert not made.running()
+    made.start()
+    made.start()
+    assert made.running()
+    with pytest.raises(BusyError) as caught:
+        service.prove_stopped(made, [str(data)], patience_s=0.5)
+    assert "sleep" in caught.value.message
+    made.stop()
+    made.stop()
+    assert not made.running()
+    service.prove_stopped(made, [str(data)])
+    assert not made.can_mask and not made.masked()
+    made.mask()
+    made.unmask()
+
+
+def test_a_service_that_comes_back_is_not_stopped(scripted: tuple[service.Commands, Path]) -> None:
+    made, data = scripted
+    made.start()
+    again = service.Commands(stop_argv=("true",), start_argv=made.start_argv, status_argv=made.status_argv)
+    again.stop()
+    with pytest.raises(BusyError):
+        service.prove_stopped(again, [str(data)], patience_s=0.3)
+
+
+def test_a_service_without_open_files_that_still_runs_is_not_stopped(tmp_path: Path) -> None:
+    made = service.Commands(stop_argv=("true",), start_argv=("true",), status_argv=("true",))
+    with pytest.raises(BusyError) as caught:
+        service.prove_stopped(made, [str(tmp_path)], patience_s=0.3)
+    assert "starts it again" in caught.value.message
+
+
+def test_without_a_service_whoever_runs_there_is_named(tmp_path: Path) -> None:
+    shell = subprocess.Popen(["sleep", "999"], cwd=tmp_path)
+    try:
+        with pytest.raises(BusyError) as caught:
+            service.prove_stopped(None, [str(tmp_path)], patience_s=0)
+        assert f"pid {shell.pid}" in caught.value.message and "config" in caught.value.cure
+    finally:
+        shell.send_signal(signal.SIGKILL)
+        shell.wait()
+    service.prove_stopped(None, [str(tmp_path), str(tmp_path / "gone")], patience_s=5)
+
+
+def test_one_who_ends_within_the_patience_is_waited_for(tmp_path: Path) -> None:
+    shell = subprocess.Popen(["sleep", "1"], cwd=tmp_path)
+    try:
+        service.prove_stopped(None, [str(tmp_path)], patience_s=60)
+    finally:
+        shell.wait()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("uses_it", [False, True])
+def test_a_chroot_of_its_own_on_the_same_disk_counts_only_if_it_uses_the_data(tmp_path: Path, uses_it: bool) -> None:
+    """As a container in a directory, or RootDirectory= of systemd: another mount namespace, another root."""
+    data, jail = tmp_path / "data", tmp_path / "jail"
+    for path in (data, jail):
+        path.mkdir()
+    (data / "CURRENT").write_text("x")
+    program = "import os, sys, time; held = open(sys.argv[2]); os.chroot(sys.argv[1]); os.chdir('/')\ntime.sleep(999)"
+    held = data / "CURRENT" if uses_it else jail / "log"
+    held.touch()
+    process = subprocess.Popen(["unshare", "--mount", sys.executable, "-c", program, str(jail), str(held)])
+    try:
+        give_up = time.monotonic() + 30
+        while os.path.realpath(f"/proc/{process.pid}/root") != str(jail) and time.monotonic() < give_up:
+            time.sleep(0.05)
+        if uses_it:
+            with pytest.raises(BusyError) as caught:
+                service.prove_stopped(None, [str(data)], patience_s=0)
+            assert f"pid {process.pid}" in caught.value.message
+        else:
+            service.prove_stopped(None, [str(data)], patience_s=0)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(("sh", "-c", "exit 1"), PreconditionError), ((), PreconditionError)], ids=["odd", "none"]
+)
+def test_a_status_that_tells_nothing_is_an_error(status: tuple[str, ...], error: type[Exception]) -> None:
+    made = service.Commands(stop_argv=("true",), start_argv=("true",), status_argv=status)
+    with pytest.raises(error):
+        made.running()
+
+
+def test_a_stop_that_fails_is_an_error() -> None:
+    made = service.Commands(stop_argv=("sh", "-c", "echo no >&2; exit 1"), start_argv=("true",), status_argv=("true",))
+    with pytest.raises(StorageError) as caught:
+        made.stop()
+    assert "no" in caught.value.message
+
+
+def test_no_service() -> None:
+    assert service.of(None) is None
+    assert service.of("kalychain.service") == service.SystemdUnit("kalychain.service")
