@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+
+LAB = Path(__file__).parent / "lab"
+#: Set by the virtual machine's guest script only.
+IN_LAB = os.environ.get("SNAPSHOTTER_IN_LAB") == "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,7 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="KIND",
-        help="make a skip a failure (root: all that this machine can run as root must run)",
+        help="make a skip a failure (root: all that this machine can run as root must run; lvm, zfs: in the lab, "
+        "that storage's tests too)",
     )
 
 
@@ -32,6 +38,14 @@ def measured() -> Callable[[str], None]:
 def pytest_configure(config: pytest.Config) -> None:
     if "root" in config.getoption("--require") and os.geteuid() != 0:
         raise pytest.UsageError("--require root: not root")
+    for kind, module in (("lvm", "dm_thin_pool"), ("zfs", "zfs")):
+        if kind in config.getoption("--require") and not (IN_LAB and os.path.isdir(f"/sys/module/{module}")):
+            raise pytest.UsageError(f"--require {kind}: this kernel has none of it; run by scripts/lab or scripts/test")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    # They make and destroy volume groups and pools: never on a machine of somebody's.
+    return True if LAB in (collection_path, *collection_path.parents) and not IN_LAB else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,6 +78,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line(f"{count:5} skipped: {reason}")
     if not skipped:
         terminalreporter.line("nothing was skipped")
+    if not IN_LAB:
+        terminalreporter.line("tests/lab was left out: scripts/lab runs it in a virtual machine with LVM and ZFS")
     for line in MEASURED:
         terminalreporter.line(f"measured: {line}")
     terminalreporter.line(
