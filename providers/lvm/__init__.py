@@ -1,0 +1,510 @@
+"""LVM: snapshots of logical volumes, thin and classic, writable clones of both, and swaps of thin ones. Must know no
+policy: what is kept, and for how long, is the core's.
+
+A *volume* is a logical volume, `<group>/<name>`: the name and not the UUID is its identity, as a swap puts another in
+that place. Ours are known by their tags alone (`reports`): an image `<set id>-<member>`, read-only, beside its origin;
+a clone `<attachment id>-<member>`; what a swap sets aside, `<swap id>-aside`.
+
+LVM commits a tag before the image exists, so a tag proves nothing: a killed lvcreate leaves a volume without an image,
+and the next lvcreate in that pool may give it one of a later time. That is why the seal comes last, written only by the
+run whose own lvcreate ended well, and why what dead runs left is removed before the next take.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from datetime import datetime
+
+import msgspec
+
+from providers.lvm import room
+from providers.lvm.commands import WAIT_S, Group, changing, recover_all, wait_for_dead_runs
+from providers.lvm.reports import (
+    LIMITS,
+    NAME,
+    QUOTA,
+    Row,
+    attachment_record,
+    birth_of,
+    birth_tags,
+    find,
+    maker_lives,
+    maker_tag,
+    mark_tag,
+    marks,
+    pool_of,
+    read,
+    snapshot,
+    tag,
+    volume_of,
+)
+from snapshotter.core.command import environment
+from snapshotter.core.errors import (
+    BusyError,
+    NotFoundError,
+    PreconditionError,
+    QuiesceError,
+    SnapshotterError,
+    StorageError,
+)
+from snapshotter.core.labels import apply_marks, check_marks
+from snapshotter.core.model import (
+    SET_ID,
+    Access,
+    Attachment,
+    Birth,
+    Hold,
+    ImageState,
+    MountSpec,
+    Purpose,
+    Quiesce,
+    Snapshot,
+    Space,
+    Tree,
+    Volume,
+    utc_now,
+)
+from snapshotter.host import block, mounts
+from snapshotter.host.mounts import Mount
+from snapshotter.host.places import host_name, same_host
+from snapshotter.provider import Option, Provider, Settings, Traits
+
+_FRESH_S = 10.0  # `prepare` believes what `check` has just read: a report costs half of a snapshot
+_QUOTA = re.compile(r"quota|(usr|grp|prj)j?quota(=[A-Za-z0-9_+./-]+)?|[ugp]qnoenforce|jqfmt=\w+")
+
+
+class _Prepared(msgspec.Struct, frozen=True):
+    order: int
+    rows: list[Row]
+
+
+class _Made(msgspec.Struct, frozen=True):
+    """An image that this very run has made, and not yet marked."""
+
+    id: str
+    origin: Row
+    maker: str
+
+
+class LvmProvider(Provider):
+    """See the module."""
+
+    name = NAME
+    traits = Traits(
+        atomic_across_volumes=False,
+        quiesce=Quiesce.NONE,
+        writable_clone=True,
+        swaps=True,
+        needs_host=True,
+        limits=LIMITS,
+    )
+    OPTIONS = {"size": Option(room.Size, "room of a classic snapshot, as 10G (default: by its origin's writes)")}  # noqa: RUF012
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._seen: tuple[float, list[Row]] = float("-inf"), []
+        self._prepared: dict[str, _Prepared] = {}
+        self._made: dict[str, list[_Made]] = {}  # set id -> its images, until they are marked
+        self._covered: set[str] = set()  # volumes whose file system lies on something that lies on them
+
+    # -- which volume ---------------------------------------------------------------------------------------------
+
+    def availability(self) -> list[str]:
+        if os.geteuid() != 0:
+            return ["LVM's commands need root: run as root, or use --provider copy"]
+        if not _installed():
+            return ["there is no `lvs` here: apt-get install lvm2"]
+        return [] if _has_device_mapper() else ["this kernel has no device-mapper: modprobe dm_mod"]
+
+    def claim(self, mount: Mount, path: str) -> Volume | None:
+        number = block.number_of(mount.source) if mount.fstype == "btrfs" else mount.device
+        if number is None or number.startswith("0:"):
+            return None
+        partition = ""
+        for depth, device in enumerate(block.chain(number)):
+            volume = volume_of(device.dm_name, device.dm_uuid)
+            if volume is not None:
+                if depth:
+                    self._covered.add(volume)
+                return self._claimed(volume, mount, path, partition)
+            if device.partition or device.dm_uuid.startswith("part"):
+                partition = device.dm_name or device.name
+        return None
+
+    def _claimed(self, volume: str, mount: Mount, path: str, partition: str) -> Volume:
+        if partition:
+            raise PreconditionError(
+                f"lies on {partition}, a partition of the logical volume {volume}: a clone's partitions would have to "
+                "be mapped too, which snapshotter does not",
+                object=path,
+                cure="put the file system on a logical volume of its own, or use --provider copy",
+            )
+        if mount.fstype == "btrfs":
+            raise PreconditionError(
+                f"is a btrfs, and a copy of its volume {volume} would have its UUID, which the kernel confuses",
+                object=path,
+                cure="use --provider btrfs",
+            )
+        if mount.root != "/":
+            raise PreconditionError(
+                f"is seen through a mount of its directory {mount.root} alone, so a restore could not find its place",
+                object=path,
+                cure=f"mount {volume} as a whole too, and name the path there",
+            )
+        return Volume(self.name, volume, mount.path, mount.fstype)
+
+    def one_instant(self, volumes: Sequence[Volume]) -> bool:
+        """LVM's suspension has the kernel freeze the file system that lies on the volume itself. One on LUKS on the
+        volume it knows nothing of: what that has in memory would be missing, so its writers are paused and it is
+        synced, as for several volumes."""
+        return len(volumes) == 1 and volumes[0].id not in self._covered
+
+    def _report(self, groups: Sequence[str] = ()) -> list[Row]:
+        """What LVM says now. [] where there can be no LVM. Raises PreconditionError where there is, out of reach."""
+        if os.geteuid() != 0 or not _installed():
+            if any(device.dm_uuid.startswith("LVM-") for device in block.mapped()):
+                message, _, cure = self.availability()[0].partition(": ")
+                raise PreconditionError(message, object=self.name, cure=cure)
+            return []
+        return self._rows(read(groups))
+
+    def _rows(self, rows: list[Row]) -> list[Row]:
+        """All of them; tests look at their own groups only."""
+        return rows
+
+    def _settled_report(self) -> list[Row]:
+        """What LVM says once no command of a dead run works any more. Raises BusyError if one goes on and on."""
+        wait_for_dead_runs()
+        return self._report()
+
+    # -- before ---------------------------------------------------------------------------------------------------
+
+    def check(self, volumes: Sequence[Volume], birth: Birth) -> None:
+        rows = self._report(_groups(volumes))
+        self._seen = time.monotonic(), rows
+        for group, theirs in _by_group(volumes).items():
+            tags = [
+                text
+                for volume in theirs
+                for text in (*birth_tags(birth.of_member(_member(birth, volume)), int(time.time())), maker_tag())
+            ]
+            room.check_group(find(rows, theirs[0].id), tags, len(theirs))
+            for volume in theirs:
+                row = find(rows, volume.id)
+                if row.attr[0] in "sS":
+                    raise PreconditionError(
+                        "is a snapshot itself, and LVM makes none of those",
+                        object=row.id,
+                        cure=f"take {group}/{row.origin}",
+                    )
+                if row.thin and (pool := pool_of(rows, row)) is not None:
+                    room.check_pool(pool, self.settings.floor)
+        self._cow_sizes(rows, volumes)
+
+    def _cow_sizes(self, rows: Sequence[Row], volumes: Sequence[Volume]) -> dict[str, int]:
+        """Bytes for the snapshot of each volume that isn't thin. Raises PreconditionError."""
+        wanted = self.settings.options.get("size")
+        sizes: dict[str, int] = {}
+        free: dict[str, int] = {}
+        for row in [find(rows, volume.id) for volume in volumes]:
+            if not row.thin:
+                left = free.get(row.vg, row.vg_free)
+                sizes[row.id] = room.cow_size(
+                    row, left, wanted if isinstance(wanted, int) else None, room.write_rate(block.number_of(row.device))
+                )
+                free[row.vg] = left - sizes[row.id]
+        return sizes
+
+    def space(self, volumes: Sequence[Volume]) -> Space:
+        rows = self._report(_groups(volumes))
+        total, free = 0, 0
+        detail: dict[str, int] = {}
+        for row in [find(rows, volume.id) for volume in volumes]:
+            pool = pool_of(rows, row) if row.thin else None
+            where = pool.id if pool else row.vg
+            if f"{where} bytes free" in detail:
+                continue
+            there = pool.size if pool else row.vg_size
+            left = round(pool.size * (100 - (pool.data or 0)) / 100) if pool else row.vg_free
+            total, free = total + there, free + left
+            detail[f"{where} bytes free"] = left
+            detail[f"{row.vg} metadata area bytes free"] = row.mda_free
+            if pool is not None and pool.metadata is not None:
+                detail[f"{where} metadata percent"] = round(pool.metadata)
+        return Space(total_bytes=total, free_bytes=free, detail=detail)
+
+    # -- making ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, volumes: Sequence[Volume], birth: Birth, budget: float) -> None:
+        """Remove what dead runs left of these volumes: what a killed lvcreate of theirs had queued would be carried out
+        with ours."""
+        _check_id(SET_ID, birth.set_id)
+        if birth.set_id in self._prepared:
+            return
+        recover_all()
+        seen_at, rows = self._seen
+        if time.monotonic() - seen_at > _FRESH_S or not set(_by_group(volumes)) <= {row.vg for row in rows}:
+            rows = self._report(_groups(volumes))
+        for volume in volumes:
+            find(rows, volume.id)
+        if any(born is not None and born.set_id == birth.set_id for born in map(birth_of, rows)):
+            raise BusyError("exists already", object=birth.set_id, cure="choose another id")
+        if left := _leftovers(rows, volumes):
+            for set_id in left:
+                self.delete(set_id)
+            rows = self._report(_groups(volumes))
+        orders = [int(order) + 1 for row in rows if (order := row.labels.get("order", "")).isdigit()]
+        self._prepared[birth.set_id] = _Prepared(max([int(time.time()), *orders]), rows)
+        self._seen = float("-inf"), []
+
+    def create(self, volumes: Sequence[Volume], birth: Birth, hold: Hold) -> tuple[Snapshot, ...]:
+        self.prepare(volumes, birth, 0.0)
+        ready = self._prepared.pop(birth.set_id)
+        sizes = self._cow_sizes(ready.rows, volumes)
+        quota = {volume.id: _quota_tags(volume) for volume in volumes}
+        wait_s = WAIT_S if hold.deadline is None else max(0.0, (hold.deadline - time.monotonic()) / 2)
+        made: dict[int, Snapshot] = {}
+        with ExitStack() as stack:
+            groups = {vg: stack.enter_context(changing(vg, wait_s)) for vg in sorted(_by_group(volumes))}
+            try:
+                for volume in volumes:
+                    if hold.deadline is not None and time.monotonic() >= hold.deadline:
+                        raise QuiesceError("the time for which the writers may be held is over", object=volume.id)
+                    born = birth.of_member(_member(birth, volume))
+                    row = find(ready.rows, volume.id)
+                    tags = [*birth_tags(born, ready.order), *quota[volume.id]]
+                    image = self._shoot(groups[row.vg], row, pool_of(ready.rows, row), born, tags, sizes.get(row.id))
+                    made[born.member] = Snapshot(self.name, image, born, ImageState.READY, order=ready.order)
+            except BaseException:
+                for part in self._made.pop(birth.set_id, []):
+                    with suppress(SnapshotterError):  # `delete`, which the core calls, tries again
+                        groups[part.origin.vg].lvm("lvremove", "-y", part.id, object=part.id, suspends=[part.origin])
+                raise
+        return tuple(made[_member(birth, volume)] for volume in volumes)
+
+    def _shoot(self, group: Group, row: Row, pool: Row | None, birth: Birth, tags: list[str], size: int | None) -> str:
+        """One lvcreate: the image's id. Thin ones are not activated: nothing sees a second file system of that UUID."""
+        name, maker = f"{birth.set_id}-{birth.member}", maker_tag()
+        argv = ["lvcreate", "-y", "-s", "-pr", "-n", name]
+        argv += ["-ky"] if size is None else ["-L", f"{size}b"]
+        for text in (*tags, maker):
+            argv += ["--addtag", text]
+        group.lvm(*argv, row.id, object=row.id, suspends=[row, *([pool] if pool else [])], born=name)
+        image = f"{row.vg}/{name}"
+        self._made.setdefault(birth.set_id, []).append(_Made(image, row, maker))
+        return image
+
+    # -- afterwards -----------------------------------------------------------------------------------------------
+
+    def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
+        rows = self._report()
+        for row in rows:
+            found = snapshot(row, rows)
+            if found is not None and set_id in (None, found.birth.set_id):
+                yield found
+
+    def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
+        check_marks(changes)
+        sealing = bool(changes.get("sealed"))
+        made = self._made.pop(set_id, None)
+        if made is not None:  # known to the letter: the report would tell nothing new, and cost as much as the seal
+            origins = [part.origin for part in made]
+            work = {part.id: _retag({}, changes, [part.maker] if sealing else []) for part in made}
+        else:
+            rows = self._report()
+            members = {
+                row.id: (row, found) for row in rows if (found := snapshot(row, rows)) and found.birth.set_id == set_id
+            }
+            if not members:
+                raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all")
+            for _, found in members.values():
+                if sealing and found.state is not ImageState.READY:
+                    raise StorageError(f"can't be sealed: {found.why}", object=set_id)
+            origins = [row for row, _ in members.values()]
+            old = [text for row in origins for text in row.tags if text.startswith(tag("maker", ""))]
+            work = {at: _retag(marks(row), changes, old if sealing else []) for at, (row, _) in members.items()}
+        try:
+            _carry_out(work, set_id)
+        except NotFoundError:
+            raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all") from None
+        if sealing:
+            _flush(origins)
+
+    def delete(self, set_id: str) -> None:
+        _check_id(SET_ID, set_id)
+        self._prepared.pop(set_id, None)
+        self._made.pop(set_id, None)
+        rows = self._settled_report()
+        ours = [row for row in rows if (born := birth_of(row)) is not None and born.set_id == set_id]
+        for row in rows:
+            record = attachment_record(row)
+            if ours and record is not None and record.get("set_id") == set_id:
+                where = record.get("path")
+                raise BusyError(
+                    f"is attached at {where} ({record['id']})", object=set_id, cure=f"snapshotter release {where}"
+                )
+        for vg in sorted({row.vg for row in ours}):
+            theirs = [row for row in ours if row.vg == vg]
+            origins = [row for row in rows if row.vg == vg and row.name in {our.origin for our in theirs}]
+            with changing(vg) as group:
+                for row in theirs:
+                    group.lvm("lvremove", "-y", row.id, object=row.id, suspends=origins, gone_is_done=True)
+
+    def reap(self) -> list[str]:
+        from providers.lvm import swaps
+
+        resumed = [f"{name}, left suspended by a killed command" for name in recover_all()]
+        return resumed + swaps.finish_commits(self._report())
+
+    # -- attachments ----------------------------------------------------------------------------------------------
+
+    def attach(
+        self,
+        snapshot: Snapshot,
+        attachment_id: str,
+        access: Access,
+        destination: str,
+        purpose: Purpose = Purpose.RESTORE,
+    ) -> MountSpec | Tree:
+        from providers.lvm import clones
+
+        wait_for_dead_runs()
+        wanted = self.settings.options.get("size")
+        clone = clones.Clone(attachment_id, snapshot, access, destination, purpose)
+        return clones.attach(clone, self._report(), wanted if isinstance(wanted, int) else None)
+
+    def settle(self, attachment_id: str, since: datetime) -> None:
+        from providers.lvm import clones
+
+        clones.settle(self._report(), attachment_id, since)
+
+    def attachments(self) -> Iterator[Attachment]:
+        from providers.lvm import clones
+
+        return clones.listed(self._report())
+
+    def detach(self, attachment_id: str) -> None:
+        from providers.lvm import clones
+
+        clones.detach(self._settled_report(), attachment_id)
+
+    # -- taking the origin's place --------------------------------------------------------------------------------
+
+    def swap(self, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:
+        from providers.lvm import swaps
+
+        wait_for_dead_runs()
+        swaps.swap(self._report, swap_id, snapshot, volume)
+
+    def swap_back(self, swap_id: str) -> None:
+        from providers.lvm import swaps
+
+        wait_for_dead_runs()
+        swaps.swap_back(self._report, swap_id)
+
+    def swap_commit(self, swap_id: str) -> None:
+        from providers.lvm import swaps
+
+        wait_for_dead_runs()
+        swaps.swap_commit(self._report, swap_id)
+
+    def swaps(self) -> Iterator[str]:
+        from providers.lvm.swaps import open_swaps
+
+        return iter(open_swaps(self._report()))
+
+
+# ------------------------------------------------------------------------------------------------------- small parts
+
+
+def _installed() -> bool:
+    import shutil
+
+    return shutil.which("lvs", path=environment()["PATH"]) is not None
+
+
+def _has_device_mapper() -> bool:
+    try:
+        with open("/proc/misc", encoding="ascii") as file:
+            return any(line.split()[-1:] == ["device-mapper"] for line in file)
+    except OSError:
+        return False
+
+
+def _check_id(pattern: re.Pattern[str], given: str) -> None:
+    if not pattern.fullmatch(given):
+        raise ValueError(f"{given!r} is no id")
+
+
+def _member(birth: Birth, volume: Volume) -> int:
+    for number, member in enumerate(birth.members):
+        if (member.provider, member.volume) == (NAME, volume.id):
+            return number
+    raise PreconditionError("is no member of the set", object=volume.id)
+
+
+def _by_group(volumes: Sequence[Volume]) -> dict[str, list[Volume]]:
+    groups: dict[str, list[Volume]] = {}
+    for volume in volumes:
+        groups.setdefault(volume.id.partition("/")[0], []).append(volume)
+    return groups
+
+
+def _groups(volumes: Sequence[Volume]) -> list[str]:
+    return sorted(_by_group(volumes))
+
+
+def _leftovers(rows: Sequence[Row], volumes: Sequence[Volume]) -> list[str]:
+    """Sets of these volumes that were never sealed, and whose makers are dead or whose deadline is past. Whoever takes
+    these volumes holds their locks, so no other run on this host is making one."""
+    ids = {volume.id for volume in volumes}
+    found: dict[str, bool] = {}
+    for row in rows:
+        birth = birth_of(row)
+        if birth is None or "sealed" in marks(row) or not same_host(birth.host, host_name()):
+            continue
+        if any(member.provider == NAME and member.volume in ids for member in birth.members):
+            found[birth.set_id] = not maker_lives(row) or birth.deadline < utc_now()
+    sealed = {birth.set_id for row in rows if "sealed" in marks(row) and (birth := birth_of(row)) is not None}
+    return [set_id for set_id, dead in found.items() if dead and set_id not in sealed]
+
+
+def _quota_tags(volume: Volume) -> list[str]:
+    """The quota options that the origin is mounted with: a clone mounted without them would lose its accounting."""
+    entry = next((entry for entry in reversed(mounts.table()) if entry.path == volume.path), None)
+    options = sorted(option for option in (entry.super_options if entry else ()) if _QUOTA.fullmatch(option))
+    return [tag(QUOTA, "&".join(options))] if options else []
+
+
+def _retag(now: Mapping[str, str], changes: Mapping[str, str | None], gone: Sequence[str]) -> list[str]:
+    """Options of lvchange that turn the marks `now` into those after `changes`, and take the tags `gone` away."""
+    after = apply_marks(now, changes)
+    old = [mark_tag(name, value) for name, value in now.items() if after.get(name) != value]
+    new = [mark_tag(name, value) for name, value in after.items() if now.get(name) != value]
+    return [word for text in (*old, *gone) for word in ("--deltag", text)] + [
+        word for text in new for word in ("--addtag", text)
+    ]
+
+
+def _carry_out(work: Mapping[str, list[str]], set_id: str) -> None:
+    """One lvchange per group and per kind of change: members almost always change alike."""
+    alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for volume, words in work.items():
+        if words:
+            alike.setdefault((volume.partition("/")[0], tuple(words)), []).append(volume)
+    for (vg, changed), theirs in sorted(alike.items()):
+        with changing(vg) as group:
+            group.lvm("lvchange", *changed, *theirs, object=set_id)
+
+
+def _flush(rows: Sequence[Row]) -> None:
+    """LVM writes its metadata past the page cache, but a disk's own cache may hold it still."""
+    numbers = [number for row in rows if (number := block.number_of(row.device)) is not None]
+    try:
+        block.flush(list(dict.fromkeys(disk for number in numbers for disk in block.disks(number))))
+    except OSError as error:
+        raise StorageError(f"can't flush its disks: {error.strerror}", object=rows[0].vg) from None

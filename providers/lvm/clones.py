@@ -1,0 +1,309 @@
+"""Clones: a thin snapshot of a thin image; for a classic one a dm snapshot over it, with a volume of its own for what
+is written. Must know nothing of how images are made.
+
+A clone is always writable, also for read-only use: ext4 and XFS have to replay their journal at the first mount, and a
+read-only device lets them not. The image's own bytes stay as they are.
+
+The clone's record is in its tags (for a classic one in those of the volume for its writes), so it is found and removed
+also after a reboot, when the device itself is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+
+from providers.lvm import room
+from providers.lvm.commands import Group, changing
+from providers.lvm.reports import (
+    NAME,
+    QUOTA,
+    Row,
+    attachment_record,
+    birth_of,
+    find,
+    lacks,
+    maker_lives,
+    maker_tag,
+    pool_of,
+    tag,
+    to_text,
+)
+from snapshotter.core.command import run
+from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, StorageError
+from snapshotter.core.model import ATTACHMENT_ID, Access, Attachment, MountSpec, Purpose, Snapshot
+from snapshotter.host import block
+
+CRYPTTAB = "/etc/crypttab"
+UDEV = "/run/udev"
+#: An active clone has its origin's UUID and label: udev would let /dev/disk/by-uuid lead to it, and the next `mount
+#: UUID=` would mount the clone. (Debian's 60-persistent-storage-dm.rules, elsewhere 13-dm-disk.rules, heed the flag.)
+_RULES = "".join(
+    f'ACTION=="add|change", KERNEL=="dm-*", ATTR{{dm/name}}=="{name}", '
+    'ENV{DM_UDEV_DISABLE_DISK_RULES_FLAG}="1", ENV{DM_UDEV_DISABLE_OTHER_RULES_FLAG}="1"\n'
+    for name in ("snapshotter-a*", f"*-a{'[0-9]' * 8}t{'[0-9]' * 6}z--??????--*")
+)
+_SINCE = "since"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_SECTOR = 512
+_LUKS = b"LUKS\xba\xbe"
+
+
+class Clone(msgspec.Struct, frozen=True):
+    """What is asked for."""
+
+    id: str
+    snapshot: Snapshot
+    access: Access
+    destination: str
+    purpose: Purpose
+
+    @property
+    def name(self) -> str:
+        """Of the volume that carries its record."""
+        return f"{self.id}-{self.snapshot.birth.member}"
+
+
+def _dm_name(name: str) -> str:
+    return f"snapshotter-{name}"
+
+
+def _dm_uuid(name: str) -> str:
+    return f"SNAPSHOTTER-{name}"
+
+
+def _crypt_name(name: str) -> str:
+    return f"snapshotter-{name}-crypt"
+
+
+# ------------------------------------------------------------------------------------------------------- attaching
+
+
+def attach(clone: Clone, rows: Sequence[Row], size: int | None) -> MountSpec:
+    """Make the clone. Raises NotFoundError (no such image), BusyError (attached already), StorageError (no valid image,
+    no room), PreconditionError (a file system whose copy can't be mounted beside it, no key)."""
+    if not ATTACHMENT_ID.fullmatch(clone.id):
+        raise ValueError(f"{clone.id!r} is no id")
+    born = clone.snapshot.birth
+    image = next(
+        (row for row in rows if (b := birth_of(row)) and (b.set_id, b.member) == (born.set_id, born.member)), None
+    )
+    if image is None:
+        raise NotFoundError("no such set", object=born.set_id, cure="`snapshotter list` shows all")
+    _refuse_invalid(image, rows, born.set_id)
+    for row in rows:
+        record = attachment_record(row)
+        if record is not None and (record["id"], record["member"]) == (clone.id, born.member):
+            raise BusyError("exists already", object=clone.id, cure="choose another id")
+    record = {
+        "id": clone.id,
+        "set_id": born.set_id,
+        "member": born.member,
+        "path": clone.destination,
+        "access": str(clone.access),
+        "purpose": str(clone.purpose),
+    }
+    tags = [tag(f"attachment{k}", chunk) for k, chunk in enumerate(to_text(record))] + [maker_tag()]
+    words = [word for text in tags for word in ("--addtag", text)]
+    room.check_group(image, tags, 1)
+    _hide_from_udev()
+    with changing(image.vg) as group:
+        if image.thin:
+            pool = pool_of(rows, image)
+            group.lvm(
+                *("lvcreate", "-y", "-s", "-prw", "-ky", "-K", "-ay", "-n", clone.name),
+                *(*words, image.id),
+                object=image.id,
+                suspends=[image, *([pool] if pool else [])],
+                born=clone.name,
+            )
+            device = f"/dev/{image.vg}/{clone.name}"
+        else:
+            device = _over(group, image, clone.name, words, rows, size)
+        device = _decrypted(group, device, clone.name, born.set_id)
+    return _mount_spec(device, clone, image)
+
+
+def _hide_from_udev() -> None:
+    """Rules for this boot: clones are found by their names alone, never by the UUID or label that they share."""
+    if not os.path.isdir(UDEV):
+        return
+    path = f"{UDEV}/rules.d/12-snapshotter.rules"
+    try:
+        with open(path, encoding="ascii") as file:
+            if file.read() == _RULES:
+                return
+    except OSError:
+        pass
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        with open(f"{path}.new", "w", encoding="ascii") as file:
+            file.write(_RULES)
+        os.chmod(f"{path}.new", 0o644)
+        os.rename(f"{path}.new", path)
+    except OSError as error:
+        raise PreconditionError(f"can't write udev's rule for clones: {error.strerror}", object=path) from None
+    run(["udevadm", "control", "--reload"], timeout=60)
+
+
+def _refuse_invalid(image: Row, rows: Sequence[Row], set_id: str) -> None:
+    if why := lacks(image, pool_of(rows, image)):
+        raise StorageError(f"has no valid image: {why}", object=set_id, cure="restore another set")
+
+
+def _over(group: Group, image: Row, name: str, words: list[str], rows: Sequence[Row], size: int | None) -> str:
+    """A writable device over a classic snapshot; its writes go to a volume of ours (dm-snapshot's persistent store)."""
+    from providers.lvm.reports import read
+
+    if not image.active:
+        group.lvm("lvchange", "-ay", f"{image.vg}/{image.origin}", object=image.id)
+        rows = read([image.vg])
+        image = find(rows, image.id)
+        birth = birth_of(image)
+        _refuse_invalid(image, rows, birth.set_id if birth else image.id)
+    # `size` of a classic snapshot's row is its store's; its device is as large as its origin.
+    origin = find(rows, f"{image.vg}/{image.origin}")
+    store = room.cow_size(origin, image.vg_free, size, 0.0)
+    group.lvm(
+        *("lvcreate", "-y", "-Wy", "-Zy", "-L", f"{store}b", "-n", name, *words, image.vg), object=image.vg, born=name
+    )
+    table = f"0 {origin.size // _SECTOR} snapshot {image.device} /dev/{image.vg}/{name} P {room.CHUNK // _SECTOR}"
+    made = _dm_name(name)
+    group.other("dmsetup", "create", made, "--uuid", _dm_uuid(name), "--table", table, object=image.id)
+    return f"/dev/mapper/{made}"
+
+
+def _mount_spec(device: str, clone: Clone, image: Row) -> MountSpec:
+    found = run(["blkid", "-p", "-o", "value", "-s", "TYPE", device], timeout=60)
+    fstype = found.stdout.strip()
+    if not fstype:
+        raise StorageError("blkid finds no file system in it", object=image.id, cure="restore another set")
+    if fstype == "btrfs":
+        raise PreconditionError(
+            "holds a btrfs: mounting a copy of it beside its origin would confuse the kernel, as both have one UUID",
+            object=image.id,
+            cure="take such a path with --provider btrfs",
+        )
+    options = ["ro", "nosuid", "nodev"] if clone.access is Access.READ_ONLY else []
+    if fstype == "xfs":
+        options.append("nouuid")
+    options += [option for option in image.labels.get(QUOTA, "").split("&") if option]
+    return MountSpec(device, fstype, tuple(options))
+
+
+def _decrypted(group: Group, device: str, name: str, set_id: str) -> str:
+    """The device to mount: the clone itself, or, where it is LUKS, what is in it, opened with the key file that the
+    origin has in crypttab(5). Raises PreconditionError without one."""
+    uuid = _luks_uuid(device)
+    if uuid is None:
+        return device
+    key = _key_file(uuid)
+    if key is None:
+        raise PreconditionError(
+            f"is encrypted (LUKS {uuid}), and {CRYPTTAB} names no key file for that",
+            object=set_id,
+            cure=f"add a line to {CRYPTTAB}: NAME UUID={uuid} KEYFILE luks,noauto",
+        )
+    crypt = _crypt_name(name)
+    group.other("cryptsetup", "open", "--type", "luks", "--key-file", key, device, crypt, object=set_id)
+    return f"/dev/mapper/{crypt}"
+
+
+def _luks_uuid(device: str) -> str | None:
+    """Of the header (the same place in LUKS1 and LUKS2; cryptsetup's on-disk format, 168: uuid[40])."""
+    try:
+        with open(device, "rb") as file:
+            header = file.read(_SECTOR)
+    except OSError as error:
+        raise StorageError(f"can't read the clone: {error.strerror}", object=device) from None
+    if not header.startswith(_LUKS):
+        return None
+    return header[168:208].split(b"\0")[0].decode("ascii", "replace")
+
+
+def _key_file(uuid: str) -> str | None:
+    try:
+        with open(CRYPTTAB, encoding="utf-8", errors="surrogateescape") as file:
+            lines = [line.split() for line in file if not line.lstrip().startswith("#")]
+    except OSError:
+        return None
+    for words in lines:
+        if len(words) < 3 or not words[2].startswith("/"):
+            continue
+        source = words[1]
+        same = source.upper() == f"UUID={uuid}".upper()
+        if same or (source.startswith("/") and os.path.exists(source) and _luks_uuid(source) == uuid):
+            return words[2]
+    return None
+
+
+# -------------------------------------------------------------------------------------------------- what there is
+
+
+def parts(rows: Sequence[Row], attachment_id: str) -> list[Row]:
+    return [row for row in rows if (record := attachment_record(row)) is not None and record["id"] == attachment_id]
+
+
+def listed(rows: Sequence[Row]) -> Iterator[Attachment]:
+    for row in rows:
+        record = attachment_record(row)
+        if record is None:
+            continue
+        try:
+            yield _attachment(row, record)
+        except (KeyError, ValueError, TypeError):
+            continue
+
+
+def _attachment(row: Row, record: dict[str, Any]) -> Attachment:
+    since = row.labels.get(_SINCE)
+    return Attachment(
+        id=str(record["id"]),
+        provider=NAME,
+        set_id=str(record["set_id"]),
+        member=record["member"],
+        path=str(record["path"]),
+        access=Access(record["access"]),
+        purpose=Purpose(record["purpose"]),
+        since=_EPOCH + timedelta(microseconds=int(since)) if since else None,
+        held=since is None and maker_lives(row),
+    )
+
+
+def settle(rows: Sequence[Row], attachment_id: str, since: datetime) -> None:
+    """Durably record `since` and forget the maker. Raises NotFoundError."""
+    found = parts(rows, attachment_id)
+    if not found:
+        raise NotFoundError("no such attachment", object=attachment_id)
+    stamp = tag(_SINCE, str((since - _EPOCH) // timedelta(microseconds=1)))
+    for row in found:
+        old = [text for text in row.tags if text.startswith((tag(_SINCE, ""), tag("maker", ""))) and text != stamp]
+        words = [word for text in old for word in ("--deltag", text)]
+        if stamp not in row.tags:
+            words += ["--addtag", stamp]
+        if words:
+            with changing(row.vg) as group:
+                group.lvm("lvchange", *words, row.id, object=attachment_id)
+
+
+def detach(rows: Sequence[Row], attachment_id: str) -> None:
+    """Remove every part; absent is done. Raises BusyError while one is mounted or open."""
+    if not ATTACHMENT_ID.fullmatch(attachment_id):
+        raise ValueError(f"{attachment_id!r} is no id")
+    for row in parts(rows, attachment_id):
+        name = row.name
+        if not re.fullmatch(rf"{attachment_id}-[0-9]+", name):
+            continue  # renamed by a person, who wants to keep it
+        with changing(row.vg) as group:
+            there = {device.dm_name: device for device in block.mapped()}
+            if _crypt_name(name) in there:
+                group.other("cryptsetup", "close", _crypt_name(name), object=attachment_id)
+            over = there.get(_dm_name(name))
+            if over is not None and over.dm_uuid == _dm_uuid(name):
+                group.other("dmsetup", "remove", "--retry", _dm_name(name), object=attachment_id)
+            group.lvm("lvremove", "-y", row.id, object=row.id, born=name, gone_is_done=True)

@@ -1,0 +1,218 @@
+"""Running LVM's mutating commands: one run at a time per volume group, never killed, and undone if it was killed all
+the same. Must know nothing of sets.
+
+A killed `lvcreate` may leave its origin *suspended*: every write to it hangs. What a command may suspend is therefore
+written to /run before it starts, and forgotten when it ended by itself. Whoever takes the group's lock next and
+finds such a record resumes what it names, and nothing else: what somebody suspended on purpose has no record of ours.
+The command inherits the lock (`core.command`), which so is free only when no command of a dead run works any more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from providers.lvm.reports import ENVIRONMENT, NAME, PREFIX, READING_S, SEALED, Row, said
+from snapshotter.core.command import Outcome, run
+from snapshotter.core.errors import BusyError, NotFoundError, SnapshotterError, StorageError
+from snapshotter.core.interrupts import deferred
+from snapshotter.core.labels import dumps, loads
+from snapshotter.host import block
+from snapshotter.host.locks import Locks
+from snapshotter.host.places import private_directory, run_directory
+
+WAIT_S = 60.0
+
+
+class Group:
+    """The right to change one volume group: see `changing`."""
+
+    def __init__(self, vg: str) -> None:
+        self.vg = vg
+        self._record = os.path.join(_directory(), vg)
+
+    def lvm(
+        self, *argv: str, object: str, suspends: Sequence[Row] = (), born: str = "", gone_is_done: bool = False
+    ) -> None:
+        """Run a command of LVM to its end. `suspends`: the volumes that it may hold for a moment; `born`: the name of
+        one that it makes. Raises BusyError (in use, exists), NotFoundError (unless `gone_is_done`), StorageError."""
+        if suspends or born:
+            self._intend(suspends, born)
+        done = self._run(argv)
+        if not done.ok and "with queued messages" in done.stderr and self._unstick():
+            done = self._run(argv)
+        if done.code < 0:  # somebody killed it: LVM itself ends with 0 to 5
+            self.recover()
+            raise StorageError(f"{argv[0]} was killed by signal {-done.code}", object=object, cure="try again")
+        if not done.ok:
+            self.recover()
+            error = failure(done, object)
+            if gone_is_done and isinstance(error, NotFoundError):
+                return
+            raise error
+        if suspends or born:
+            self._forget()
+
+    def other(self, *argv: str, object: str) -> None:
+        """As `lvm`, for a program that suspends nothing (dmsetup, cryptsetup)."""
+        done = self._run(argv)
+        if not done.ok:
+            raise failure(done, object)
+
+    def _run(self, argv: Sequence[str]) -> Outcome:
+        with deferred():  # a signal to us must not kill the command
+            return run(argv, mutates=True, extra_env=ENVIRONMENT)
+
+    # -- what a killed command leaves ------------------------------------------------------------------------------
+
+    def _intend(self, suspends: Sequence[Row], born: str) -> None:
+        record = {
+            "uuids": [row.dm_uuid for row in suspends],
+            "names": [f"{self.vg.replace('-', '--')}-{born.replace('-', '--')}"] if born else [],
+            "volumes": [row.id for row in suspends],
+        }
+        fresh = f"{self._record}.new"
+        with open(fresh, "w", encoding="utf-8") as file:
+            file.write(dumps(record))
+        os.rename(fresh, self._record)
+
+    def _forget(self) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(self._record)
+
+    def recover(self) -> list[str]:
+        """Resume what a killed command of ours left suspended; the devices' names. Raises StorageError where that can't
+        be done, with the command that would."""
+        try:
+            with open(self._record, encoding="utf-8") as file:
+                record = loads(file.read())
+        except FileNotFoundError:
+            return []
+        except ValueError:
+            record = {}
+        found = _suspended(record)
+        if found:
+            # LVM's own way first: it loads the tables of the metadata that was committed, under its own lock.
+            self._run(("lvchange", "--refresh", *record.get("volumes", [])))
+            # What others stand on comes first.
+            for device in sorted(_suspended(record), key=lambda each: (-len(each.dm_uuid), each.name)):
+                self._run(("dmsetup", "clear", device.dm_name))
+                self._run(("dmsetup", "resume", device.dm_name))
+            if left := _suspended(record):
+                raise StorageError(
+                    "was left suspended by a killed command, and can't be resumed",
+                    object=left[0].dm_name,
+                    cure=f"dmsetup resume {left[0].dm_name}",
+                )
+        self._forget()
+        self._unstick()
+        return [device.dm_name for device in found]
+
+    def _unstick(self) -> bool:
+        """A killed lvcreate may also have told a thin pool to make the image, and not that this is done: LVM tells it
+        again with every later command, and the pool refuses ("manual intervention may be required"). So take that image
+        away: the one of ours, never sealed, whose message is queued still. Its LV remains; its set is a leftover."""
+        fields = "lv_name,lv_tags,pool_lv,thin_id,transaction_id"
+        done = run(["lvs", "--reportformat", "json", "-o", fields, self.vg], timeout=READING_S, extra_env=ENVIRONMENT)
+        try:
+            rows: list[dict[str, str]] = loads(done.stdout)["report"][0]["lv"]
+        except (ValueError, KeyError, IndexError):
+            return False
+        freed = False
+        for pool in rows:
+            kernel = self._transaction_of(pool["lv_name"]) if pool["transaction_id"] and not pool["pool_lv"] else None
+            if kernel is None or int(pool["transaction_id"]) != kernel + 1:
+                continue
+            for row in rows:
+                tags = row["lv_tags"].split(",")
+                ours = any(tag.startswith(PREFIX) for tag in tags) and not any(SEALED in tag for tag in tags)
+                if ours and row["pool_lv"] == pool["lv_name"] and row["transaction_id"] == str(kernel):
+                    message = ("message", self._tpool(pool["lv_name"]), "0", f"delete {row['thin_id']}")
+                    freed = self._run(("dmsetup", *message)).ok or freed  # there may be none yet
+        return freed
+
+    def _tpool(self, pool: str) -> str:
+        return f"{self.vg.replace('-', '--')}-{pool.replace('-', '--')}-tpool"
+
+    def _transaction_of(self, pool: str) -> int | None:
+        """What the kernel's thin pool says (thin-provisioning.rst: its status begins with the transaction id)."""
+        words = run(["dmsetup", "status", "--noflush", self._tpool(pool)], timeout=READING_S).stdout.split()
+        return int(words[3]) if len(words) > 3 and words[2] == "thin-pool" and words[3].isdigit() else None
+
+
+def _suspended(record: dict[str, list[str]]) -> list[block.Device]:
+    uuids, names = tuple(record.get("uuids", [])), tuple(record.get("names", []))
+    return [
+        device
+        for device in block.mapped()
+        if device.suspended
+        and (
+            device.dm_uuid.startswith(uuids) or (device.dm_uuid.startswith("LVM-") and device.dm_name.startswith(names))
+        )
+    ]
+
+
+def _directory() -> str:
+    return private_directory(os.path.join(run_directory(), NAME))
+
+
+def _recorded() -> list[str]:
+    """The groups in which a command of ours works, or was killed."""
+    return sorted(name for name in os.listdir(_directory()) if not name.endswith(".new"))
+
+
+@contextmanager
+def changing(vg: str, wait_s: float = WAIT_S) -> Iterator[Group]:
+    """Nobody else of ours changes this volume group meanwhile; what a killed command left suspended runs again. Raises
+    BusyError, StorageError."""
+    with Locks([f"{NAME}-commands:{vg}"], wait_s=wait_s):
+        group = Group(vg)
+        group.recover()
+        yield group
+
+
+def recover_all() -> list[str]:
+    """Resume what dead runs left suspended in any group, where no command of theirs works any more."""
+    resumed = []
+    for vg in _recorded():
+        with suppress(BusyError), Locks([f"{NAME}-commands:{vg}"]):
+            resumed += Group(vg).recover()
+    return resumed
+
+
+def wait_for_dead_runs() -> None:
+    """Return when no command that makes or removes a volume works any more whose run is dead (a live run holds its
+    locks, so that nobody else gets as far as this). Raises BusyError after a minute."""
+    for vg in _recorded():
+        with changing(vg):
+            pass
+
+
+def failure(done: Outcome, object: str) -> SnapshotterError:
+    """LVM's complaint as one of ours. (It has no error codes: the words are those of 2.03.)"""
+    line = said(done.stderr) or done.said
+    text = " ".join(done.stderr.split())
+    if "Failed to find logical volume" in text or "not found" in text:
+        return NotFoundError("there is no such logical volume", object=object, cure="`lvs` shows what there is")
+    if "already exists" in text:
+        return BusyError("exists already", object=object, cure="try again, which chooses another name")
+    if "in use" in text or "is used by another device" in text:
+        return BusyError("is in use", object=object, cure=f"see who with: fuser -vm /dev/{object}")
+    if "Device or resource busy" in text and "suspend" in text:
+        return StorageError(
+            "can't be snapshotted while its file system is frozen", object=object, cure="fsfreeze --unfreeze it"
+        )
+    if "insufficient free space" in text or "nsufficient free extents" in text:
+        return StorageError(
+            "its volume group has no room for that", object=object, cure="delete old sets, or vgextend the group"
+        )
+    if "reached threshold" in text:
+        return StorageError("its thin pool is full", object=object, cure="delete old sets, or lvextend the pool")
+    if "metadata" in text and ("too large" in text or "buffer" in text):
+        return StorageError(
+            "the group's metadata area is full", object=object, cure="delete old sets, or vgextend --metadatasize"
+        )
+    if "while PVs are missing" in text:
+        return StorageError("a physical volume of its group is missing", object=object, cure="`pvs` shows which")
+    return StorageError(f"{done.argv[0]} failed: {line}", object=object)

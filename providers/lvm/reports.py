@@ -1,0 +1,297 @@
+"""What LVM says of its volumes (`lvs` as JSON), our tags on them, and what follows for an image. Changes nothing.
+
+Tags are `snapshotter.<key>=<value>`, of the characters that lvm(8) takes: A-Za-z0-9_+.-/=!:#& and at most 1024. The
+birth record and the attachment record are base64url in chunks; marks are a tag each.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from snapshotter.core.command import run
+from snapshotter.core.errors import PreconditionError, StorageError
+from snapshotter.core.labels import MARK_NAMES, LabelLimits, dumps, loads, pack, unpack
+from snapshotter.core.model import ATTACHMENT_ID, Birth, ImageState, Snapshot
+
+NAME = "lvm"
+LIMITS = LabelLimits(max_value=900, max_chunks=2, value_pattern=r"[A-Za-z0-9_+./=!:#&-]*")
+PREFIX = "snapshotter."
+QUOTA = "quota"  # on an image: the quota options that its origin was mounted with
+_MARK = "mark."
+SEALED = f"{PREFIX}{_MARK}sealed="
+_CHUNK = 900
+READING_S = 120.0  # a report waits for LVM's own lock while another command changes the group
+
+#: LVM would warn of the lock's descriptor that it inherits.
+ENVIRONMENT = {"LVM_SUPPRESS_FD_WARNINGS": "1"}
+
+_FIELDS = {
+    "vg_name": "vg",
+    "vg_uuid": "vg_uuid",
+    "vg_attr": "vg_attr",
+    "vg_size": "vg_size",
+    "vg_free": "vg_free",
+    "vg_extent_size": "extent",
+    "vg_mda_size": "mda_size",
+    "vg_mda_free": "mda_free",
+    "lv_name": "name",
+    "lv_uuid": "uuid",
+    "lv_attr": "attr",
+    "lv_size": "size",
+    "lv_tags": "tags",
+    "pool_lv": "pool",
+    "origin": "origin",
+    "data_percent": "data",
+    "metadata_percent": "metadata",
+    "lv_metadata_size": "metadata_size",
+}
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One logical volume. Sizes are bytes, percentages of 100; `attr` and `vg_attr` as lvs(8) and vgs(8) explain."""
+
+    vg: str
+    vg_uuid: str
+    vg_attr: str
+    vg_size: int
+    vg_free: int
+    extent: int
+    mda_size: int
+    mda_free: int
+    name: str
+    uuid: str
+    attr: str
+    size: int
+    tags: tuple[str, ...]
+    pool: str
+    origin: str
+    data: float | None
+    metadata: float | None
+    metadata_size: int
+
+    @property
+    def id(self) -> str:
+        """As a volume's id, and as LVM's commands take it."""
+        return f"{self.vg}/{self.name}"
+
+    @property
+    def device(self) -> str:
+        return f"/dev/{self.vg}/{self.name}"
+
+    @property
+    def dm_name(self) -> str:
+        return f"{self.vg.replace('-', '--')}-{self.name.replace('-', '--')}"
+
+    @property
+    def dm_uuid(self) -> str:
+        """What its device's UUID in device-mapper begins with; hidden layers have something behind it."""
+        return f"LVM-{self.vg_uuid.replace('-', '')}{self.uuid.replace('-', '')}"
+
+    @property
+    def thin(self) -> bool:
+        return self.attr[0] == "V" and bool(self.pool)
+
+    @property
+    def active(self) -> bool:
+        return self.attr[4] not in "-h"
+
+    @property
+    def open(self) -> bool:
+        return self.attr[5] == "o"
+
+    @property
+    def skipped(self) -> bool:
+        """Left out when volumes are activated, as at boot."""
+        return self.attr[9:10] == "k"
+
+    @property
+    def labels(self) -> dict[str, str]:
+        pairs = (tag.removeprefix(PREFIX).partition("=") for tag in self.tags if tag.startswith(PREFIX))
+        return {key: value for key, _, value in pairs}
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def parse(text: str) -> list[Row]:
+    """The rows of `lvs --reportformat json --units b --nosuffix`. Raises ValueError for anything else."""
+    return [_row(found) for report in loads(text)["report"] for found in report["lv"]]
+
+
+def _row(found: Mapping[str, str]) -> Row:
+    values: dict[str, Any] = {to: found[field] for field, to in _FIELDS.items()}
+    for name in ("vg_size", "vg_free", "extent", "mda_size", "mda_free", "size", "metadata_size"):
+        values[name] = int(values[name] or 0)
+    for name in ("data", "metadata"):
+        values[name] = float(values[name]) if values[name] else None
+    values["tags"] = tuple(tag for tag in values["tags"].split(",") if tag)
+    return Row(**values)
+
+
+def read(groups: Sequence[str] = ()) -> list[Row]:
+    """Every logical volume of these volume groups, or of all. A group that isn't there has no rows. Raises
+    PreconditionError (no lvm here), StorageError."""
+    argv = ["lvs", "--reportformat", "json", "--units", "b", "--nosuffix", "-o", ",".join(_FIELDS), *groups]
+    done = run(argv, timeout=READING_S, extra_env=ENVIRONMENT)
+    try:
+        rows = parse(done.stdout)
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise StorageError(f"can't list logical volumes: {said(done.stderr) or done.said}", object="lvs") from None
+    if not done.ok and not rows and "not found" not in done.stderr:
+        raise StorageError(f"can't list logical volumes: {said(done.stderr)}", object="lvs", cure="see what `lvs` says")
+    return rows
+
+
+def said(stderr: str) -> str:
+    """LVM's errors as one line: what it says first may be what it got over."""
+    lines = [line.strip().rstrip(".") for line in stderr.splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(("WARNING", "File descriptor"))]
+    return ": ".join(told[:4] or lines[:1])
+
+
+def find(rows: Iterable[Row], volume: str) -> Row:
+    """The row of this volume id. Raises PreconditionError."""
+    for row in rows:
+        if row.id == volume:
+            return row
+    raise PreconditionError("there is no such logical volume", object=volume, cure="`lvs` shows what there is")
+
+
+def pool_of(rows: Iterable[Row], row: Row) -> Row | None:
+    """The thin pool of a thin volume."""
+    return next((other for other in rows if row.pool and (other.vg, other.name) == (row.vg, row.pool)), None)
+
+
+# ---------------------------------------------------------------------------------------------------------- tags
+
+
+def tag(key: str, value: str) -> str:
+    return f"{PREFIX}{key}={value}"
+
+
+def birth_tags(birth: Birth, order: int) -> list[str]:
+    """Raises PreconditionError if there is no room for the record."""
+    return [tag(key, value) for key, value in pack(birth, LIMITS).items()] + [tag("order", str(order))]
+
+
+def maker_tag() -> str:
+    """Who makes this: until it is sealed or settled, that it lives tells it from a leftover."""
+    from snapshotter.host import processes
+
+    who = processes.identity(os.getpid())
+    return tag("maker", f"{who[0]}.{who[1]}" if who else "")
+
+
+def maker_lives(row: Row) -> bool:
+    """Whether the process that made it runs still; True where nothing is said of one."""
+    pid, _, started = row.labels.get("maker", "").partition(".")
+    if not (pid.isdigit() and started.isdigit()):
+        return "maker" not in row.labels
+    from snapshotter.host import processes
+
+    return processes.alive((int(pid), int(started)))
+
+
+def marks(row: Row) -> dict[str, str]:
+    found = {key.removeprefix(_MARK): value for key, value in row.labels.items() if key.startswith(_MARK)}
+    return {name: value for name, value in found.items() if name in MARK_NAMES}
+
+
+def mark_tag(name: str, value: str) -> str:
+    return tag(_MARK + name, value)
+
+
+def to_text(record: Mapping[str, Any]) -> list[str]:
+    """A record as values for tags, in order."""
+    raw = dumps(record).encode(errors="surrogateescape")  # a path need not be UTF-8
+    text = base64.urlsafe_b64encode(raw).decode().rstrip("=")
+    return [text[at : at + _CHUNK] for at in range(0, len(text), _CHUNK)]
+
+
+def attachment_record(row: Row) -> dict[str, Any] | None:
+    """What `attach` wrote on the clone; None if this is none of ours."""
+    labels = row.labels
+    chunks: list[str] = []
+    while (key := f"attachment{len(chunks)}") in labels:
+        chunks.append(labels[key])
+    text = "".join(chunks)
+    try:
+        raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+        record = loads(raw.decode(errors="surrogateescape"))
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not ATTACHMENT_ID.fullmatch(str(record.get("id"))):
+        return None
+    return record if isinstance(record.get("member"), int) else None
+
+
+def birth_of(row: Row) -> Birth | None:
+    """The birth record that an image carries; None if it is none of ours."""
+    return unpack(row.labels) if any(tag.startswith(PREFIX + "birth") for tag in row.tags) else None
+
+
+# -------------------------------------------------------------------------------------------------------- images
+
+
+def snapshot(row: Row, rows: Sequence[Row]) -> Snapshot | None:
+    """The member of a set that this volume is, judged; None if it is none of ours."""
+    birth = birth_of(row)
+    if birth is None:
+        return None
+    why = lacks(row, pool_of(rows, row))
+    if not why and "mark.sealed" not in row.labels and not maker_lives(row):
+        # Its lvcreate may have been killed with the image still queued: the next lvcreate there makes it, too late.
+        why = "the run that made it died before it was sealed"
+    order = row.labels.get("order", "")
+    used = row.data if not row.thin and row.attr[0] == "s" else None
+    return Snapshot(
+        provider=NAME,
+        id=row.id,
+        birth=birth,
+        state=ImageState.INVALID if why else ImageState.READY,
+        marks=marks(row),
+        size_bytes=None if used is None else round(row.size * used / 100),
+        order=int(order) if order.isdigit() else 0,
+        why=why,
+    )
+
+
+def lacks(row: Row, pool: Row | None) -> str:
+    """Why this is no image that could be restored, for a person; '' if it is one. (lvs(8), "lv_attr".) Of an inactive
+    classic snapshot nothing can be asked: `attach` activates it and asks."""
+    state, health = row.attr[4], row.attr[8]
+    if health == "p":
+        return "a physical volume that it lies on is missing"
+    if row.attr[1] == "w":
+        return "it was made writable, so it may have been changed"
+    if row.thin:
+        if pool is None:
+            return "its thin pool is gone"
+        if "F" in (health, pool.attr[8]) or health == "X":
+            return f"its thin pool {pool.name} has failed"
+        return f"its thin pool {pool.name} wants a check" if pool.attr[4] in "cC" else ""
+    if row.attr[0] != "s" or not row.origin:
+        return "it is no snapshot" if row.attr[0] != "S" else "it is being merged into its origin"
+    if state in "IS" or (row.data is not None and row.data >= 100):
+        return "it overflowed: its origin wrote more than it had room for"
+    return "it could not be merged into its origin" if state in "mM" else ""
+
+
+# ---------------------------------------------------------------------------------------------------------- names
+
+_DM_NAME = re.compile(r"((?:[^-]|--)+)-((?:[^-]|--)+)")
+_DM_UUID = re.compile(r"LVM-[A-Za-z0-9]{64}")
+
+
+def volume_of(dm_name: str, dm_uuid: str) -> str | None:
+    """`group/volume` of a device of LVM that is a volume itself; None for hidden layers and other devices."""
+    if not _DM_UUID.fullmatch(dm_uuid):
+        return None
+    found = _DM_NAME.fullmatch(dm_name)
+    return "/".join(part.replace("--", "-") for part in found.groups()) if found else None

@@ -1,0 +1,109 @@
+"""Is there room for a snapshot of this volume: thin pool, volume group, LVM's own metadata, and how large a classic
+snapshot should be. Changes nothing, runs nothing."""
+
+from __future__ import annotations
+
+from providers.lvm.reports import Row
+from snapshotter.core.errors import PreconditionError
+from snapshotter.host import block
+
+#: A full metadata device stops the origin as a full pool does, and grows in jumps: never let it come near.
+METADATA_LIMIT = 90.0
+#: How long a classic snapshot should last at the rate at which its origin has been written, twice over; and the least.
+HORIZON_S = 24 * 3600.0
+LEAST_S = 3600.0
+SMALLEST = 16 << 20
+CHUNK = 4096
+#: LVM's text for one more volume, beside its tags (seen: 300 to 700 bytes).
+VOLUME_TEXT = 1000
+
+
+class Size(int):
+    """Bytes, also as 10G, 512M, 1T (powers of 1024)."""
+
+    def __new__(cls, given: object) -> Size:
+        text = str(given).strip().upper().removesuffix("B").removesuffix("I")
+        power = "KMGT".find(text[-1:]) + 1 if text else 0
+        number = float(text[:-1]) * 1024**power if power else float(int(text))
+        if number < 1:
+            raise ValueError(given)
+        return super().__new__(cls, number)
+
+
+def check_group(row: Row, tags: list[str], members: int) -> None:
+    """Can the group of this volume be changed, and take as many volumes more with these tags? Raises
+    PreconditionError."""
+    if "x" in row.vg_attr[2:3] or row.vg_attr[:1] == "r":
+        raise PreconditionError(
+            "may not be changed: exported or read-only", object=row.vg, cure=f"vgchange -prw {row.vg}"
+        )
+    if row.vg_attr[3:4] == "p" or row.attr[8] == "p":
+        raise PreconditionError(
+            "a physical volume of it is missing", object=row.vg, cure="`pvs` shows which; bring it back"
+        )
+    needed = sum(len(tag) + 4 for tag in tags) + members * VOLUME_TEXT
+    if row.mda_free < needed:
+        raise PreconditionError(
+            f"its LVM metadata area has {row.mda_free} bytes left of {row.mda_size}, and a set needs {needed}",
+            object=row.vg,
+            cure="delete old sets; a new physical volume with --metadatasize 16m has more",
+        )
+
+
+def check_pool(pool: Row, floor: float) -> None:
+    """Is the thin pool sound and below its thresholds? Raises PreconditionError with what to run."""
+    if pool.attr[8] == "F":
+        raise PreconditionError("the thin pool has failed", object=pool.id, cure=f"lvconvert --repair {pool.id}")
+    if pool.attr[4] in "cC" or pool.attr[8] == "M":
+        raise PreconditionError(
+            "the thin pool's metadata wants a check", object=pool.id, cure=f"lvconvert --repair {pool.id}"
+        )
+    limit = 100 * (1 - floor)
+    if pool.data is not None and (pool.data > limit or pool.attr[8] == "D"):
+        raise PreconditionError(
+            f"the thin pool is {pool.data:.0f} % full, and a full one stops its origin too (limit {limit:.0f} %)",
+            object=pool.id,
+            cure=f"delete old sets, or: lvextend -L+{_more(pool.size, 1 << 30)} {pool.id}",
+        )
+    # LVM makes no thin volume with less than that free (2.03, pool_metadata_min_threshold).
+    least = min(25.0, 100 * (4 << 20) / pool.metadata_size) if pool.metadata_size else 0.0
+    limit = min(limit, METADATA_LIMIT, 100 - least)
+    if pool.metadata is not None and pool.metadata > limit:
+        raise PreconditionError(
+            f"the thin pool's metadata is {pool.metadata:.0f} % full, and a full one stops its origin too "
+            f"(limit {limit:.0f} %)",
+            object=pool.id,
+            cure=f"delete old sets, or: lvextend --poolmetadatasize +{_more(pool.size // 1000, 4 << 20)} {pool.id}",
+        )
+
+
+def _more(size: int, least: int) -> str:
+    return f"{max(size // 5, least) >> 20}M"
+
+
+def cow_size(row: Row, free: int, wanted: int | None, written_per_s: float) -> int:
+    """Bytes for a classic snapshot of this volume (or a clone's own store): as `wanted`; else for a day of what was
+    written to it on average, twice over, and a tenth of it at least; never more than could be used, nor than is `free`
+    in its group. Raises PreconditionError if not even an hour would fit."""
+    whole = row.size + row.size // (CHUNK // 16) + 4 * CHUNK  # every chunk written: LVM makes none larger
+    if wanted is not None:
+        size = min(wanted, whole)
+    else:
+        size = min(max(2 * round(written_per_s * HORIZON_S), row.size // 10, SMALLEST), whole)
+    size = -(-size // row.extent) * row.extent
+    if size <= free:
+        return size
+    least = min(max(round(written_per_s * LEAST_S), row.size // 100, SMALLEST), whole)
+    if wanted is None and least <= free:
+        return free // row.extent * row.extent
+    raise PreconditionError(
+        f"its volume group has {free >> 20} MiB free, and a snapshot needs "
+        f"{(wanted if wanted is not None else least) >> 20}",
+        object=row.id,
+        cure="delete old sets, vgextend the group, or give -o size=",
+    )
+
+
+def write_rate(number: str | None) -> float:
+    """Bytes per second written to this device, on average since the kernel started."""
+    return block.written_bytes(number) / max(1.0, block.uptime_s()) if number else 0.0

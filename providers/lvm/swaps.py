@@ -1,0 +1,306 @@
+"""Swaps, of thin volumes only: a clone of an image takes its origin's name. Must know nothing of sets.
+
+Two renames; never a merge (it consumes the snapshot). What is set aside is deactivated and marked to be skipped, and
+the clone is not: after a reboot `/dev/group/name` is the clone, and `mount UUID=` can find nothing else.
+
+    clone, tagged  swap=<id>, place=<name>, origin=<UUID of what it replaces>:  <id>-new, then <name>
+    origin, tagged aside=<id>, place=<name>:                                     <name>, then <id>-aside
+
+The clone's tag says that the swap is open. Without it, a volume tagged `aside` belongs to a swap that was committed,
+and goes. Which step a dead run had come to is seen from names and UUIDs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+
+import msgspec
+
+from providers.lvm import room
+from providers.lvm.commands import Group, changing
+from providers.lvm.reports import PREFIX, Row, birth_of, find, lacks, pool_of, tag
+from snapshotter.core.command import run
+from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.model import Snapshot, Volume
+from snapshotter.host import block
+
+FSTAB = "/etc/fstab"
+_SWAP_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+Report = Callable[[], list[Row]]
+
+
+class Swap(msgspec.Struct, frozen=True):
+    """What the tags say. `open` is false once it was committed; then `clone` is None."""
+
+    id: str
+    vg: str
+    place: str
+    origin_uuid: str
+    clone: Row | None
+    aside: Row | None
+
+    @property
+    def open(self) -> bool:
+        return self.clone is not None
+
+    @property
+    def volume(self) -> str:
+        return f"{self.vg}/{self.place}"
+
+
+def found(rows: Sequence[Row]) -> list[Swap]:
+    """Every swap that left a tag."""
+    swaps: dict[str, Swap] = {}
+    for row in rows:
+        labels = row.labels
+        swap_id = labels.get("swap") or labels.get("aside")
+        if not swap_id or not labels.get("place"):
+            continue
+        known = swaps.get(swap_id) or Swap(swap_id, row.vg, labels["place"], "", None, None)
+        if "swap" in labels:
+            known = msgspec.structs.replace(known, clone=row, origin_uuid=labels.get("origin", ""))
+        else:
+            known = msgspec.structs.replace(known, aside=row)
+        swaps[swap_id] = known
+    return list(swaps.values())
+
+
+def open_swaps(rows: Sequence[Row]) -> list[str]:
+    return sorted(swap.id for swap in found(rows) if swap.open)
+
+
+def _one(rows: Sequence[Row], swap_id: str) -> Swap | None:
+    return next((swap for swap in found(rows) if swap.id == swap_id), None)
+
+
+# ------------------------------------------------------------------------------------------------------- there
+
+
+def swap(report: Report, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:
+    """See Provider.swap. Raises PreconditionError (classic, another group, in fstab by UUID of the volume), BusyError
+    (in use, an open swap), StorageError."""
+    if not _SWAP_ID.fullmatch(swap_id):
+        raise ValueError(f"{swap_id!r} is no id")
+    with changing(volume.id.partition("/")[0]) as group:
+        rows = report()
+        origin = find(rows, volume.id)
+        image = _image(rows, snapshot)
+        for other in found(rows):
+            if other.open and (other.id == swap_id or other.volume == volume.id):
+                raise BusyError(f"swap {other.id} is open", object=volume.id, cure="take it back or commit it")
+        _check_swappable(rows, origin, image)
+        pool = pool_of(rows, image)
+        record = [tag("swap", swap_id), tag("place", origin.name), tag("origin", origin.uuid)]
+        theirs = [text for text in origin.tags if not text.startswith(PREFIX)]
+        room.check_group(origin, [*record, *theirs], 1)
+        words = [word for text in (*record, *theirs) for word in ("--addtag", text)]
+        # Not to be skipped, and not active before it is in its place.
+        group.lvm(
+            *("lvcreate", "-y", "-s", "-prw", "-kn", "-an", "-n", f"{swap_id}-new", *words, image.id),
+            object=image.id,
+            suspends=[image, *([pool] if pool else [])],
+            born=f"{swap_id}-new",
+        )
+        try:
+            set_aside = [
+                word for text in (tag("aside", swap_id), tag("place", origin.name)) for word in ("--addtag", text)
+            ]
+            group.lvm("lvchange", "-an", origin.id, object=origin.id)
+            group.lvm("lvchange", "-ky", *set_aside, origin.id, object=origin.id)
+            group.lvm("lvrename", origin.vg, origin.name, f"{swap_id}-aside", object=origin.id)
+            group.lvm("lvrename", origin.vg, f"{swap_id}-new", origin.name, object=origin.id)
+            group.lvm("lvchange", "-ay", origin.id, object=origin.id)
+            _settle(origin)
+        except SnapshotterError:
+            with suppress(SnapshotterError):
+                _take_back(group, report(), swap_id)
+            raise
+
+
+def _image(rows: Sequence[Row], snapshot: Snapshot) -> Row:
+    wanted = snapshot.birth.set_id, snapshot.birth.member
+    image = next((row for row in rows if (b := birth_of(row)) and (b.set_id, b.member) == wanted), None)
+    if image is None:
+        raise NotFoundError("no such set", object=wanted[0], cure="`snapshotter list` shows all")
+    if why := lacks(image, pool_of(rows, image)):
+        raise StorageError(f"has no valid image: {why}", object=wanted[0], cure="restore another set")
+    return image
+
+
+def _check_swappable(rows: Sequence[Row], origin: Row, image: Row) -> None:
+    if not (origin.thin and image.thin):
+        raise PreconditionError(
+            "is no thin volume, and only of those can a snapshot take the place",
+            object=origin.id,
+            cure="restore with --to, and copy",
+        )
+    if image.vg != origin.vg:
+        raise PreconditionError(
+            f"is in another volume group than the set ({image.vg})",
+            object=origin.id,
+            cure="restore with --to, and copy",
+        )
+    if origin.open:
+        raise BusyError("is in use", object=origin.id, cure=f"see who with: fuser -vm {origin.device}")
+    if origin.skipped:
+        raise PreconditionError(
+            "is itself left out of activation at boot", object=origin.id, cure=f"lvchange -kn {origin.id}"
+        )
+    for row in rows:
+        if row.vg == origin.vg and row.origin == origin.name and row.attr[0] in "sS":
+            raise BusyError(f"has the classic snapshot {row.name}", object=origin.id, cure="remove that first")
+    for number, line in fstab_by_uuid(origin):
+        raise PreconditionError(
+            f"{FSTAB}, line {number}, would go on to mean what is set aside: {line}",
+            object=origin.id,
+            cure=f"write {origin.device} there",
+        )
+
+
+def fstab_by_uuid(origin: Row) -> Iterator[tuple[int, str]]:
+    """(line number, line) of each line of fstab that names this volume by LVM's own UUID, which a clone hasn't."""
+    for number, source, line in _fstab():
+        if origin.dm_uuid in source:
+            yield number, line
+
+
+def _fstab() -> Iterator[tuple[int, str, str]]:
+    try:
+        with open(FSTAB, encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if len(words) >= 4 and not words[0].startswith("#"):
+            yield number, words[0], line.strip()
+
+
+def _settle(place: Row) -> None:
+    """Wait for udev's links, and see that what fstab means is what is in its place now. Raises StorageError."""
+    with suppress(PreconditionError):  # no udev here
+        run(["udevadm", "settle", "--timeout=60"], timeout=90)
+    here = block.number_of(place.device)
+    if here is None:
+        raise StorageError(
+            "did not appear after it was activated", object=place.device, cure=f"lvchange -ay {place.id}"
+        )
+    uuid = run(["blkid", "-p", "-o", "value", "-s", "UUID", place.device], timeout=60).stdout.strip()
+    for number, source, _ in _fstab():
+        if (uuid and source.strip('"').upper() == f"UUID={uuid}".upper()) or source == f"/dev/disk/by-uuid/{uuid}":
+            link = f"/dev/disk/by-uuid/{uuid}"
+            if os.path.exists(link) and block.number_of(link) != here:
+                raise StorageError(
+                    f"{FSTAB}, line {number}, means another device of that UUID, {os.path.realpath(link)}",
+                    object=place.device,
+                    cure="release the clones of this volume, or write its path there",
+                )
+
+
+# --------------------------------------------------------------------------------------------------------- back
+
+
+def swap_back(report: Report, swap_id: str) -> None:
+    """See Provider.swap_back: right at whichever step the swap had come to."""
+    if not _SWAP_ID.fullmatch(swap_id):
+        raise ValueError(f"{swap_id!r} is no id")
+    known = _one(report(), swap_id)
+    if known is None:
+        return
+    with changing(known.vg) as group:
+        _take_back(group, report(), swap_id)
+
+
+def _take_back(group: Group, rows: Sequence[Row], swap_id: str) -> None:
+    known = _one(rows, swap_id)
+    if known is None:
+        return
+    if known.clone is None:
+        return _finish_commit(group, rows, known)
+    clone = known.clone
+    origin = next((row for row in rows if row.vg == known.vg and row.uuid == known.origin_uuid), None)
+    if origin is None:
+        raise StorageError("what it set aside is gone", object=swap_id, cure="commit it, to keep what is there")
+    if clone.open:
+        raise BusyError("is in use", object=clone.id, cure=f"see who with: fuser -vm {clone.device}")
+    if clone.name == known.place:
+        group.lvm("lvchange", "-an", clone.id, object=clone.id)
+        group.lvm("lvrename", known.vg, known.place, f"{swap_id}-new", object=clone.id)
+        clone = msgspec.structs.replace(clone, name=f"{swap_id}-new")
+    if origin.name != known.place:
+        if any((row.vg, row.name) == (known.vg, known.place) and row.uuid != clone.uuid for row in rows):
+            raise BusyError("something else has that name since the swap", object=known.volume, cure="rename that")
+        group.lvm("lvrename", known.vg, origin.name, known.place, object=origin.id)
+    words = ["-kn"] if origin.skipped else []
+    for text in (tag("aside", swap_id), tag("place", known.place)):
+        words += ["--deltag", text] if text in origin.tags else []
+    if words:
+        group.lvm("lvchange", *words, known.volume, object=known.volume)
+    group.lvm("lvchange", "-ay", known.volume, object=known.volume)
+    _remove(group, rows, clone)
+    with suppress(PreconditionError):
+        run(["udevadm", "settle", "--timeout=60"], timeout=90)
+
+
+# ------------------------------------------------------------------------------------------------------- for good
+
+
+def swap_commit(report: Report, swap_id: str) -> None:
+    """See Provider.swap_commit. Raises BusyError while what is set aside is in use, or a classic snapshot depends on
+    it."""
+    if not _SWAP_ID.fullmatch(swap_id):
+        raise ValueError(f"{swap_id!r} is no id")
+    known = _one(report(), swap_id)
+    if known is None:
+        return
+    with changing(known.vg) as group:
+        rows = report()
+        known = _one(rows, swap_id)
+        if known is None:
+            return
+        clone = known.clone
+        if clone is not None:
+            if clone.name != known.place:
+                raise StorageError("the swap was never finished", object=swap_id, cure="take it back")
+            if known.aside is not None:
+                _refuse_dependents(rows, known.aside)
+            gone = [
+                text for text in clone.tags if text.startswith((tag("swap", ""), tag("place", ""), tag("origin", "")))
+            ]
+            group.lvm("lvchange", *(w for text in gone for w in ("--deltag", text)), clone.id, object=clone.id)
+        _finish_commit(group, rows, known)
+
+
+def finish_commits(rows: Sequence[Row]) -> list[str]:
+    """Remove what committed swaps of dead runs still have set aside; the names."""
+    removed = []
+    for known in found(rows):
+        if not known.open and known.aside is not None:
+            with suppress(BusyError), changing(known.vg, wait_s=0.0) as group:
+                _finish_commit(group, rows, known)
+                removed.append(known.aside.id)
+    return removed
+
+
+def _finish_commit(group: Group, rows: Sequence[Row], known: Swap) -> None:
+    if known.aside is not None:
+        _refuse_dependents(rows, known.aside)
+        _remove(group, rows, known.aside)
+
+
+def _refuse_dependents(rows: Sequence[Row], aside: Row) -> None:
+    """Thin snapshots live on without their origin; classic ones go with it."""
+    for row in rows:
+        if row.vg == aside.vg and row.origin == aside.name and row.attr[0] in "sS":
+            raise BusyError(
+                f"has the snapshot {row.name}, which would go with it", object=aside.id, cure="remove that first"
+            )
+    if aside.open:
+        raise BusyError("is in use", object=aside.id, cure=f"see who with: fuser -vm {aside.device}")
+
+
+def _remove(group: Group, rows: Sequence[Row], row: Row) -> None:
+    group.lvm("lvremove", "-y", row.id, object=row.id, born=row.name, gone_is_done=True)

@@ -1,0 +1,309 @@
+"""What of the lvm provider needs no LVM: its tags, LVM's report and names, sizes, what is read from fstab and crypttab.
+The driver itself is held to the contract in the lab."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from providers.lvm import clones, room, swaps
+from providers.lvm.reports import (
+    Row,
+    attachment_record,
+    birth_of,
+    birth_tags,
+    lacks,
+    maker_lives,
+    maker_tag,
+    mark_tag,
+    marks,
+    parse,
+    snapshot,
+    tag,
+    to_text,
+    volume_of,
+)
+from snapshotter import provider
+from snapshotter.core.errors import PreconditionError, UsageError
+from snapshotter.core.model import ImageState, Volume
+from snapshotter.host import block
+from snapshotter.testing import make_birth
+
+#: lvm(8): what a tag may be.
+TAG = re.compile(r"[A-Za-z0-9_+./=!:#&][A-Za-z0-9_+./=!:#&-]{0,1023}")
+MIB, GIB = 1 << 20, 1 << 30
+
+#: As 2.03.16 printed it in the lab.
+REPORT = """
+  { "report": [ { "lv": [
+    {"vg_name":"tv-a", "vg_uuid":"Uc9npy-qJ9R-zcFQ-EGQV-R788-xSdG-EK0Swg", "vg_attr":"wz--n-", "vg_size":"8585740288",
+     "vg_free":"6060769280", "vg_extent_size":"4194304", "vg_mda_size":"1044480", "vg_mda_free":"519680",
+     "lv_name":"data", "lv_uuid":"txOUbv-5mg2-jugW-Z4R4-18zB-Fovf-vT9X8R",
+     "lv_attr":"Vwi-aotz--", "lv_size":"1073741824",
+     "lv_tags":"", "pool_lv":"pool", "origin":"", "data_percent":"4.78", "metadata_percent":"", "lv_metadata_size":""},
+    {"vg_name":"tv-a", "vg_uuid":"Uc9npy-qJ9R-zcFQ-EGQV-R788-xSdG-EK0Swg", "vg_attr":"wz--n-", "vg_size":"8585740288",
+     "vg_free":"6060769280", "vg_extent_size":"4194304", "vg_mda_size":"1044480", "vg_mda_free":"519680",
+     "lv_name":"pool", "lv_uuid":"U6anhp-NrTY-u3E2-0gDY-DtRZ-s7CG-zbfVry",
+     "lv_attr":"twi-aotz--", "lv_size":"2147483648",
+     "lv_tags":"backup=1,theirs", "pool_lv":"", "origin":"", "data_percent":"2.40", "metadata_percent":"11.82",
+     "lv_metadata_size":"104857600"}
+  ] } ] }
+"""
+
+
+def row(**changes: Any) -> Row:
+    return msgspec.structs.replace(parse(REPORT)[0], **changes)
+
+
+def pool(**changes: Any) -> Row:
+    return msgspec.structs.replace(parse(REPORT)[1], **changes)
+
+
+def test_the_report_is_read() -> None:
+    data, its_pool = parse(REPORT)
+    assert (data.id, data.thin, data.active, data.open, data.skipped, data.tags) == (
+        "tv-a/data", True, True, True, False, (),
+    )  # fmt: skip
+    assert (its_pool.data, its_pool.metadata, its_pool.tags) == (2.4, 11.82, ("backup=1", "theirs"))
+    assert (data.size, data.extent, data.mda_free, data.metadata) == (GIB, 4 * MIB, 519680, None)
+    assert data.dm_name == "tv--a-data"
+
+
+names = st.text("abcXYZ019+_.-", min_size=1, max_size=20).filter(lambda name: name[0] not in "-." and name.strip("."))
+
+
+@given(vg=names, lv=names)
+def test_device_names_are_read_back(vg: str, lv: str) -> None:
+    found = row(vg=vg, name=lv)
+    assert volume_of(found.dm_name, found.dm_uuid) == f"{vg}/{lv}"
+    assert volume_of(f"{found.dm_name}-real", f"{found.dm_uuid}-real") is None, "a hidden layer is no volume"
+    assert volume_of(found.dm_name, "CRYPT-LUKS2-0123-data") is None
+
+
+@given(
+    node=st.text(min_size=1, max_size=20),
+    path=st.text(min_size=1, max_size=200),
+    volume=st.from_regex(r"[a-z][a-z0-9_.-]{0,40}/[a-z][a-z0-9_.-]{0,40}", fullmatch=True),
+)
+def test_a_record_survives_as_tags(node: str, path: str, volume: str) -> None:
+    birth = make_birth([Volume("lvm", volume, "/" + path)], node=node)
+    try:
+        tags = birth_tags(birth, 7)
+    except PreconditionError:
+        return
+    assert all(TAG.fullmatch(text) for text in tags), "LVM would refuse it"
+    image = row(name="x", tags=("theirs", *tags, mark_tag("sealed", "20261122t100630z")), attr="Vri---tz-k")
+    found = birth_of(image)
+    assert found is not None and (found.set_id, found.node, found.members) == (birth.set_id, node, birth.members)
+    listed = snapshot(image, [image, pool()])
+    assert listed is not None and listed.order == 7 and dict(listed.marks) == {"sealed": "20261122t100630z"}
+
+
+@given(path=st.text(max_size=1500))
+@example(path=os.fsdecode(b"/data/\xff\xfe"))
+def test_an_attachment_survives_as_tags(path: str) -> None:
+    record = {"id": "a20261122t100630z-5f3a9c", "member": 0, "path": path}
+    tags = [tag(f"attachment{k}", chunk) for k, chunk in enumerate(to_text(record))]
+    assert all(TAG.fullmatch(text) for text in tags)
+    assert attachment_record(row(tags=tuple(reversed(tags)))) == record, "LVM keeps no order of tags"
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [(), ("snapshotter.birth0=eyJ2Ijox",), ("snapshotter.attachment0=bm9uZQ",), ("snapshotter.", "snapshotter.birth0")],
+)
+def test_others_tags_are_no_records(tags: tuple[str, ...]) -> None:
+    assert snapshot(row(tags=tags), []) is None
+    assert attachment_record(row(tags=tags)) is None
+    assert marks(row(tags=("snapshotter.mark.colour=red",))) == {}
+
+
+def test_the_maker_is_known_while_it_lives() -> None:
+    assert maker_lives(row(tags=(maker_tag(),)))
+    assert not maker_lives(row(tags=(tag("maker", f"{os.getpid()}.1"),))), "another process of that number"
+    assert not maker_lives(row(tags=(tag("maker", ""),)))
+
+
+THIN, CLASSIC = "Vri---tz-k", "sri-a-s---"
+
+
+@pytest.mark.parametrize(
+    ("attr", "pool_attr", "valid"),
+    [
+        (THIN, "twi-aotz--", True),
+        (THIN, "twi---tz--", True),  # nothing is active
+        (THIN, "twi-aotzD-", True),  # full, and what is there can be read
+        (THIN, "twi-aotzM-", True),
+        (THIN, "twi-aotzF-", False),
+        (THIN, "twi-cotz--", False),
+        ("Vwi---tz-k", "twi-aotz--", False),
+        ("Vri---tzpk", "twi-aotz--", False),
+        (CLASSIC, "", True),
+        ("sri---s---", "", True),  # inactive: asked when it is attached
+        ("sri-I-s---", "", False),
+        ("sri-S-s---", "", False),
+        ("Sri-a-s---", "", False),
+        ("swi-a-s---", "", False),
+        ("-ri-a-----", "", False),  # a killed lvcreate had come no further
+        ("-wi-a-----", "", False),
+    ],
+)
+def test_an_image_is_judged_by_what_lvm_says(attr: str, pool_attr: str, valid: bool) -> None:
+    thin = attr[0] == "V"
+    image = row(attr=attr, pool="pool" if thin else "", origin="data")
+    why = lacks(image, pool(attr=pool_attr) if thin else None)
+    assert bool(why) is not valid, why
+
+
+def test_an_image_of_a_dead_run_is_none_until_sealed() -> None:
+    tags = birth_tags(make_birth([Volume("lvm", "tv-a/data", "/d")]), 1)
+    for sealed, maker, state in (
+        ("", tag("maker", f"{os.getpid()}.1"), ImageState.INVALID),
+        ("", maker_tag(), ImageState.READY),
+        (mark_tag("sealed", "20261122t100630z"), tag("maker", f"{os.getpid()}.1"), ImageState.READY),
+    ):
+        image = row(attr=THIN, tags=tuple(text for text in (*tags, maker, sealed) if text))
+        found = snapshot(image, [image, pool()])
+        assert found is not None and found.state is state
+
+
+def test_a_full_classic_snapshot_is_none() -> None:
+    full = row(attr=CLASSIC, pool="", origin="data", data=100.0)
+    assert "overflowed" in lacks(full, None)
+    found = snapshot(
+        msgspec.structs.replace(full, tags=tuple(birth_tags(make_birth([Volume("lvm", "tv-a/data", "/d")]), 1))), []
+    )
+    assert found is not None and found.state is ImageState.INVALID
+
+
+# ------------------------------------------------------------------------------------------------------------ room
+
+
+@pytest.mark.parametrize(("given", "bytes_"), [("10G", 10 * GIB), ("512m", 512 * MIB), ("1.5T", 1536 * GIB), ("4096", 4096), (7, 7), ("2GiB", 2 * GIB)])  # fmt: skip  # noqa: E501
+def test_sizes_are_read(given: object, bytes_: int) -> None:
+    kind = provider.load("lvm")
+    assert provider.parse_options(kind, {"size": given}) == {"size": bytes_}
+
+
+@pytest.mark.parametrize("given", ["", "G", "-1", "0", "ten", "10%"])
+def test_what_is_no_size_is_refused(given: str) -> None:
+    with pytest.raises(UsageError):
+        provider.parse_options(provider.load("lvm"), {"size": given})
+
+
+@given(
+    size=st.integers(4 * MIB, 4 << 40),
+    free=st.integers(0, 8 << 40),
+    rate=st.floats(0, 1e9),
+    wanted=st.none() | st.integers(1, 8 << 40),
+)
+def test_a_classic_snapshot_has_a_sane_size(size: int, free: int, rate: float, wanted: int | None) -> None:
+    origin = row(size=size, vg_free=free)
+    try:
+        given = room.cow_size(origin, free, wanted, rate)
+    except PreconditionError as error:
+        assert error.cure
+        return
+    assert 0 < given <= free and given % origin.extent == 0
+    assert given <= size * 1.01 + 3 * origin.extent, "more than could ever be used"
+    if wanted is None and given < free - origin.extent and given < size:
+        assert given >= min(2 * rate * room.HORIZON_S, size) - origin.extent, "it would overflow within a day"
+
+
+def test_a_group_without_room_for_tags_is_refused() -> None:
+    with pytest.raises(PreconditionError, match="metadata area"):
+        room.check_group(row(mda_free=1500), ["x" * 600], 1)
+    room.check_group(row(mda_free=20_000), ["x" * 600], 1)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"data": 95.0}, {"metadata": 95.0}, {"attr": "twi-aotzF-"}, {"attr": "twi-aotzM-"}]
+)
+def test_a_pool_that_would_stop_its_origin_is_refused(changes: dict[str, Any]) -> None:
+    room.check_pool(pool(), 0.1)
+    with pytest.raises(PreconditionError) as refused:
+        room.check_pool(pool(**changes), 0.1)
+    assert "lv" in refused.value.cure, "it says what to run"
+
+
+# ------------------------------------------------------------------------------------------------- other files
+
+
+def test_fstab_by_lvms_uuid_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    origin = row()
+    fstab = tmp_path / "fstab"
+    fstab.write_text(
+        "# /dev/disk/by-id/dm-uuid-" + origin.dm_uuid + " /old ext4 defaults 0 0\n"
+        "/dev/tv-a/data /data ext4 defaults 0 2\n"
+        f"/dev/disk/by-id/dm-uuid-{origin.dm_uuid} /data2 ext4 defaults 0 2\n"
+    )
+    monkeypatch.setattr(swaps, "FSTAB", str(fstab))
+    assert [number for number, _ in swaps.fstab_by_uuid(origin)] == [3]
+    monkeypatch.setattr(swaps, "FSTAB", str(tmp_path / "none"))
+    assert not list(swaps.fstab_by_uuid(origin))
+
+
+def test_the_key_file_is_found_in_crypttab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uuid = "0a1b2c3d-0000-1111-2222-333344445555"
+    device = tmp_path / "device"
+    device.write_bytes(b"LUKS\xba\xbe\x00\x02".ljust(168, b"\0") + uuid.encode().ljust(40, b"\0") + bytes(400))
+    table = tmp_path / "crypttab"
+    monkeypatch.setattr(clones, "CRYPTTAB", str(table))
+    for text, key in (
+        (f"data UUID={uuid} /etc/keys/data luks\n", "/etc/keys/data"),
+        (f"data {device} /etc/keys/data luks\n", "/etc/keys/data"),
+        (f"# data UUID={uuid} /etc/keys/data luks\n", None),
+        (f"data UUID={uuid} none luks\n", None),
+        ("data UUID=another /etc/keys/data luks\n", None),
+    ):
+        table.write_text(text)
+        assert clones._key_file(uuid) == key, text
+
+
+def test_the_way_down_ends_where_it_forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tree as sysfs has it: dm-1 (LUKS) on dm-0 (a volume) on nvme0n1p2 on nvme0n1; md0 on two disks."""
+    devices = tmp_path / "devices"
+    for name, number, slaves in (
+        ("nvme0n1", "259:0", []),
+        ("nvme0n1/nvme0n1p2", "259:2", []),
+        ("dm-0", "254:0", ["nvme0n1/nvme0n1p2"]),
+        ("dm-1", "254:1", ["dm-0"]),
+        ("sdb", "8:16", []),
+        ("sdc", "8:32", []),
+        ("md0", "9:0", ["sdb", "sdc"]),
+        ("dm-2", "254:2", ["md0"]),
+    ):
+        top = devices / name
+        top.mkdir(parents=True)
+        (top / "dev").write_text(number + "\n")
+        for slave in slaves:
+            (top / "slaves").mkdir(exist_ok=True)
+            (top / "slaves" / Path(slave).name).symlink_to(devices / slave)
+        (tmp_path / number).symlink_to(top)
+    (devices / "nvme0n1/nvme0n1p2/partition").write_text("2\n")
+    for name, uuid in (("dm-0", row().dm_uuid), ("dm-1", "CRYPT-LUKS2-x-data")):
+        (devices / name / "dm").mkdir()
+        (devices / name / "dm" / "uuid").write_text(uuid + "\n")
+        (devices / name / "dm" / "name").write_text("tv--a-data\n" if name == "dm-0" else "data\n")
+    monkeypatch.setattr(block, "SYS_BLOCK", str(tmp_path))
+    chain = block.chain("254:1")
+    assert [device.name for device in chain] == ["dm-1", "dm-0", "nvme0n1p2", "nvme0n1"]
+    assert [device.partition for device in chain] == [False, False, True, False]
+    assert [volume_of(device.dm_name, device.dm_uuid) for device in chain] == [None, "tv-a/data", None, None]
+    assert [device.name for device in block.chain("254:2")] == ["dm-2", "md0"]
+    assert block.disks("254:2") == ["8:16", "8:32"] and block.disks("254:1") == ["259:0"]
+    assert block.chain("1:99") == []
+
+
+def test_reports_that_are_none_are_refused() -> None:
+    for text in ("", "{}", '{"report": []', json.dumps({"report": [{"lv": [{"lv_name": "x"}]}]})):
+        with pytest.raises((ValueError, KeyError)):
+            parse(text)
