@@ -1,0 +1,287 @@
+"""A clone in its origin's place, and back. Must know no set but as what keeps a dataset from being destroyed.
+
+Two renames do it: `<volume>` to `<volume>.<swap id>`, the clone to `<volume>`. The clone is made beside the origin,
+below the same parent: an encrypted dataset may not leave its encryption root, but may be renamed there
+(dsl_dir_rename_check looks at the keys only when the parent changes).
+
+A clone has none of the origin's local properties, so they are carried over. What is set aside would mount itself over
+the clone after a reboot, hence its canmount=noauto. Nothing is promoted until the commit: promoting moves the older
+snapshots to the clone and leaves the newer ones where a later `zfs destroy -r` would kill them.
+
+Datasets below the volume are volumes of their own, and are moved below what takes its place.
+
+Each step is repeatable: both datasets carry the swap's id and what is needed to undo it, so `back` and `commit` find
+out from the storage how far a dead run had come.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from providers.zfs import library, objects, tool
+from providers.zfs.objects import ASIDE, KEPT, SWAP, Object
+from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.model import MountSpec
+from snapshotter.host import mounts
+
+#: Set when a dataset is made or by its key, or they say how it mounts itself: the swap sees to these.
+_NOT_CARRIED = frozenset({"canmount", "encryption", "keyformat", "keylocation", "pbkdf2iters", "origin", "version"})
+
+
+def open_swaps(found: Sequence[Object]) -> Iterator[tuple[str, Object | None, Object | None]]:
+    """(swap id, the clone, what is set aside) of each swap that was begun and not ended."""
+    clones = {record["id"]: each for each in found if (record := each.record(SWAP)) and "id" in record}
+    asides = {record["id"]: each for each in found if (record := each.record(ASIDE)) and "id" in record}
+    for swap_id in sorted({*clones, *asides}):
+        yield swap_id, clones.get(swap_id), asides.get(swap_id)
+
+
+def _find(swap_id: str) -> tuple[Object | None, Object | None]:
+    for found, clone, aside in open_swaps(objects.labelled((SWAP, ASIDE))):
+        if found == swap_id:
+            return clone, aside
+    tool.refuse_blind()
+    return None, None
+
+
+def begin(swap_id: str, snapshot: Object, volume: str) -> None:
+    """See `Provider.swap`. What fails is taken back here, as far as it can be."""
+    _check(swap_id, snapshot, volume)
+    local = tool.get_local(volume)
+    seen = _mounted(volume)
+    clone, aside = _beside(volume, swap_id)
+    record = {
+        "id": swap_id,
+        "volume": volume,
+        "canmount": local.get("canmount"),
+        "mounted": [[mount.path, sorted(_options(mount))] for mount in seen],
+    }
+    library.clone(clone, snapshot.name, {SWAP: objects.dump(record)})
+    try:
+        carried = [f"{key}={value}" for key, value in local.items() if _is_carried(key)]
+        if carried:
+            tool.change("set", *carried, clone, object=clone)
+        _unmount(volume)
+        tool.change("set", "canmount=noauto", f"{ASIDE}={objects.dump(record)}", volume, object=volume)
+        tool.change("rename", "-u", volume, aside, object=volume)
+        tool.change("rename", "-u", clone, volume, object=clone)
+        _move_children(aside, volume)
+        _restore_canmount(volume, record)
+        _mount(volume, record)
+    except SnapshotterError:
+        back(swap_id)
+        raise
+
+
+def _check(swap_id: str, snapshot: Object, volume: str) -> None:
+    here = tool.get(("type", "encryptionroot", "keystatus"), [volume])
+    if volume not in here:
+        raise StorageError("no such dataset", object=volume, cure="restore with --to, and copy")
+    if here[volume]["type"][0] != "filesystem":
+        raise PreconditionError("is a zvol", object=volume, cure="restore with --to, and copy")
+    if "/" not in volume:
+        cure = "restore with --to, and copy"
+        raise PreconditionError("is its pool's own dataset, so nothing can take its place", object=volume, cure=cure)
+    if tool.pool_of(snapshot.name) != tool.pool_of(volume):
+        raise PreconditionError("is in another pool than the set", object=volume, cure="restore with --to, and copy")
+    if here[volume].get("keystatus", ("-", ""))[0] == "unavailable":
+        raise PreconditionError("its encryption key isn't loaded", object=volume, cure=f"zfs load-key {volume}")
+    for other, clone, aside in open_swaps(objects.labelled((SWAP, ASIDE))):
+        records = [each.record(prop) for each, prop in ((clone, SWAP), (aside, ASIDE)) if each is not None]
+        if other == swap_id or any(record and record.get("volume") == volume for record in records):
+            raise BusyError(f"swap {other} is open", object=volume, cure="take it back or commit it")
+    for mount in _mounted(volume):
+        if mount.root != "/":
+            cure = f"umount {mount.path}"
+            raise BusyError(f"a directory of it is mounted at {mount.path}", object=volume, cure=cure)
+        for below in mounts.mounts_below(mount.path):
+            if "/.zfs/snapshot/" not in below.path:
+                cure = f"umount {below.path}"
+                raise BusyError(f"{below.source} is mounted in it at {below.path}", object=volume, cure=cure)
+
+
+def back(swap_id: str) -> None:
+    """See `Provider.swap_back`."""
+    clone, aside = _find(swap_id)
+    if clone is None and aside is None:
+        return
+    record = _record(clone, aside)
+    volume = record["volume"]
+    if clone is not None and clone.name == volume:
+        if aside is None:
+            raise StorageError("what it set aside is gone", object=swap_id, cure="commit it, to keep what is there")
+        _unmount(clone.name)
+        tool.change("rename", "-u", clone.name, _beside(volume, swap_id)[0], object=volume)
+    if aside is not None:
+        if _dataset_of(_origin(aside.name)) in (clone.name if clone else None, _beside(volume, swap_id)[0]):
+            # A commit had come as far as promoting: what both share goes back to the older one.
+            tool.change("promote", aside.name, object=aside.name)
+        if aside.name != volume:
+            if library.exists(volume):
+                raise BusyError("something else was put there since the swap", object=volume, cure="rename that")
+            tool.change("rename", "-u", aside.name, volume, object=aside.name)
+        if clone is not None and library.exists(_beside(volume, swap_id)[0]):
+            _move_children(_beside(volume, swap_id)[0], volume)
+        _restore_canmount(volume, record)
+    _mount(volume, record)
+    if clone is not None:
+        _retire(_beside(volume, swap_id)[0], swap_id)
+    if aside is not None:
+        tool.change("inherit", ASIDE, volume, object=volume)
+
+
+def _retire(name: str, swap_id: str) -> None:
+    """The clone that isn't in its origin's place any more: gone, or, where something was taken of it there, kept as
+    what that hangs on, until `sweep` finds nothing left."""
+    if not library.exists(name):
+        return
+    if not tool.snapshots_of(name):
+        try:
+            tool.destroy(name)
+            return
+        except BusyError:
+            if not tool.snapshots_of(name):  # else one was taken meanwhile
+                raise
+    kept = ["canmount=noauto", "mountpoint=none", "reservation=none", "refreservation=none"]
+    tool.change("set", *kept, f"{KEPT}={objects.dump({'id': swap_id})}", name, object=name)
+    tool.change("inherit", SWAP, name, object=name)
+
+
+def sweep() -> list[str]:
+    """Remove the kept clones that nothing hangs on any more; their names."""
+    removed = []
+    for found in objects.labelled((KEPT,)):
+        if found.record(KEPT) is not None and not tool.snapshots_of(found.name) and not _mounted(found.name):
+            tool.destroy(found.name)
+            removed.append(found.name)
+    return removed
+
+
+def commit(swap_id: str) -> None:
+    """See `Provider.swap_commit`."""
+    clone, aside = _find(swap_id)
+    if clone is None and aside is None:
+        return
+    volume = _record(clone, aside)["volume"]
+    if clone is None or clone.name != volume or (aside is not None and aside.name == volume):
+        raise StorageError("the swap was never finished", object=swap_id, cure="take it back")
+    if aside is not None:
+        if seen := _mounted(aside.name):
+            where = seen[0].path
+            raise BusyError(f"what it set aside is mounted at {where}", object=aside.name, cure=f"umount {where}")
+        if below := tool.children(aside.name):
+            raise BusyError(f"what it set aside holds {below[0]}", object=aside.name, cure="move that away")
+        _refuse_dependents(clone.name, aside.name, swap_id)
+        while tool.snapshots_of(aside.name):
+            try:
+                tool.change("promote", volume, object=volume)
+            except StorageError:
+                if tool.snapshots_of(aside.name):  # else a dead run's child was just about it
+                    raise
+        tool.destroy(aside.name)
+    tool.change("inherit", SWAP, volume, object=volume)
+
+
+def _refuse_dependents(clone: str, aside: str, swap_id: str) -> None:
+    """Raise BusyError, naming them, if anything hangs on what is set aside that promoting the clone doesn't move."""
+    origins: list[str] = []  # the snapshots that the clone goes back to, and what those's datasets go back to
+    name = clone
+    while (origin := _origin(name)) is not None:
+        origins.append(origin)
+        name = _dataset_of(origin) or ""
+    branch = next((origin for origin in origins if _dataset_of(origin) == aside), None)
+    theirs = tool.snapshots_of(aside)
+    moved = [found for found, _ in theirs]
+    moved = moved[: moved.index(branch) + 1] if branch in moved else []
+    staying = [found for found, _ in theirs if found not in moved]
+    if staying:
+        raise BusyError(
+            f"what it set aside still carries {_shown(staying)}, newer than what was restored",
+            object=aside,
+            cure="delete those sets (and other tools' snapshots), then commit it again",
+        )
+    names = {found.partition("@")[2] for found in moved}
+    if twice := [found for found, _ in tool.snapshots_of(clone) if found.partition("@")[2] in names]:
+        raise BusyError(
+            f"both it and what it set aside have a snapshot called {twice[0].partition('@')[2]}",
+            object=swap_id,
+            cure=f"zfs rename one, or destroy it: zfs rename {twice[0]} ...",
+        )
+
+
+def _shown(names: Sequence[str]) -> str:
+    """Sets by their ids, other tools' snapshots by their names."""
+    births = {each.name: each.birth for each in objects.read(names)}
+    shown = [birth.set_id if (birth := births.get(name)) else name for name in names]
+    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
+
+
+# ------------------------------------------------------------------------------------------------------------ steps
+
+
+def _record(clone: Object | None, aside: Object | None) -> dict[str, Any]:
+    record = (aside.record(ASIDE) if aside else None) or (clone.record(SWAP) if clone else None) or {}
+    if not isinstance(record.get("volume"), str):
+        name = (clone or aside).name  # type: ignore[union-attr]
+        raise StorageError("the record of its swap can't be read", object=name, cure=f"zfs get all {name}")
+    return record
+
+
+def _beside(volume: str, swap_id: str) -> tuple[str, str]:
+    """(what the clone is called while it isn't in the volume's place, what the volume is called when set aside)."""
+    return f"{volume}.clone-{swap_id}", f"{volume}.aside-{swap_id}"
+
+
+def _move_children(source: str, target: str) -> None:
+    """Datasets below are volumes of their own: they stay below what is in the volume's place. What is mounted stays."""
+    for child in tool.children(source):
+        tool.change("rename", "-u", child, f"{target}/{child.rpartition('/')[2]}", object=child)
+
+
+def _origin(dataset: str) -> str | None:
+    """The snapshot that this is a clone of."""
+    found = tool.get(("origin",), [dataset]).get(dataset, {}).get("origin", ("-", ""))[0]
+    return None if found in ("", "-") else found
+
+
+def _dataset_of(snapshot: str | None) -> str | None:
+    return snapshot.partition("@")[0] if snapshot and "@" in snapshot else None
+
+
+def _is_carried(key: str) -> bool:
+    return key not in _NOT_CARRIED and not key.startswith(objects.PREFIX)
+
+
+def _mounted(dataset: str) -> list[mounts.Mount]:
+    return [mount for mount in mounts.table() if mount.fstype == "zfs" and mount.source == dataset]
+
+
+def _options(mount: mounts.Mount) -> set[str]:
+    """Those of one mount itself, as far as they aren't the default."""
+    return set(mount.options) & {"ro", "nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime"}
+
+
+def _unmount(dataset: str) -> None:
+    tops = [mount.path for mount in _mounted(dataset)]
+    for mount in mounts.table():
+        # What somebody looked at below .zfs is mounted by the kernel, until nobody has for five minutes.
+        below = any(mount.path.startswith(f"{top}/.zfs/snapshot/") for top in tops)
+        if below and mount.source.startswith(f"{dataset}@"):
+            mounts.unmount(mount.path)
+    for path in reversed(tops):
+        mounts.unmount(path)
+
+
+def _restore_canmount(volume: str, record: dict[str, Any]) -> None:
+    # Not inheritable (`zfs inherit canmount` is an error), so it is set to what it was, or to its default.
+    tool.change("set", f"canmount={record.get('canmount') or 'on'}", volume, object=volume)
+
+
+def _mount(volume: str, record: dict[str, Any]) -> None:
+    """Mounted where it was before the swap."""
+    for path, options in record.get("mounted", ()):
+        if not any(mount.path == path for mount in _mounted(volume)):
+            os.makedirs(path, exist_ok=True)  # `zfs rename` removes a mount point that it finds empty
+            mounts.mount(MountSpec(volume, "zfs", tuple(options)), path)

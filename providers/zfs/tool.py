@@ -1,0 +1,247 @@
+"""The `zfs` command: run it, read its properties, and turn what it says of a failure into an errno and one of
+`core.errors`. Must know neither sets nor labels.
+
+Reading is the command's alone: libzfs_core has no listing. Its error prose is that of libzfs (C locale), checked on
+OpenZFS 2.1.11.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Sequence
+
+from snapshotter.core.command import Outcome, environment, run
+from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
+
+_POOLS = "/proc/spl/kstat/zfs"
+_READING_S = 120.0
+_AT_ONCE = 400  # names on one command line: 400 of the longest (255 bytes) stay far below ARG_MAX
+_NO_LIMIT = 2**64 - 1  # what -p makes of `none`
+_LIMITS = ("snapshot_limit", "snapshot_count", "filesystem_limit", "filesystem_count")
+_MISSING = ("does not exist", "no such pool")
+
+#: What libzfs says -> errno, the first that fits. Later ones are parts of longer sentences.
+_SAID = (
+    ("suspended", errno.EAGAIN),
+    ("permission denied", errno.EPERM),
+    ("quota exceeded", errno.EDQUOT),
+    ("snapshot limit", errno.EDQUOT),
+    ("out of space", errno.ENOSPC),
+    ("no space left", errno.ENOSPC),
+    ("read-only", errno.EROFS),
+    ("read only", errno.EROFS),
+    ("key must be loaded", errno.ENOKEY),
+    ("key not loaded", errno.ENOKEY),
+    ("already exists", errno.EEXIST),
+    ("dataset exists", errno.EEXIST),
+    ("does not exist", errno.ENOENT),
+    ("no such pool", errno.ENOENT),
+    ("has children", errno.ENOTEMPTY),
+    ("dependent clones", errno.EBUSY),
+    ("busy", errno.EBUSY),
+    ("too long", errno.ENAMETOOLONG),
+    ("i/o error", errno.EIO),
+)
+
+Properties = dict[str, tuple[str, str]]  # name -> (value, source)
+
+
+def needs() -> list[str]:
+    """[] if ZFS can be worked with here, else the reasons, each with its cure."""
+    if not os.path.exists("/dev/zfs"):
+        return ["zfs: its kernel module isn't loaded: modprobe zfs"]
+    if not _found("zfs"):
+        return ["zfs: there is no `zfs` command: install zfsutils-linux"]
+    if not os.access("/dev/zfs", os.R_OK | os.W_OK):
+        return ["zfs: no permission to open /dev/zfs: run as root, or let this user open it"]
+    return []
+
+
+def _found(program: str) -> bool:
+    return any(os.access(os.path.join(place, program), os.X_OK) for place in environment()["PATH"].split(":"))
+
+
+def pools() -> list[str]:
+    """The pools that are imported here, asked of the kernel without a child: [] where there is no ZFS."""
+    try:
+        return sorted(name for name in os.listdir(_POOLS) if os.path.isdir(os.path.join(_POOLS, name)))
+    except OSError:
+        return []
+
+
+def pool_of(name: str) -> str:
+    return name.partition("@")[0].partition("/")[0]
+
+
+def refuse_suspended(names: Iterable[str]) -> None:
+    """Raise StorageError if a pool of these names lost its devices: what changes it would wait for ever."""
+    for pool in {pool_of(name) for name in names}:
+        try:
+            with open(f"{_POOLS}/{pool}/state", encoding="ascii") as file:
+                state = file.read().strip()
+        except OSError:
+            continue  # an older OpenZFS, or no such pool: the call itself will tell
+        if state == "SUSPENDED":
+            raise failure(errno.EAGAIN, pool)
+
+
+def refuse_blind() -> None:
+    """Raise StorageError if a pool here can't be looked into: `zfs get` leaves it out without a word."""
+    refuse_suspended(pools())
+
+
+def change(*words: str, object: str) -> None:
+    """Run a `zfs` that changes something to its end. Raises what `failure` makes of its refusal."""
+    refuse_suspended([object])
+    outcome = run(["zfs", *words], mutates=True)
+    if not outcome.ok:
+        raise told(outcome, object)
+
+
+def destroy(dataset: str) -> None:
+    """Remove this dataset, never what hangs on it; absent is done."""
+    refuse_suspended([dataset])
+    outcome = run(["zfs", "destroy", dataset], mutates=True)
+    if not outcome.ok and number_of(outcome.stderr) != errno.ENOENT:
+        raise told(outcome, dataset)
+
+
+def told(outcome: Outcome, object: str) -> SnapshotterError:
+    """The error of a `zfs` that failed. The first line has the reason; how to use the command may follow."""
+    lines = [line.strip() for line in outcome.stderr.splitlines() if line.strip()]
+    number = number_of(outcome.stderr)
+    if number == errno.ENOSPC and _at_limit(object):
+        number = errno.EDQUOT
+    return failure(number, object, lines[0] if lines else outcome.said)
+
+
+def _at_limit(object: str) -> bool:
+    """Whether a limit on the number of snapshots or datasets is reached: libzfs calls that "out of space" too."""
+    parts = object.partition("@")[0].split("/")
+    for found in get(_LIMITS, ["/".join(parts[: k + 1]) for k in range(len(parts))]).values():
+        for limit, count in zip(_LIMITS[::2], _LIMITS[1::2], strict=True):
+            most, now = (found.get(key, ("", ""))[0] for key in (limit, count))
+            if most.isdigit() and now.isdigit() and int(now) >= int(most) != _NO_LIMIT:
+                return True
+    return False
+
+
+def number_of(said: str) -> int:
+    """The errno that libzfs must have had when it said this; 0 if it isn't known."""
+    lower = said.lower()
+    return next((number for words, number in _SAID if words in lower), 0)
+
+
+def failure(number: int, object: str, said: str = "") -> SnapshotterError:
+    """One refusal of ZFS, the same whichever way it was asked. `said` is shown where the number isn't known."""
+    dataset = object.partition("@")[0]
+    match number:
+        case errno.EAGAIN:
+            pool = pool_of(object)
+            return StorageError("the pool is suspended: it lost its devices", object=object, cure=f"zpool clear {pool}")
+        case errno.EPERM | errno.EACCES:
+            user = os.geteuid()
+            return PreconditionError(
+                "no permission",
+                object=object,
+                cure=f"run as root, or: zfs allow -u {user} snapshot,destroy,mount,hold,release,userprop {dataset}",
+            )
+        case errno.EDQUOT:
+            return StorageError("a quota or limit is reached", object=object, cure="raise it, or delete old sets")
+        case errno.ENOSPC:
+            cure = "delete old sets, or free some space"
+            return StorageError("no space: its pool is full, or the rest is reserved", object=object, cure=cure)
+        case errno.EROFS:
+            return PreconditionError("its pool is read-only", object=object, cure="import it for writing")
+        case errno.ENOKEY:
+            cure = f"zfs load-key {dataset}"
+            return PreconditionError("its encryption key isn't loaded", object=object, cure=cure)
+        case errno.EEXIST:
+            return BusyError("exists already", object=object)
+        case errno.ENOENT:
+            return StorageError("no such dataset", object=object, cure="was it destroyed, renamed or exported?")
+        case errno.ENOTEMPTY:
+            return BusyError("has children or snapshots", object=object, cure=f"zfs list -r -t all {dataset}")
+        case errno.EBUSY:
+            return BusyError("is in use", object=object, cure=f"zfs holds {object}; or who has it open: fuser -vm")
+        case errno.ENAMETOOLONG:
+            return PreconditionError("the name would be too long", object=object, cure="give the dataset a shorter one")
+        case errno.EXDEV:
+            return StorageError("crosses pools", object=object)
+        case errno.EIO:
+            return StorageError("an I/O error", object=object, cure=f"zpool status {pool_of(object)}")
+    if said:
+        return StorageError(f"zfs refused: {said.removeprefix('cannot ')}", object=object)
+    return StorageError(f"zfs refused: {os.strerror(number) if number else 'no reason given'}", object=object)
+
+
+def get(properties: Sequence[str], names: Sequence[str]) -> dict[str, Properties]:
+    """These properties of these objects, by name; those that aren't there are left out. Raises StorageError,
+    PreconditionError."""
+    found: dict[str, Properties] = {}
+    for start in range(0, len(names), _AT_ONCE):
+        part = names[start : start + _AT_ONCE]
+        _read(["-o", "name,property,value,source", ",".join(properties), *part], found, part[0])
+    return found
+
+
+def get_set(properties: Sequence[str]) -> dict[str, Properties]:
+    """As `get`, of every object here that has one of these properties set on itself (local or received)."""
+    found: dict[str, Properties] = {}
+    if pools():
+        kinds = ["-t", "filesystem,volume,snapshot", "-s", "local,received"]
+        _read([*kinds, "-o", "name,property,value,source", ",".join(properties)], found, "zfs")
+    return found
+
+
+def get_local(name: str) -> dict[str, str]:
+    """All properties that are set on this object itself. Raises StorageError if it isn't there."""
+    found: dict[str, Properties] = {}
+    _read(["-s", "local,received", "-o", "name,property,value,source", "all", name], found, name)
+    if name not in found and name not in get(["type"], [name]):
+        raise failure(errno.ENOENT, name)
+    return {key: value for key, (value, _) in found.get(name, {}).items()}
+
+
+def _read(words: Sequence[str], found: dict[str, Properties], object: str) -> None:
+    if reasons := needs():
+        message, _, cure = reasons[0].partition(": ")[2].partition(": ")
+        raise PreconditionError(message, object="zfs", cure=cure)
+    outcome = run(["zfs", "get", "-Hp", *words], timeout=_READING_S)
+    for line in outcome.stdout.split("\n"):
+        fields = line.split("\t")
+        if len(fields) >= 4:  # else a part of another's property that has several lines
+            found.setdefault(fields[0], {})[fields[1]] = "\t".join(fields[2:-1]), fields[-1]
+    if not outcome.ok:
+        # Something that was destroyed since its name was read is no error.
+        wrong = [line for line in outcome.stderr.splitlines() if not any(word in line for word in _MISSING)]
+        if wrong:
+            raise failure(number_of(" ".join(wrong)), object, wrong[-1])
+
+
+def children(name: str) -> list[str]:
+    """The datasets directly below this one."""
+    outcome = run(["zfs", "list", "-H", "-d", "1", "-o", "name", "-t", "filesystem,volume", name], timeout=_READING_S)
+    if not outcome.ok:
+        raise told(outcome, name)
+    return [line for line in outcome.stdout.splitlines() if line != name]
+
+
+def snapshots_of(name: str) -> list[tuple[str, int]]:
+    """(full name, createtxg) of the snapshots of this one dataset, everybody's, oldest first; none of an absent one."""
+    words = ["zfs", "list", "-Hp", "-d", "1", "-o", "name,createtxg", "-s", "createtxg", "-t", "snapshot", name]
+    outcome = run(words, timeout=_READING_S)
+    if not outcome.ok and number_of(outcome.stderr) != errno.ENOENT:
+        raise told(outcome, name)
+    pairs = (line.split("\t") for line in outcome.stdout.splitlines())
+    return [(found, int(txg)) for found, txg in pairs]
+
+
+def holds_of(names: Sequence[str]) -> list[tuple[str, str]]:
+    """(snapshot, tag) of every hold on these snapshots."""
+    outcome = run(["zfs", "holds", "-H", *names], timeout=_READING_S)
+    if not outcome.ok and number_of(outcome.stderr) != errno.ENOENT:
+        raise told(outcome, names[0])
+    lines = (line.split("\t") for line in outcome.stdout.splitlines())
+    return [(fields[0], fields[1]) for fields in lines if len(fields) >= 2]

@@ -1,0 +1,161 @@
+"""Other tools on the same datasets: what is theirs we neither list nor touch, what is ours they leave alone; copies of
+our sets that came from elsewhere are listed and left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from snapshotter.core.errors import BusyError, PreconditionError
+from snapshotter.core.model import Access, Hold, Volume, new_attachment_id, utc_now
+from snapshotter.testing.harness import make_birth
+from tests.lab import zfs_kit
+from tests.lab.zfs_kit import ZfsHarness, names, run, zfs
+from tests.support import Command
+
+pytestmark = [pytest.mark.root, pytest.mark.zfs, pytest.mark.skipif(bool(zfs_kit.here()), reason=zfs_kit.here())]
+SEALED = {"sealed": "20261122t100630z", "grade": "filesystem"}
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[str]:
+    with zfs_kit.pool() as name:
+        yield name
+
+
+@pytest.fixture
+def harness(pool: str) -> Iterator[ZfsHarness]:
+    with zfs_kit.zfs_harness(pool) as harness:
+        yield harness
+
+
+def take(*volumes: Volume) -> str:
+    birth = make_birth(volumes)
+    zfs_kit.provider().create(volumes, birth, Hold(marks=SEALED))
+    return birth.set_id
+
+
+def guids(top: str, *, of: str) -> set[str]:
+    """name=guid of the snapshots below `top` whose short name begins so."""
+    listed = zfs("list", "-Hp", "-r", "-o", "name,guid", "-t", "snapshot", top).splitlines()
+    return {line for line in listed if line.partition("@")[2].startswith(of)}
+
+
+def ours() -> set[str]:
+    return {found.birth.set_id for found in zfs_kit.provider().snapshots()}
+
+
+def sanoid(etc: Path, *words: str) -> None:
+    argv = ["sanoid", f"--configdir={etc}", f"--cache-dir={etc}/cache", f"--run-dir={etc}/run", *words]
+    done = run(*argv)
+    assert done.returncode == 0, done.stderr
+
+
+def test_sanoid_and_zfs_auto_snapshot_on_the_same_datasets(harness: ZfsHarness) -> None:
+    """They take and prune recursively, while sets are taken, attached, and deleted; also of a clone of ours."""
+    volume, below = harness.dataset("d"), harness.dataset("d/below")
+    etc = harness.scratch / "sanoid"
+    etc.mkdir()
+    defaults = Path("/usr/share/sanoid/sanoid.defaults.conf")
+    (etc / "sanoid.defaults.conf").write_bytes(defaults.read_bytes())
+    (etc / "sanoid.conf").write_text(
+        f"[{harness.top}]\nuse_template = t\nrecursive = yes\n"
+        "[template_t]\nhourly = 1\ndaily = 1\nmonthly = 0\nautosnap = yes\nautoprune = yes\n"
+    )
+    auto = ["zfs-auto-snapshot", "-q", "--label=frequent", "--keep=1", "-r", harness.top]
+    first = take(volume, below)
+    zfs_kit.provider().mark(first, {"pinned": "1"})
+    attachment_id = new_attachment_id(utc_now())
+    place = str(harness.scratch / "clone")
+    made = zfs_kit.provider().attach(next(zfs_kit.provider().snapshots(first)), attachment_id, Access.WRITABLE, place)
+    harness.enter(made, place)
+    sanoid(etc, "--take-snapshots")
+    assert run(*auto).returncode == 0
+    second = take(volume, below)
+    before = guids(harness.top, of="autosnap") | guids(harness.top, of="zfs-auto-snap")
+    assert len(before) >= 6
+    assert ours() == {first, second}, "a snapshot of our clone has our properties, and is not ours"
+    sanoid(etc, "--prune-snapshots", "--force-prune")
+    assert ours() == {first, second}
+    theirs = guids(harness.top, of="autosnap") | guids(harness.top, of="zfs-auto-snap")
+    harness.leave(place)
+    # Our clone carries theirs now: it is they who must let it go.
+    with pytest.raises(BusyError, match="another tool"):
+        zfs_kit.provider().detach(attachment_id)
+    zfs_kit.provider().delete(second)
+    zfs_kit.provider().reap()
+    assert guids(harness.top, of="autosnap") | guids(harness.top, of="zfs-auto-snap") == theirs
+    for line in theirs:
+        if attachment_id in line:
+            zfs("destroy", line.split("\t")[0])
+    zfs_kit.provider().detach(attachment_id)
+    assert run(*auto).returncode == 0, "its own rotation still works"
+    assert ours() == {first}
+    zfs_kit.provider().delete(first)
+    left = names(harness.top) - {harness.top, volume.id, below.id}
+    assert left and all("@autosnap" in name or "@zfs-auto-snap" in name for name in left)
+
+
+def test_a_replica_is_listed_and_never_deleted(harness: ZfsHarness) -> None:
+    volume = harness.volume()
+    assert volume.path is not None
+    with open(os.path.join(volume.path, "file"), "w") as file:
+        file.write("content")
+    set_id = take(volume)
+    copy = f"{harness.top}/copy"
+    with subprocess.Popen(["zfs", "send", "-R", f"{volume.id}@{set_id}-0"], stdout=subprocess.PIPE) as sender:
+        done = subprocess.run(["zfs", "receive", "-u", copy], stdin=sender.stdout, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    replica = f"{copy}@{set_id}-0"
+    assert [found.id for found in zfs_kit.provider().snapshots(set_id)] == [f"{volume.id}@{set_id}-0", replica]
+    zfs_kit.provider().mark(set_id, {"height": "7"})
+    original, received = zfs_kit.provider().snapshots(set_id)
+    assert original.marks["height"] == "7" and "height" not in received.marks
+    zfs_kit.provider().delete(set_id)
+    (found,) = zfs_kit.provider().snapshots(set_id)
+    assert found.id == replica and found.marks["sealed"]
+    with pytest.raises(PreconditionError) as refused:
+        zfs_kit.provider().delete(set_id)
+    assert replica in refused.value.line() and refused.value.cure
+    assert zfs_kit.content_at(found, "file", harness.scratch) == b"content"
+    assert replica in names(harness.top)
+
+
+def test_a_snapshot_that_has_our_name_or_inherits_our_record_is_not_ours(harness: ZfsHarness) -> None:
+    volume = harness.volume()
+    set_id = take(volume)
+    record = zfs("get", "-H", "-o", "value", "snapshotter:birth", f"{volume.id}@{set_id}-0").strip()
+    # By hand, or by a tool that copies properties from the snapshot to what it restores.
+    zfs("set", f"snapshotter:birth={record}", volume.id)
+    zfs("snapshot", f"{volume.id}@s20261122t100630z-5f3a9c-0")
+    zfs("snapshot", f"{volume.id}@theirs")
+    assert ours() == {set_id}
+    before = guids(harness.top, of="")
+    zfs_kit.provider().delete(set_id)
+    assert guids(harness.top, of="") == {line for line in before if set_id not in line}
+    zfs("inherit", "snapshotter:birth", volume.id)
+
+
+def test_a_file_system_on_a_zvol_is_refused_by_name(harness: ZfsHarness) -> None:
+    """It is ZFS's, so nothing else takes it for its own; and its snapshot would be no whole file system."""
+    zvol = f"{harness.top}/zvol"
+    zfs("create", "-s", "-V", "64M", zvol)
+    run("udevadm", "settle")
+    device = os.path.realpath(f"/dev/zvol/{zvol}")
+    assert run("mkfs.ext4", "-q", device).returncode == 0
+    point = harness.scratch / "ext4"
+    point.mkdir()
+    assert run("mount", device, str(point)).returncode == 0
+    try:
+        (point / "file").write_text("content")
+        refused = Command(harness.scratch / "etc").error("take", str(point), exit_code=3)
+        assert zvol in refused["line"] and "zvol" in refused["line"] and "copy" in refused["line"]
+        words = ["--provider", "copy", "-o", f"store={harness.scratch}/store"]
+        taken = Command(harness.scratch / "etc").json("take", str(point), *words)
+        assert taken["good"]
+    finally:
+        run("umount", str(point))

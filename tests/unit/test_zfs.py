@@ -1,0 +1,140 @@
+"""What the ZFS driver decides without ZFS: whose a property is, which member a snapshot is, what an error means."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import types
+
+import pytest
+
+from providers.zfs import ZfsProvider, library, objects, tool
+from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.labels import encode_birth
+from snapshotter.core.model import Birth, ImageState, Volume
+from snapshotter.host.mounts import Mount
+from snapshotter.provider import Settings, may_claim
+from snapshotter.testing.harness import make_birth
+
+SET = "s20261122t100630z-5f3a9c"
+VOLUMES = [Volume("zfs", "tank/a", "/a"), Volume("lvm", "vg/b", "/b"), Volume("zfs", "tank/c", "/c")]
+
+
+def birth() -> Birth:
+    return make_birth(VOLUMES, set_id=SET)
+
+
+def found(name: str, source: str = "local", **native: str) -> objects.Object:
+    properties = {key: (value, "-") for key, value in {"createtxg": "77", **native}.items()}
+    properties[objects.BIRTH] = encode_birth(birth()), source
+    return objects._object(name, properties)
+
+
+@pytest.mark.parametrize(
+    ("name", "member"),
+    [
+        (f"tank/a@{SET}-0", 0),
+        (f"tank/c@{SET}-2", 2),
+        (f"tank/c.aside-w1@{SET}-2", 2),  # swapped since
+        ("tank/c@renamed", 2),
+        (f"tank/c@{SET[:-1]}d-0", 2),  # another set's form of name, given by hand
+        ("tank/elsewhere@renamed", None),
+        (f"tank/a@{SET}-1", None),  # the number of another provider's member
+        (f"tank/a@{SET}-9", 0),
+        ("tank/a", None),
+    ],
+)
+def test_which_member_a_snapshot_is(name: str, member: int | None) -> None:
+    read = found(name).birth
+    assert (read and read.member) == member
+
+
+def test_only_what_is_set_on_the_object_itself_is_ours() -> None:
+    assert objects.as_snapshot(found(f"tank/a@{SET}-0")) is not None
+    assert objects.as_snapshot(found(f"tank/a@{SET}-0", "inherited from tank/a")) is None
+    replica = found(f"tank/a@{SET}-0", "received")
+    assert replica.replica and objects.as_snapshot(replica) is not None
+
+
+def test_what_is_to_go_with_its_last_user_is_no_image() -> None:
+    snapshot = objects.as_snapshot(found(f"tank/a@{SET}-0", defer_destroy="on"))
+    assert snapshot is not None and snapshot.state is ImageState.INVALID and snapshot.why
+    snapshot = objects.as_snapshot(found(f"tank/a@{SET}-0", defer_destroy="off"))
+    assert snapshot is not None and snapshot.state is ImageState.READY and snapshot.order == 77
+
+
+@pytest.mark.parametrize("path", ["/plain", "/\u00fcber/\U0001f40b", "/undecodable/\udcff", "/tab\there", '/"\\'])
+def test_a_record_goes_through_a_table_of_tabs_and_lines(path: str) -> None:
+    text = objects.dump({"path": path})
+    assert text.isascii() and text.isprintable()
+    read = objects._object("tank/a@x", {objects.MOUNTS: (text, "local")}).record(objects.MOUNTS)
+    assert read is not None and read["path"].encode(errors="surrogateescape") == path.encode(errors="surrogateescape")
+
+
+@pytest.mark.parametrize(
+    ("said", "number", "kind"),
+    [
+        ("cannot create snapshot 'tank/a@x': out of space", errno.ENOSPC, StorageError),
+        ("cannot create snapshots : permission denied", errno.EPERM, PreconditionError),
+        ("cannot create snapshot 'tank/a@x': dataset already exists", errno.EEXIST, BusyError),
+        ("cannot open 'tank/gone': dataset does not exist\nusage:\n\tsnapshot [-r]", errno.ENOENT, StorageError),
+        ("cannot destroy 'tank/a@x': snapshot has dependent clones\nuse '-R'", errno.EBUSY, BusyError),
+        ("cannot destroy 'tank/c': filesystem has children\nuse '-r'", errno.ENOTEMPTY, BusyError),
+        ("cannot destroy snapshot tank/a@x: dataset is busy", errno.EBUSY, BusyError),
+        ("cannot open 'tank': pool I/O is currently suspended", errno.EAGAIN, StorageError),
+        ("cannot set property for 'tank/a@x': pool is read-only", errno.EROFS, PreconditionError),
+        ("cannot mount 'tank/a': encryption key not loaded", errno.ENOKEY, PreconditionError),
+        ("internal error: something new", 0, StorageError),
+    ],
+)
+def test_what_libzfs_says_is_an_error_of_ours(said: str, number: int, kind: type[SnapshotterError]) -> None:
+    assert tool.number_of(said) == number
+    error = tool.failure(number, "tank/a@x", said)
+    assert type(error) is kind and "tank/a@x" in error.line()
+    assert error.cure or (not number and said in error.line()) or number == errno.EEXIST
+
+
+def build(release: object) -> types.ModuleType:
+    made = types.ModuleType("libzfs_core")
+    made.lzc_release = release  # type: ignore[attr-defined]
+    return made
+
+
+def test_a_build_whose_errors_are_none_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "libzfs_core", build(lambda holds: holds.iteritems()))
+    assert library._library(load=True) is None
+    sound = build(lambda holds: [])
+    monkeypatch.setitem(sys.modules, "libzfs_core", sound)
+    assert library._library(load=False) is sound
+    monkeypatch.setitem(sys.modules, "libzfs_core", None)
+    assert library._library(load=True) is None
+
+
+def mount(fstype: str, source: str, device: str = "0:99") -> Mount:
+    return Mount(
+        id=1,
+        parent=0,
+        device=device,
+        root="/",
+        path="/data",
+        options=frozenset(),
+        fstype=fstype,
+        source=source,
+        super_options=frozenset(),
+    )
+
+
+def test_who_may_claim_what_is_known_without_loading_a_driver() -> None:
+    assert may_claim("zfs", mount("zfs", "tank/a")) and not may_claim("btrfs", mount("zfs", "tank/a"))
+    assert may_claim("zfs", mount("ext4", "/dev/zd0")) and not may_claim("zfs", mount("ext4", "/dev/sda"))
+    assert may_claim("btrfs", mount("btrfs", "/dev/sda")) and may_claim("copy", mount("ext4", "/dev/sda"))
+    assert may_claim("lvm", mount("ext4", "/dev/mapper/vg-data")) and may_claim("another", mount("zfs", "tank/a"))
+
+
+def test_one_pool_is_one_instant() -> None:
+    provider = ZfsProvider(Settings("/nonexistent"))
+    claimed = provider.claim(mount("zfs", "tank/a/b"), "/data")
+    assert claimed is not None and (claimed.id, claimed.path) == ("tank/a/b", "/data")
+    assert provider.claim(mount("ext4", "/dev/sda"), "/data") is None
+    assert provider.one_instant([claimed, Volume("zfs", "tank", "/tank")])
+    assert not provider.one_instant([claimed, Volume("zfs", "tank2/a", "/tank2")])
