@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from snapshotter import __version__
-from snapshotter.core.errors import Exit, PreconditionError, SnapshotterError, UsageError, plain, worst
+from snapshotter.core.errors import Exit, PreconditionError, SnapshotterError, Told, UsageError, plain, worst
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -243,26 +243,129 @@ def show(call: Call, set_id: str) -> None:
     call.answer(document, lambda: human.details(document))
 
 
+def complete_set_or_target(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """What restore takes: a set, or, to end what one began, a target."""
+    if any(ctx.params.get(name) for name in ("go_on", "undo", "discard")):
+        return complete_target(ctx, param, incomplete)
+    return complete_set(ctx, param, incomplete)
+
+
+def in_place(function: Callable[..., None]) -> Callable[..., None]:
+    """The options of whatever changes the live data."""
+    for option in (
+        click.option("--yes", is_flag=True, help="Don't ask."),
+        click.option("--sign-state-from-set", "from_set", is_flag=True,
+                     help="Dangerous: where a validator's signing record can't be compared, believe the incoming one."),
+        click.option("--aside", metavar="DIR", help="Set the old data aside in DIR, which may be on another disk."),
+        click.option("-n", "--dry-run", is_flag=True, help="Print what would be put where, change nothing."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
 @cli.command()
-@click.argument("set_id", metavar="SET", shell_complete=complete_set)
+@click.argument("set_id", metavar="[SET|TARGET]", required=False, shell_complete=complete_set_or_target)
 @click.option("--to", metavar="DIR", help="Make a writable clone at DIR (absent or empty).")
 @click.option("--mount", metavar="DIR", help="Mount the image read-only at DIR (absent or empty).")
-@click.option("-n", "--dry-run", is_flag=True, help="Print what would be put where, change nothing.")
+@click.option("--in-place", "live", is_flag=True, help="Put it in place of the live data, which is set aside.")
+@click.option("--only", type=click.Choice(["database", "key"]), help="In place: only this part of the node.")
+@click.option("--identity", type=click.Choice(["set", "live"]), help="In place: whose key stands there afterwards.")
+@click.option("--yes-original-is-stopped", "alone", is_flag=True, help="No other node runs with this validator's key.")
+@click.option("--continue", "go_on", is_flag=True, help="Go on with TARGET's interrupted restore.")
+@click.option("--undo", is_flag=True, help="Put TARGET's old data back.")
+@click.option("--discard", is_flag=True, help="Remove TARGET's old data: there is no undo then.")
+@click.option("--with-identity", is_flag=True, help="Leave the node's keys in the clone of --to.")
+@in_place
 @from_host
 @common
-def restore(call: Call, set_id: str, to: str | None, mount: str | None, dry_run: bool, from_host: bool) -> None:
-    """Make a set usable beside its origin.
+def restore(call: Call, set_id: str | None, **given: Any) -> None:
+    """Make a set usable: beside its origin, or in its place.
 
-    The origin is not touched; `release DIR` ends it."""
+    --to and --mount don't touch the origin; `release DIR` ends them. --in-place proves the set, stops the node, sets
+    the old data aside, puts the set's there, and starts the node; until --discard it can be undone."""
+    ways = [name for name in ("to", "mount", "live", "go_on", "undo", "discard") if given[name]]
+    shown = {"live": "--in-place", "go_on": "--continue"}
+    if len(ways) != 1:
+        cure = "one of --to DIR, --mount DIR, --in-place; to end one: --continue, --undo, --discard"
+        raise UsageError("give one way to restore", object=set_id or "", cure=cure)
+    way = ways[0]
+    goes_with = {
+        "only": "live", "aside": "live", "identity": "live", "alone": "live", "with_identity": "to",
+        "from_set": "live undo", "dry_run": "to mount live", "yes": "live discard", "from_host": "to mount live",
+    }  # fmt: skip
+    for name, those in goes_with.items():
+        if given[name] and way not in those.split():
+            option = {"alone": "yes-original-is-stopped", "from_set": "sign-state-from-set"}.get(name, name)
+            raise UsageError(f"--{option.replace('_', '-')} doesn't go with {shown.get(way, '--' + way)}")
+    if way in ("go_on", "undo", "discard"):
+        _end_restore(call, set_id, way, given)
+        return
+    if set_id is None:
+        raise UsageError("give a set", cure="`snapshotter list` shows them; `latest` is the newest good one")
+    if way == "live":
+        from snapshotter.verbs import in_place as verb
+
+        how = {"only": given["only"] or "", "aside": given["aside"], "choice": given["identity"] or ""}
+        how |= {"from_set": given["from_set"], "from_host": given["from_host"], "measure": given["dry_run"]}
+        session = call.session()
+        plan = verb.plan(session, set_id, **how)
+        _put_in_place(call, session, plan, given)
+        return
     from snapshotter import human
     from snapshotter.core.model import Access
-    from snapshotter.verbs import restore as verb
+    from snapshotter.verbs import restore as beside
 
-    if bool(to) == bool(mount):
-        raise UsageError("give one of --to DIR and --mount DIR", object=set_id)
-    access = Access.WRITABLE if to else Access.READ_ONLY
-    document = verb.restore(call.session(), set_id, to or mount or "", access, from_host=from_host, dry_run=dry_run)
-    call.answer(document, lambda: human.restored(document, dry_run))
+    access = Access.WRITABLE if way == "to" else Access.READ_ONLY
+    rest: dict[str, Any] = {name: given[name] for name in ("from_host", "dry_run", "with_identity")}
+    document = beside.restore(call.session(), set_id, given[way], access, **rest)
+    call.answer(document, lambda: human.restored(document, given["dry_run"]))
+
+
+def _put_in_place(call: Call, session: Session, plan: Any, given: Mapping[str, Any]) -> None:
+    from snapshotter import human
+    from snapshotter.verbs import in_place as verb
+
+    if given["dry_run"]:
+        document = plan.document()
+        call.answer(document, lambda: human.in_place_plan(document))
+        return
+    if plan.brings_key and plan.validator:
+        key = "no other node runs with this key; restore"
+        confirm(given["alone"], key, [plan.path], "--yes-original-is-stopped")
+    confirm(given["yes"], f"stop it and set its data aside: {human.what_is_restored(plan.document())} at", [plan.path])
+    document = verb.carry_out(session, plan)
+    call.answer(document, lambda: human.in_place(document))
+
+
+def _end_restore(call: Call, target: str | None, way: str, given: Mapping[str, Any]) -> None:
+    from snapshotter import human
+    from snapshotter.verbs import in_place as verb
+
+    session = call.session()
+    if way == "discard":
+        confirm(given["yes"], "remove for good", verb.to_discard(session, target))
+        document = verb.discard(session, target)
+    elif way == "undo":
+        document = verb.undo(session, target, from_set=given["from_set"])
+    else:
+        document = verb.go_on(session, target)
+    call.answer(document, lambda: human.in_place(document))
+
+
+@cli.command()
+@click.argument("target", required=False, shell_complete=complete_target)
+@in_place
+@common
+def resync(call: Call, target: str | None, **given: Any) -> None:
+    """Set a node's database aside; it syncs anew from its peers.
+
+    Its keys stay. As a restore in place it can be undone until `restore --discard TARGET`."""
+    from snapshotter.verbs import in_place as verb
+
+    session = call.session()
+    how = {"aside": given["aside"], "from_set": given["from_set"], "measure": given["dry_run"]}
+    plan = verb.plan_resync(session, target, **how)
+    _put_in_place(call, session, plan, given)
 
 
 @cli.command()
@@ -279,6 +382,28 @@ def release(call: Call, directory: str, discard_changes: bool) -> None:
     call.answer(
         document, lambda: f"released {document['released']['path'] or directory} (set {document['set_id']} stays)"
     )
+
+
+@cli.command()
+@click.argument("what", metavar="SET|TARGET", required=False, shell_complete=complete_set)
+@click.option(
+    "--level",
+    type=click.IntRange(0, 5),
+    help="0 the storage's word, 1 the files, 2 the database's structure, 3 every block, 4 the engine opens it "
+    "(default: the node's policy, else 2).",
+)
+@from_host
+@common
+def verify(call: Call, what: str | None, level: int | None, from_host: bool) -> None:
+    """Prove a set by opening a clone of it.
+
+    Of a TARGET its newest good set. What it came to is written on the set."""
+    from snapshotter import human
+    from snapshotter.verbs import verify as verb
+
+    document = verb.verify(call.session(), what, level=level, from_host=from_host)
+    codes = {"ok": Exit.DONE, "corrupt": Exit.JUDGED_BAD, "could-not-run": Exit.REFUSED}
+    call.answer(document, lambda: human.verified(document), int(codes.get(document["outcome"], Exit.PRECONDITION)))
 
 
 @cli.command()
@@ -302,12 +427,12 @@ def delete(call: Call, set_ids: tuple[str, ...], yes: bool, last: bool, from_hos
     call.answer(document, lambda: text, int(Exit.REFUSED) if document["failed"] else 0)
 
 
-def confirm(yes: bool, act: str, objects: list[str]) -> None:
-    """Ask on a terminal; without one, refuse unless `--yes` was given. Raises UsageError."""
+def confirm(yes: bool, act: str, objects: list[str], option: str = "--yes") -> None:
+    """Ask on a terminal; without one, refuse unless `option` was given. Raises UsageError."""
     if yes:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise UsageError(f"{act} wants a confirmation", object=", ".join(objects), cure="--yes")
+        raise UsageError(f"{act} wants a confirmation", object=", ".join(objects), cure=option)
     if not click.confirm(f"{act} {', '.join(objects)}?", err=True):
         raise UsageError("not confirmed: nothing was changed", object=", ".join(objects))
 
@@ -369,6 +494,80 @@ def profile(call: Call, name: str | None) -> None:
     call.answer(document, lambda: human.profile(document))
 
 
+@cli.group()
+def identity() -> None:
+    """Show a node's identity, keep its key safe."""
+
+
+def passphrase_of(file: str | None, *, twice: bool) -> str:
+    """From a file's first line, or asked for on a terminal: never an argument, which others can see."""
+    if file is not None:
+        from snapshotter.nodes import files
+
+        try:
+            content, found = files.read(os.path.realpath(file), 4096)
+        except FileNotFoundError:
+            raise UsageError("no such file", object=file) from None
+        if found.st_mode & 0o077:
+            _complain(f"warning: {file} can be read by others: chmod 600 it")
+        given = content.split(b"\n")[0].rstrip(b"\r").decode(errors="surrogateescape")
+    elif sys.stdin.isatty() and sys.stderr.isatty():
+        given = click.prompt("Passphrase", hide_input=True, confirmation_prompt=twice, err=True)
+    else:
+        raise UsageError("wants a passphrase", object="identity", cure="--passphrase-file FILE")
+    if not given:
+        raise UsageError("the passphrase is empty", object=file or "identity", cure="give one that can't be guessed")
+    return given
+
+
+def secretly(function: Callable[..., None]) -> Callable[..., None]:
+    """--passphrase-file."""
+    return click.option("--passphrase-file", metavar="FILE", help="Read the passphrase from its first line.")(function)
+
+
+@identity.command("show")
+@click.argument("target", metavar="TARGET|SET", required=False, shell_complete=complete_target)
+@click.option("--host", metavar="HOST", help="Print the URL that peers dial, with this address of the node.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Its port (default: the usual one).")
+@common
+def identity_show(call: Call, target: str | None, host: str | None, port: int | None) -> None:
+    """Show address and enode, from the node's key (or a set's record)."""
+    from snapshotter import human
+    from snapshotter.verbs import identity as verb
+
+    document = verb.show(call.session(), target, host, port)
+    call.answer(document, lambda: human.details({**document, "warnings": None}))
+
+
+@identity.command("export")
+@click.argument("target", required=False, shell_complete=complete_target)
+@click.option("--to", required=True, metavar="FILE", help="The encrypted file to make.")
+@secretly
+@common
+def identity_export(call: Call, target: str | None, to: str, passphrase_file: str | None) -> None:
+    """Write the node's key, encrypted, to a file that `age -d` opens too."""
+    from snapshotter.verbs import identity as verb
+
+    document = verb.export(call.session(), target, to, lambda: passphrase_of(passphrase_file, twice=True))
+    call.answer(document, lambda: f"wrote {document['file']}: {', '.join(document['names'])}, encrypted")
+
+
+@identity.command("restore")
+@click.argument("file", type=click.Path())
+@click.argument("target", required=False, shell_complete=complete_target)
+@click.option("--replace", is_flag=True, help="Allow another identity to be replaced (it is kept).")
+@secretly
+@common
+def identity_restore(call: Call, file: str, target: str | None, replace: bool, passphrase_file: str | None) -> None:
+    """Put an exported key back in its place."""
+    from snapshotter.verbs import identity as verb
+
+    ask = functools.partial(passphrase_of, passphrase_file, twice=False)
+    document = verb.restore(call.session(), file, target, ask, replace=replace)
+    shown = document["address"] or "the identity"
+    call.answer(document, lambda: f"put {shown} back in {document['path']}: {', '.join(document['names'])}")
+
+
 @cli.command()
 @click.argument("target", required=False, shell_complete=complete_target)
 @providing
@@ -393,7 +592,7 @@ def _print_json(document: Mapping[str, Any]) -> None:
         click.echo(json.dumps({"schema": 1, **document}))
 
 
-def _fail(error: SnapshotterError, as_json: bool) -> int:
+def _fail(error: Told, as_json: bool) -> int:
     _complain(f"error: {error.line()}")
     if as_json:
         try:
@@ -421,7 +620,7 @@ def run(argv: list[str]) -> int:
         return leaving.code if isinstance(leaving.code, int) else 1
     except click.exceptions.Exit as leaving:
         return leaving.exit_code
-    except SnapshotterError as error:
+    except Told as error:
         if verbose:
             _traceback()
         return _fail(error, as_json)

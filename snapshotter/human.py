@@ -72,6 +72,17 @@ def brief(document: Document) -> str:
     return f"{document['set_id']} {document['node']} {document['state']} {document['grade'] or '-'}{pinned}"
 
 
+def verified(document: Document) -> str:
+    """What `verify` says."""
+    lines = [f"{document['set_id']}: {document['outcome']} at level {document['level']}"]
+    if document["level"] < document["wanted"] and document["outcome"] != "corrupt":
+        lines[0] += f" (of {document['wanted']})"
+    for found in document["databases"]:
+        why = f": {found['why']}" if found["why"] else ""
+        lines.append(f"  {found['kind']} {found['path']}: {found['outcome']} at level {found['level']}{why}")
+    return "\n".join(lines)
+
+
 def taken(document: Document) -> str:
     """What `take` says."""
     if "existing" not in document:
@@ -159,6 +170,65 @@ def restored(document: Document, dry_run: bool) -> str:
     lines += [f"  {root['origin']} is at {root['path']}" for root in document["roots"]]
     if not dry_run:
         lines.append(f"  end it with: snapshotter release {document['path']}")
+    return "\n".join(lines)
+
+
+def what_is_restored(document: Document) -> str:
+    """`the database of s2026...`."""
+    if document["only"] == "resync":
+        return "no database, to sync anew,"
+    part = {"database": "the database of ", "key": "the keys of "}.get(document["only"] or "", "")
+    return f"{part}{document['set_id']}"
+
+
+def in_place_plan(document: Document) -> str:
+    """What `restore --in-place --dry-run` and `resync --dry-run` say."""
+    service = document["service"]
+    lines = [f"would put {what_is_restored(document)} at {document['path']} (node {document['node']})"]
+    if service is None:
+        lines.append("  no service is configured: nothing is stopped or started")
+    else:
+        lines.append(
+            f"  stop {service}, and start it again" if document["running"] else f"  {service} is stopped, and stays so"
+        )
+    for root in document["roots"]:
+        names = f" ({', '.join(root['names'])})" if root["names"] else ""
+        lines.append(f"  {root['origin']}{names}: what is there goes to {root['aside']}")
+    if document["way"] == "swap":
+        lines.append("  by swap: nothing is copied")
+    elif document["need_bytes"] is None:
+        lines.append(f"  {size(document['free_bytes'])} are free")
+    else:
+        seconds = "" if document["seconds"] is None else f", about {span(document['seconds'])}"
+        rate = "" if document["rate_bytes_s"] is None else f" at {size(document['rate_bytes_s'])}/s as measured"
+        lines.append(
+            f"  copies at most {size(document['need_bytes'])} of {size(document['free_bytes'])} free{seconds}{rate}"
+        )
+    if document["address"]:
+        lines.append(f"  the live key is of {document['address']}")
+    lines += [f"  stays as it is: {path}" for path in document["left_alone"]]
+    return "\n".join(lines)
+
+
+def in_place(document: Document) -> str:
+    """What the verbs that change the live data say."""
+    path = document["path"]
+    if document["outcome"] == "undone":
+        return f"undone: {path} is what it was"
+    if document["outcome"] == "discarded":
+        return (
+            "\n".join(f"removed {gone}" for gone in document["discarded"])
+            or f"nothing is set aside for {path} any more"
+        )
+    lines = [f"put {what_is_restored(document)} at {path}"]
+    lines += [f"  the old data is at {aside}" for aside in document["aside"]]
+    seen = document["seen"]
+    if seen and seen["height"] is not None:
+        lines.append(
+            f"  the node runs, at height {seen['height']}" + (f", {seen['peers']} peers" if seen["peers"] else "")
+        )
+    lines.append(f"  back: {document['undo_command']}")
+    lines.append(f"  when all is well: {document['discard_command']}")
     return "\n".join(lines)
 
 

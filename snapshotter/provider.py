@@ -93,6 +93,10 @@ class Provider(ABC):
         """Volumes by ids, tags or instance, for drivers that work off the host. Default: none."""
         return []
 
+    def one_instant(self, volumes: Sequence[Volume]) -> bool:
+        """Would one `create` of these volumes be one instant? Default: what the traits say of several. No I/O."""
+        return len(volumes) == 1 or self.traits.atomic_across_volumes
+
     @abstractmethod
     def check(self, volumes: Sequence[Volume], birth: Birth) -> None:
         """Could `create` work now: tool, permission, space, limits, room for the birth record? No effects.
@@ -197,10 +201,14 @@ class Provider(ABC):
 BUILT_IN: Mapping[str, tuple[str, str]] = {
     "btrfs": ("providers.btrfs:BtrfsProvider", ""),
     "copy": ("providers.copy:CopyProvider", ""),
+    "lvm": ("providers.lvm:LvmProvider", ""),
+    "zfs": ("providers.zfs:ZfsProvider", ""),
 }
 #: Which claim wins, nearest to the file system first. `copy` serves only where nothing else claims, or on request.
 NEAREST_FIRST = ("zfs", "btrfs", "lvm", "ebs", "gce")
 LAST_RESORT = "copy"
+#: Drivers that serve one kind of file system: not loaded for a mount of another (it takes longer than a snapshot).
+_ONLY = {"zfs": "zfs", "btrfs": "btrfs"}
 ENTRY_POINTS = "snapshotter.providers"
 
 
@@ -212,6 +220,12 @@ def names() -> Iterator[str]:
 
     yield from sorted({point.name for point in entry_points(group=ENTRY_POINTS)} - set(BUILT_IN))
     yield LAST_RESORT
+
+
+def may_claim(name: str, mount: Mount) -> bool:
+    """False where it is certain, without loading the driver, that it claims nothing on this mount."""
+    zvol = name == "zfs" and mount.source.startswith(("/dev/zd", "/dev/zvol/"))
+    return zvol or _ONLY.get(name, mount.fstype) == mount.fstype
 
 
 def load(name: str) -> type[Provider]:

@@ -22,6 +22,10 @@ _KEPT = ("PATH", "HOME", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "SSL_CER
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
+#: Descriptors of the locks that this process holds (`host.locks` keeps it): every mutating child inherits them.
+LOCKED: set[int] = set()
+
+
 class Outcome(Struct, frozen=True):
     """How a program ended. Text is decoded as UTF-8, undecodable bytes kept by surrogateescape."""
 
@@ -77,7 +81,7 @@ def run(
             env=environment(extra_env),
             timeout=timeout,
             start_new_session=mutates,
-            pass_fds=tuple(keep_fds),
+            pass_fds=tuple({*keep_fds, *LOCKED} if mutates else keep_fds),
             check=False,
         )
     except OSError as error:

@@ -226,11 +226,14 @@ class Hold(Struct, frozen=True):
 
     `deadline` is time.monotonic() seconds at which the watchdog lets the writers go: every call of the provider
     must end before it. `mapped` has (st_dev, st_ino) of every file that a held process maps shared and
-    writable: their timestamps tell nothing.
+    writable: their timestamps tell nothing. `marks` are the set's, the seal among them, where nothing is left to be
+    proven once the images exist (no quiesce, one instant): a driver that can writes them in the call that makes the
+    images, and has nothing to do when it is told to mark the set so. Else they are empty.
     """
 
     deadline: float | None = None
     mapped: frozenset[tuple[int, int]] = frozenset()
+    marks: Mapping[str, str] = {}
 
 
 class Progress(Struct, frozen=True):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from types import TracebackType
 
+from snapshotter.core import command
 from snapshotter.core.digest import sha256
 from snapshotter.core.errors import BusyError
 from snapshotter.host.places import lock_directory
@@ -46,6 +47,7 @@ class Locks:
     def _take(self, name: str, give_up: float) -> None:
         fd = os.open(_path(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.fds.append(fd)
+        command.LOCKED.add(fd)
         while True:
             try:
                 fcntl.flock(fd, self._kind | fcntl.LOCK_NB)
@@ -63,7 +65,9 @@ class Locks:
     def release(self) -> None:
         """Give all up. Our own descriptors only: a child that inherited them keeps the lock until it ends."""
         while self.fds:
-            os.close(self.fds.pop())
+            fd = self.fds.pop()
+            command.LOCKED.discard(fd)
+            os.close(fd)
 
     def __exit__(
         self,

@@ -139,6 +139,10 @@ def mount(spec: MountSpec, where: str) -> None:
     if options:
         argv += ["-o", ",".join(options)]
     outcome = run([*argv, "--", spec.source, where], mutates=True)
+    if not outcome.ok and spec.fstype == "zfs" and "cannot be mounted using 'mount'" in outcome.stderr:
+        # A dataset with a mount point of its own: mount.zfs(8) wants to be told that this is meant.
+        told = ["mount", "-t", "zfs", "-o", ",".join([*options, "zfsutil"])]
+        outcome = run([*told, "--", spec.source, where], mutates=True)
     if not outcome.ok:
         raise StorageError(f"can't mount: {outcome.said}", object=where)
 

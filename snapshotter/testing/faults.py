@@ -58,6 +58,9 @@ class Proxy(Provider):
     def find(self, select: Mapping[str, object]) -> list[Volume]:
         return self.inner.find(select)
 
+    def one_instant(self, volumes: Sequence[Volume]) -> bool:
+        return self.inner.one_instant(volumes)
+
     def check(self, volumes: Sequence[Volume], birth: Birth) -> None:
         self.inner.check(volumes, birth)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from snapshotter.catalog import Catalog
-from snapshotter.core.errors import BusyError, Interrupted, SnapshotterError, UsageError
+from snapshotter.core.errors import BusyError, SnapshotterError, UsageError
 from snapshotter.core.model import SnapshotSet
 from snapshotter.host.locks import Locks
+from snapshotter.verbs import open_restores
 from snapshotter.verbs.documents import set_document
 from snapshotter.verbs.session import Session
 
@@ -42,6 +43,7 @@ def plan(session: Session, selectors: list[str], *, last: bool, from_host: bool)
         if selector.startswith("latest"):
             raise UsageError("delete takes no `latest`", object=selector, cure="give the set's id")
         found = entries.pick(selector, careful=True, from_host=from_host)
+        open_restores.refuse(session, found.birth.target)
         check(entries, found, last=last)
         chosen[found.set_id] = found
     return list(chosen.values())
@@ -60,11 +62,10 @@ def delete(session: Session, selectors: list[str], *, last: bool = False, from_h
                 now = next((entry for entry in entries.sets if entry.set_id == found.set_id), None)
                 if now is None:
                     continue  # somebody else deleted it: that is what was asked for
+                open_restores.refuse(session, now.birth.target)
                 check(entries, now, last=last)
                 remove(session, now)
                 gone.append(set_document(now))
-        except Interrupted:
-            raise
         except SnapshotterError as error:
             errors.append(error)
             failed.append({"set_id": found.set_id, **error.as_json()})

@@ -106,6 +106,8 @@ def nearest(session: Session, node: Node, path: str, mount: mounts.Mount) -> tup
             )
     else:
         for name in providers.names():
+            if not providers.may_claim(name, mount):
+                continue
             volume = session.provider(name, node, chosen=False).claim(mount, path)
             if volume is not None:
                 provider = session.provider(name, node)
@@ -132,7 +134,7 @@ def make(
     slot: str = "",
 ) -> Plan:
     """Decide everything. Raises PreconditionError (grade, skew, providers), UsageError."""
-    profile = profiles.get(node.profile) if node.profile else profiles.detect(node.path)[0]
+    profile = profile_of(session, node)[0]
     layout = roots(node, profile)
     claims = [Claim(found.path, *nearest(session, node, found.path, found.mount)) for found in layout.roots]
     for nested in layout.subvolumes:
@@ -146,21 +148,30 @@ def make(
             volumes.append(claim.volume)
             owners.append(claim.provider)
     keys = [volume.key for volume in volumes]
-    birth = Birth(
-        set_id=new_set_id(now),
-        target=target_id(node.path),
-        node=node.name,
-        host=host_name(),
-        profile=profile.name,
-        roots=tuple(
-            Root(claim.root, keys.index(claim.volume.key), _inside(claim.root, claim.volume)) for claim in claims
-        ),
-        members=tuple(Member(volume.provider, volume.id) for volume in volumes),
-        taken_at=now,
-        # On one host the locks tell whether the run lives; the deadline only has to outlast the quiesce.
-        deadline=now + timedelta(seconds=max(1.0, budget_s or node.budget)),
-        slot=slot,
-    )
+    set_id = new_set_id(now)
+
+    def record(address: str) -> Birth:
+        return Birth(
+            set_id=set_id,
+            target=target_id(node.path),
+            node=node.name,
+            host=host_name(),
+            profile=profile.name,
+            roots=tuple(
+                Root(claim.root, keys.index(claim.volume.key), _inside(claim.root, claim.volume)) for claim in claims
+            ),
+            members=tuple(Member(volume.provider, volume.id) for volume in volumes),
+            taken_at=now,
+            # On one host the locks tell whether the run lives; the deadline only has to outlast the quiesce.
+            deadline=now + timedelta(seconds=max(1.0, budget_s or node.budget)),
+            slot=slot,
+            address=address,
+        )
+
+    birth = record(_address(node, profile, layout))
+    if birth.address and not _remembered(birth):
+        layout.warnings.append("the node's address is not recorded: beside the paths there is no room for it")
+        birth = record("")
     if not _remembered(birth):
         raise PreconditionError(
             "the paths of its roots are too long to be recorded, and it could not be restored",
@@ -201,6 +212,26 @@ def make(
     for provider, theirs in plan.by_provider():
         provider.check(theirs, birth)
     return plan
+
+
+def _address(node: Node, profile: Profile, layout: Layout) -> str:
+    """The node's address, '' if it has none or it can't be told. A note of why joins the layout's warnings."""
+    if profile.node_key is None:
+        return ""
+    from snapshotter.nodes import identity
+
+    address, note = identity.for_record(layout.roots[0].path, profile, node.key_file)
+    if note:
+        layout.warnings.append(note)
+    return address
+
+
+def profile_of(session: Session, node: Node) -> tuple[Profile, str]:
+    """The node's profile, by its config or else by its content, and why it is that. Raises UsageError."""
+    own = session.config.profiles
+    if node.profile:
+        return profiles.get(node.profile, own), "the config says so"
+    return profiles.detect(node.path, own)
 
 
 def _has_anything(path: str) -> bool:
@@ -244,7 +275,7 @@ def _quiesce(node: Node, asked: str | None, owners: Sequence[Provider], volumes:
 
 def _one_instant(owners: Sequence[Provider], volumes: Sequence[Volume]) -> bool:
     """One create() call makes all of it at one instant."""
-    return len(volumes) == 1 or (len(set(map(id, owners))) == 1 and owners[0].traits.atomic_across_volumes)
+    return len(set(map(id, owners))) == 1 and owners[0].one_instant(volumes)
 
 
 def _grade(quiesce: Quiesce, owners: Sequence[Provider], volumes: Sequence[Volume]) -> Grade:

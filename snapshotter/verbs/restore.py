@@ -38,6 +38,7 @@ from snapshotter.host import mounts
 from snapshotter.host.locks import Locks
 from snapshotter.host.places import private_directory, run_directory
 from snapshotter.nodes import repoint
+from snapshotter.nodes.target import target_id
 from snapshotter.provider import Provider
 from snapshotter.verbs.session import Session
 
@@ -50,8 +51,10 @@ def restore(
     *,
     from_host: bool = False,
     dry_run: bool = False,
+    with_identity: bool = False,
 ) -> dict[str, Any]:
-    """Attach the set at `destination`, an absent or empty directory whose parent exists.
+    """Attach the set at `destination`, an absent or empty directory whose parent exists. In a writable clone the node's
+    keys are replaced by placeholders (`withheld` names them) unless `with_identity`.
 
     Returns the `restore` document. Raises NotFoundError, JudgedBadError (incomplete, damaged), PreconditionError
     (pending, no
@@ -60,10 +63,10 @@ def restore(
     warnings = judge(found)
     top = destination_of(destination, found)
     places = layout(found, top)
-    if found.marks.get("secrets") == "1":
+    if found.marks.get("secrets") == "1" and (with_identity or access is Access.READ_ONLY):
         warnings.append("it holds the node's keys: never start it while the original runs with the same keys")
     attachment_id = new_attachment_id(utc_now())
-    document = {
+    document: dict[str, Any] = {
         "set_id": found.set_id,
         "attachment_id": attachment_id,
         "path": top,
@@ -96,6 +99,8 @@ def restore(
         warnings += [note for provider in holding.values() for note in provider.notes]
         if access is Access.WRITABLE:
             changes = repoint.repoint(pairs, f"{top}.roots/outside")
+            if not with_identity:
+                document["withheld"] = _withhold(session, found, pairs, warnings)
         elif changes := repoint.check_read_only(pairs):
             raise PreconditionError(
                 f"{_shown(changes[0])} leads to {changes[0].before}, a live place; read-only it can't be re-pointed",
@@ -111,6 +116,24 @@ def restore(
             undo.commit()
     warnings += [f"{_shown(change)} led to {change.before}, and now to {change.after}" for change in changes]
     return document
+
+
+def _withhold(session: Session, found: SnapshotSet, pairs: Sequence[tuple[str, str]], warnings: list[str]) -> list[str]:
+    """Take the node's keys out of a writable clone; returns where they were. All links lead into the clone by now."""
+    from snapshotter.nodes import identity, profiles
+
+    own, top = session.config.profiles, pairs[0][1]
+    try:
+        profile = profiles.get(found.birth.profile, own)
+    except UsageError:
+        profile, why = profiles.detect(top, own)
+        warnings.append(f"its profile {found.birth.profile} isn't known here; taken for {profile.name} ({why})")
+    node = next((node for node in session.config.nodes.values() if target_id(node.path) == found.birth.target), None)
+    withheld = identity.withhold(pairs, profile, node.key_file if node else None)
+    if withheld:
+        names = ", ".join(os.path.relpath(path, top) for path in withheld)
+        warnings.append(f"its keys were withheld ({names}): it can't run as that node; --with-identity leaves them in")
+    return withheld
 
 
 def _shown(change: repoint.Change) -> str:

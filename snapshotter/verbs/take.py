@@ -8,6 +8,7 @@ ready. Before the seal every way out undoes everything; after it the set is kept
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from snapshotter.host.locks import Locks
 from snapshotter.nodes import profiles
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.target import resolve
+from snapshotter.verbs import open_restores
 from snapshotter.verbs import plan as planning
 from snapshotter.verbs.documents import set_document
 from snapshotter.verbs.plan import Plan
@@ -63,6 +65,7 @@ def take(
         return plan.document()
     notes = list(plan.layout.warnings)
     with Locks(plan.locks()):
+        open_restores.refuse(session, plan.birth.target)
         if slot and (existing := _of_slot(session, plan)) is not None:
             return {**existing, "existing": True, "warnings": notes, "left_out": list(plan.layout.links_outside)}
         notes += _carry_out(plan)
@@ -77,8 +80,6 @@ def take_all(session: Session, **how: Any) -> tuple[dict[str, Any], list[Snapsho
     for name in session.config.nodes:
         try:
             sets.append(take(session, name, **how))
-        except Interrupted:
-            raise
         except SnapshotterError as error:
             errors.append(error)
             failed.append({"node": name, **error.as_json()})
@@ -108,25 +109,33 @@ def _carry_out(plan: Plan) -> list[str]:
             provider.prepare(volumes, plan.birth, plan.budget_s)
         # Asked before the instant: the image holds at least this block.
         head, silent = _height(plan.node)
-        with _hold(plan) as held:
-            first = time.monotonic()
-            for provider, volumes in groups:
-                provider.create(volumes, plan.birth, held.hold)
-            skew_ms = round((time.monotonic() - first) * 1000)
-        # Leaving the `with` proved that the writers were held throughout; else it raised and all is undone.
-        if plan.quiesce is not Quiesce.NONE:
-            marks["freeze-ms"] = str(max(1, round(held.held_ms or 0)))
-        if plan.grade == "skewed":
-            marks["skew-ms"] = str(max(1, skew_ms))
         if head is not None:
             marks["height"] = str(head.height)
             marks["block"] = pack_hash(head.hash)
-        marks["sealed"] = compact_time(utc_now())
-        with deferred():
-            for provider, _ in groups:
-                provider.mark(set_id, marks)
-            undo.commit()
+        # Nothing to prove afterwards: the driver may seal in the very call that makes the image, so a signal waits.
+        at_birth = plan.quiesce is Quiesce.NONE and len(groups) == 1 and plan.grade is not Grade.SKEWED
+        if at_birth:
+            marks["sealed"] = compact_time(utc_now())
+        with deferred() if at_birth else nullcontext():
+            with _hold(plan, marks if at_birth else {}) as held:
+                first = time.monotonic()
+                for provider, volumes in groups:
+                    provider.create(volumes, plan.birth, held.hold)
+                skew_ms = round((time.monotonic() - first) * 1000)
+            # Leaving the `with` proved that the writers were held throughout; else it raised and all is undone.
+            if plan.quiesce is not Quiesce.NONE:
+                marks["freeze-ms"] = str(max(1, round(held.held_ms or 0)))
+            if plan.grade == "skewed":
+                marks["skew-ms"] = str(max(1, skew_ms))
+            if not at_birth:
+                marks["sealed"] = compact_time(utc_now())
+            with deferred():
+                for provider, _ in groups:
+                    provider.mark(set_id, marks)
+                undo.commit()
     notes = [*held.notes, *(note for provider, _ in groups for note in provider.notes)]
+    if plan.quiesce is not Quiesce.STOP:
+        notes += profiles.outdated(plan.profile, plan.birth.path)
     if silent:
         # Never the URL itself: it may have a password or an API key in it.
         notes.append(f"no height is known, the node's RPC gives none: {silent}")
@@ -142,10 +151,10 @@ def _height(node: Node) -> tuple[Block | None, str]:
     return rpc.height(node.rpc)
 
 
-def _hold(plan: Plan) -> AbstractContextManager[Any]:
+def _hold(plan: Plan, marks: Mapping[str, str]) -> AbstractContextManager[Any]:
     """What gives a `Held`. Its module is imported only where something is to be held: it takes its time."""
     if plan.quiesce is Quiesce.NONE:
-        return nullcontext(SimpleNamespace(hold=Hold(), notes=[], held_ms=None))
+        return nullcontext(SimpleNamespace(hold=Hold(marks=dict(marks)), notes=[], held_ms=None))
     from snapshotter.host import quiesce as holding
     from snapshotter.host.service import SystemdUnit
 

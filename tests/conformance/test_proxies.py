@@ -15,7 +15,18 @@ from snapshotter.testing import MUTATING, CallTwice, Counting, FailNth, KillAt, 
 from snapshotter.testing.faults import IDEMPOTENT
 from tests.conformance.test_memory import MemoryHarness
 
-READING = {"availability", "claim", "find", "check", "snapshots", "attachments", "swaps", "reap", "space"}
+READING = {
+    "availability",
+    "claim",
+    "find",
+    "one_instant",
+    "check",
+    "snapshots",
+    "attachments",
+    "swaps",
+    "reap",
+    "space",
+}
 
 
 @pytest.fixture

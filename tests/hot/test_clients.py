@@ -81,7 +81,8 @@ def take_and_revive(place: Path, node: EthereumJs, client: Client, how: str, rou
         assert {member["provider"] for member in taken["snapshots"]} == {how}
         check_height(taken, node, before, after)
         clone = place / f"clone-{turn}"
-        command.json("restore", taken["set_id"], "--to", str(clone))
+        # The same node is to come up again, alone on the loopback interface.
+        command.json("restore", taken["set_id"], "--to", str(clone), "--with-identity")
         node.wait_for(after + 1)  # it goes on; its clone isn't fed from it
         revived = client(clone)
         try:

@@ -1,0 +1,240 @@
+"""restore --in-place, resync, and what becomes of one that was interrupted: --continue, --undo, --discard.
+
+The plan is made and may be looked at (`plan`, `plan_resync`); `carry_out` does it under the locks of the target and of
+its volumes. Whatever fails before the node was started again is undone at once. A run that was killed is found by its
+journal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from snapshotter.core.errors import (
+    NotFoundError,
+    PreconditionError,
+    SnapshotterError,
+    UndoIncompleteError,
+    UsageError,
+)
+from snapshotter.core.interrupts import deferred
+from snapshotter.core.journal import Journal, names
+from snapshotter.core.model import utc_now
+from snapshotter.host.locks import Locks
+from snapshotter.host.places import private_directory
+from snapshotter.nodes import health
+from snapshotter.nodes.target import resolve, target_id
+from snapshotter.verbs import in_place_plan as planning
+from snapshotter.verbs import open_restores
+from snapshotter.verbs.in_place_plan import Plan
+from snapshotter.verbs.in_place_steps import Unhealthy, Work
+from snapshotter.verbs.session import Session
+
+
+def plan(session: Session, selector: str, **how: Any) -> Plan:
+    """What `restore SET --in-place` would do; see `in_place_plan.restore`. Changes nothing."""
+    return planning.restore(session, selector, now=utc_now(), **how)
+
+
+def plan_resync(session: Session, target: str | None, **how: Any) -> Plan:
+    """What `resync` would do. Changes nothing."""
+    return planning.resync(session, resolve(target, session.config), now=utc_now(), **how)
+
+
+def carry_out(session: Session, plan: Plan) -> dict[str, Any]:
+    """Returns the document. Raises any of core.errors: nothing has changed then, but for `Unhealthy` (restored; the
+    undo command is named) and UndoIncompleteError."""
+    with _locked(session, plan):
+        open_restores.refuse(session, plan.target, finished=True)
+        private_directory(open_restores.directory(session))
+        seen = health.look(plan.node) if plan.running else None
+        where = open_restores.path_of(session, plan.target)
+        journal = Journal.create(where, id=plan.id, path=plan.path, plan=planning.dump(plan))
+        work = Work(session, plan, journal)
+        if seen is not None:
+            journal.append("seen", enode_id=seen.enode_id, peers=seen.peers, height=seen.height)
+        _drive(work)
+    return _document(work, "restored")
+
+
+def _drive(work: Work) -> None:
+    """Forward; on any failure before the node runs on the new content, back."""
+    try:
+        work.forward()
+    except Unhealthy:
+        raise
+    except BaseException as error:
+        _back(work, error)
+        raise
+
+
+def _back(work: Work, error: BaseException | None) -> None:
+    """Raises UndoIncompleteError if the old state could not be had again."""
+    try:
+        _undo(work)
+    except UndoIncompleteError:
+        raise
+    except BaseException as failed:
+        said = failed.line() if isinstance(failed, SnapshotterError) else f"{type(failed).__name__}: {failed}"
+        raise UndoIncompleteError(
+            f"the restore could not all be undone ({said}){_after(error)}",
+            object=work.plan.path,
+            left=[work.journal.path],
+            cure="mend that",
+            undo_command=f"snapshotter restore --undo {work.plan.path}",
+        ) from failed
+    if work.unstarted is not None:
+        raise _unstarted(work, error)
+
+
+def _undo(work: Work) -> None:
+    with deferred():
+        work.backward()
+        work.journal.remove()
+
+
+def _unstarted(work: Work, error: BaseException | None) -> UndoIncompleteError:
+    why = work.unstarted.line() if work.unstarted else ""
+    return UndoIncompleteError(
+        f"{work.plan.path} is what it was, and its service doesn't run on that ({why}){_after(error)}",
+        object=work.plan.path,
+        left=[f"the service {work.plan.document()['service']}, stopped"],
+        cure="see why, and start it",
+    )
+
+
+def _after(error: BaseException | None) -> str:
+    return f" after: {error.line() if isinstance(error, SnapshotterError) else error}" if error is not None else ""
+
+
+def go_on(session: Session, target: str | None) -> dict[str, Any]:
+    """--continue: to the end, whichever way it was going. Raises NotFoundError (there is none)."""
+    with _open(session, target) as work:
+        if work.journal.has("undo"):
+            _back(work, None)
+            return _document(work, "undone")
+        if work.journal.has("discard"):
+            return _discarded(work)
+        if not work.journal.has("restored"):
+            _drive(work)
+        return _document(work, "restored")
+
+
+def undo(session: Session, target: str | None, *, from_set: bool = False) -> dict[str, Any]:
+    """--undo: the old state again, whether the restore was interrupted or is long done. Raises NotFoundError,
+    BusyError (somebody uses it: nothing has changed), PreconditionError (it is being discarded; the sign-states can't
+    be ordered), UndoIncompleteError."""
+    with _open(session, target) as work:
+        if work.journal.has("discard"):
+            raise PreconditionError(
+                "the old data is being discarded, and may be gone",
+                object=work.plan.path,
+                cure=f"snapshotter restore --discard {work.plan.path} ends it",
+            )
+        if from_set:
+            import msgspec
+
+            work.plan = msgspec.structs.replace(work.plan, from_set=True)
+        began = work.journal.has("undo")
+        try:
+            _undo(work)
+        except Exception:
+            if not began and not work.journal.has("undo"):
+                raise  # refused: it is as it was
+            _back(work, None)
+        if work.unstarted is not None:
+            raise _unstarted(work, None)
+        return _document(work, "undone")
+
+
+def to_discard(session: Session, target: str | None) -> list[str]:
+    """What `--discard` would remove, for the question. Raises NotFoundError, PreconditionError (not done yet)."""
+    with _open(session, target, locked=False) as work:
+        _refuse_unfinished(work)
+        unwell = (work.journal.last("restored") or {}).get("healthy") is False
+        aside = [ground.aside for ground in work.plan.grounds] or [f"{s.provider}:{s.swap_id}" for s in work.plan.swaps]
+        return [*aside, *(["(the node was not well after its restore)"] if unwell else [])]
+
+
+def discard(session: Session, target: str | None) -> dict[str, Any]:
+    """--discard: the old data goes, and with it the way back."""
+    with _open(session, target) as work:
+        _refuse_unfinished(work)
+        return _discarded(work)
+
+
+def _refuse_unfinished(work: Work) -> None:
+    if not work.journal.has("restored") or work.journal.has("undo"):
+        path = work.plan.path
+        raise PreconditionError(
+            "the restore isn't done: what is set aside may be all there is",
+            object=path,
+            cure=f"snapshotter restore --continue {path}, or snapshotter restore --undo {path}",
+        )
+
+
+def _discarded(work: Work) -> dict[str, Any]:
+    gone = work.discard()
+    work.journal.remove()
+    return {**_document(work, "discarded"), "discarded": gone}
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+
+@contextmanager
+def _locked(session: Session, plan: Plan) -> Iterator[None]:
+    volumes: list[str] = []
+    if plan.set_id:
+        found = next((each for each in session.catalog(plan.set_id).sets if each.set_id == plan.set_id), None)
+        volumes = [f"{member.provider}:{member.volume}" for member in found.birth.members] if found else []
+    with Locks([f"target:{plan.target}", *volumes]), Locks([f"set:{plan.set_id}"], exclusive=False):
+        yield
+
+
+@contextmanager
+def _open(session: Session, target: str | None, *, locked: bool = True) -> Iterator[Work]:
+    """The restore of a target that has a journal. Raises NotFoundError."""
+    identity = _target(session, target)
+    journal = Journal.load(open_restores.path_of(session, identity))
+    if journal is None:
+        raise NotFoundError("no restore in place is open, nor waits to be discarded", object=target or identity)
+    work = Work(session, planning.load(journal.facts), journal)
+    if not locked:
+        yield work
+        return
+    with _locked(session, work.plan):
+        again = Journal.load(journal.path)  # another run may have ended it before we had the lock
+        if again is None:
+            raise NotFoundError("no restore in place is open any more", object=target or identity)
+        work.journal = again
+        yield work
+
+
+def _target(session: Session, target: str | None) -> str:
+    try:
+        return target_id(resolve(target, session.config, must_exist=False).path)
+    except UsageError:
+        known = names(open_restores.directory(session))
+        if target is None and len(known) == 1:
+            return known[0]
+        raise
+
+
+def _document(work: Work, outcome: str) -> dict[str, Any]:
+    plan, found = work.plan, work.health
+    document = plan.document()
+    aside = [root["aside"] for root in document["roots"]] if outcome == "restored" else []
+    return {
+        **document,
+        "outcome": outcome,
+        "aside": [path for path in aside if not path.startswith("/") or os.path.lexists(path)],
+        "healthy": found.healthy if found else None,
+        "seen": {"enode_id": found.seen.enode_id, "height": found.seen.height, "peers": found.seen.peers}
+        if found
+        else None,
+        "undo_command": f"snapshotter restore --undo {plan.path}" if outcome == "restored" else None,
+        "discard_command": f"snapshotter restore --discard {plan.path}" if outcome == "restored" else None,
+        "warnings": [*document["warnings"], *work.notes],
+    }

@@ -1,0 +1,105 @@
+"""Old data set aside on another file system: copied there, seen to be whole, and only then removed, so that there is
+room for the new; and copied back for an undo. Must know no journal and no service.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+
+from snapshotter.core.errors import StorageError
+from snapshotter.core.model import Progress, Report
+from snapshotter.host import exchange, tree
+from snapshotter.host.mirror import Mirror
+from snapshotter.host.mounts import is_under
+from snapshotter.host.store import readable, told
+from snapshotter.verbs.in_place_ways import Ground
+
+
+def save(ground: Ground, entries: Sequence[str], report: Report) -> None:
+    """Copy these entries ('' is the directory itself) to `ground.aside`, a directory that is there and empty. On the
+    disk when this returns. Raises StorageError."""
+    _copy(ground.path, ground.aside, entries, "setting aside", report)
+
+
+def remove_saved(ground: Ground, entries: Sequence[str]) -> None:
+    """Remove from their place what `save` has copied. Absent is done."""
+    for entry in entries:
+        path = os.path.join(ground.path, entry).rstrip("/")
+        with told(path):
+            known = exchange.known(path)
+            if known is not None:
+                exchange.remove(path, known)
+
+
+def bring_back(ground: Ground, entries: Sequence[str], report: Report) -> None:
+    """The inverse of both: what is in `aside` stands in its place again, made ready beside it first. What a killed
+    `remove_saved` has left there goes. Raises StorageError."""
+    there = [entry for entry in entries if os.path.lexists(os.path.join(ground.aside, entry))]
+    with told(ground.staged):
+        _make(ground.staged)
+        _copy(ground.aside, ground.staged, there, "bringing back", report)
+    remove_saved(ground, entries)
+    with told(ground.path):
+        for entry in there:
+            exchange.move(os.path.join(ground.staged, entry).rstrip("/"), os.path.join(ground.path, entry).rstrip("/"))
+        exchange.sync_parents([os.path.join(ground.path, entry).rstrip("/") for entry in there])
+        if os.path.lexists(ground.staged):
+            _remove_tree(ground.staged)
+
+
+def forget(ground: Ground) -> None:
+    """Remove the copy. Absent is done."""
+    with told(ground.aside):
+        _remove_tree(ground.aside)
+
+
+def _make(path: str) -> None:
+    _remove_tree(path)
+    os.mkdir(path, 0o700)
+
+
+def _remove_tree(path: str) -> None:
+    known = exchange.known(path)
+    if known is not None:
+        exchange.remove(path, known)
+
+
+def _copy(source_top: str, target_top: str, entries: Sequence[str], what: str, report: Report) -> None:
+    with told(target_top), tree.open_tree(source_top) as source, tree.open_tree(target_top) as target:
+        now = tree.walk(source)
+        if "" not in entries:
+            tops = [f"/{entry}" for entry in entries]
+            now = {
+                path: found
+                for path, found in now.items()
+                if any(is_under(f"/{path}", top) or is_under(top, f"/{path}".rstrip("/") or "/") for top in tops)
+            }
+        total = sum(found.size for found in now.values() if stat.S_ISREG(found.mode))
+        done = 0
+
+        def step(copied: int) -> None:
+            nonlocal done
+            done += copied
+            report(Progress(what, done, max(done, total)))
+
+        def must_fit() -> None:
+            room = os.fstatvfs(target.top)
+            if total > (free := room.f_bavail * room.f_frsize):
+                raise StorageError(
+                    f"{readable(total)} are to go there, and {readable(free)} are free", object=target_top
+                )
+
+        made = Mirror(source, target, step=step, must_copy=must_fit)
+        made.update(now)
+        made.finish(now)
+        tree.syncfs(target.top)
+        copied = tree.walk(target)
+        for path, found in now.items():
+            if stat.S_ISSOCK(found.mode):
+                continue
+            other = copied.get(path)
+            same = other is not None and stat.S_IFMT(other.mode) == stat.S_IFMT(found.mode)
+            if not same or (stat.S_ISREG(found.mode) and other is not None and other.size != found.size):
+                raise StorageError("was not copied whole", object=os.path.join(source_top, path))

@@ -1,0 +1,63 @@
+"""Volumes swapped by their providers, with what is mounted there taken away meanwhile. Each may be done again after a
+kill. Must know no journal and no service.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from snapshotter.core.model import MountSpec, SnapshotSet, Volume
+from snapshotter.host import mounts
+from snapshotter.host.places import private_directory
+from snapshotter.verbs.in_place_plan import Plan
+from snapshotter.verbs.restore import staging_directory
+from snapshotter.verbs.session import Session
+
+
+def swap(session: Session, plan: Plan, found: SnapshotSet) -> None:
+    """A clone of each member takes its volume's place. A swap that a killed run began is taken back first: nobody has
+    used it. Raises what the provider raises, BusyError (it can't be unmounted)."""
+    with _unmounted(plan):
+        for one in plan.swaps:
+            provider = session.provider(one.provider, plan.node, chosen=False)
+            snapshot = next(m for m in found.snapshots if m.birth.member == one.member)
+            if one.swap_id in provider.swaps():
+                provider.swap_back(one.swap_id)
+            provider.swap(one.swap_id, snapshot, Volume(one.provider, one.volume, one.path, one.fstype))
+
+
+def swap_back(session: Session, plan: Plan) -> None:
+    """The volumes as they were. Absent is done."""
+    with _unmounted(plan):
+        for one in plan.swaps:
+            session.provider(one.provider, plan.node, chosen=False).swap_back(one.swap_id)
+
+
+@contextmanager
+def _unmounted(plan: Plan) -> Iterator[None]:
+    """The volumes to be swapped, seen by nobody; mounted again on every way out. A btrfs that nothing shows any more is
+    out of its provider's reach too: it is shown to us alone meanwhile."""
+    hidden = os.path.realpath(private_directory(os.path.join(staging_directory(), f"swap-{plan.id}")))
+    spec = next((one.mount for one in plan.swaps if one.mount and one.fstype == "btrfs"), None)
+    try:
+        if spec is not None and not mounts.is_mount_point(hidden):
+            mounts.mount(MountSpec(spec[0], "btrfs", ("subvolid=5",)), hidden)
+        try:
+            for one in sorted(plan.swaps, key=lambda one: -len(one.path)):
+                if one.mount:
+                    mounts.unmount(one.path)
+            yield
+        finally:
+            _mount_again(plan)
+    finally:
+        mounts.unmount(hidden)
+        os.rmdir(hidden)
+
+
+def _mount_again(plan: Plan) -> None:
+    for one in sorted(plan.swaps, key=lambda one: len(one.path)):
+        if one.mount and not mounts.is_mount_point(one.path):
+            source, kind, options = one.mount
+            mounts.mount(MountSpec(source, kind, options), one.path)

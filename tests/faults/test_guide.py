@@ -1,0 +1,153 @@
+"""The operators' guide, step by step, each by its command of docs/from-the-guide.md; and the guide's four errors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.in_place_kit import Story, difference, ok, picture, story
+from tests.support import CHECKOUT, check_database
+
+SET = "latest:ours"
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    """One node for all steps: each leaves it as it was, running on damaged data, with one set of when it was well."""
+    with story("copy", tmp_path_factory.mktemp("guide")) as made:
+        made.begin()
+        made.run_and_damage()
+        yield made
+
+
+@pytest.fixture
+def undone(node: Story) -> Iterator[Story]:
+    yield node
+    ok(node, "restore", "--undo", "ours")
+    assert node.as_it_was() and node.service.running()
+
+
+def test_a_backup_with_the_node_stopped(node: Story) -> None:
+    before = node.service.did().count("start")
+    taken = ok(node, "take", "ours", "--quiesce", "stop")
+    assert taken["grade"] == "application" and node.service.running()
+    assert node.service.did().count("start") == before + 1
+    ok(node, "delete", taken["set_id"], "--yes", "--last")
+
+
+def test_a_hot_backup(node: Story) -> None:
+    pid = node.service.pid()
+    taken = ok(node, "take", "ours")
+    assert taken["good"] and node.service.pid() == pid
+    ok(node, "delete", taken["set_id"], "--yes", "--last")
+
+
+def test_restore_in_full(undone: Story) -> None:
+    ok(undone, "restore", SET, "--in-place", "--yes")
+    assert undone.restored() and undone.service.running()
+
+
+def test_the_key_has_mode_0600_and_its_owner(undone: Story) -> None:
+    ok(undone, "restore", SET, "--in-place", "--yes")
+    found = (undone.data / "key").stat()
+    assert found.st_mode & 0o777 == 0o600 and found.st_uid == undone.data.stat().st_uid
+
+
+def test_the_damaged_data_is_kept_as_corrupted(undone: Story) -> None:
+    done = ok(undone, "restore", SET, "--in-place", "--yes")
+    (aside,) = done["aside"]
+    assert aside.startswith(f"{undone.data}.corrupted-")
+    assert not difference(picture(Path(aside)), undone.old)
+
+
+def test_restore_the_key_alone_then_sync(node: Story) -> None:
+    key = (node.data / "key").read_text()
+    (node.data / "key").unlink()
+    ok(node, "restore", SET, "--in-place", "--only", "key", "--yes")
+    assert (node.data / "key").read_text() == key
+    ok(node, "restore", "--discard", "ours", "--yes")
+    ok(node, "resync", "ours", "--yes")
+    assert (node.data / "key").read_text() == key and not (node.data / "database" / "later").exists()
+    ok(node, "restore", "--undo", "ours")
+    assert not difference(picture(node.data), node.old) and node.service.running()
+
+
+def test_the_database_from_the_backup(undone: Story, tmp_path: Path) -> None:
+    ok(undone, "restore", SET, "--in-place", "--only", "database", "--yes")
+    shutil.copytree(undone.data, tmp_path / "copy")
+    assert check_database(tmp_path / "copy") == {"head": 200, "lost": 0}
+
+
+def test_the_database_anew(undone: Story) -> None:
+    ok(undone, "resync", "ours", "--yes")
+    assert undone.service.running() and os.listdir(undone.data / "database") == ["node.log"]
+
+
+def test_a_test_restore_in_a_temporary_place(node: Story) -> None:
+    place = node.place / "test-restore"
+    ok(node, "restore", SET, "--to", str(place))
+    assert check_database(place) == {"head": 200, "lost": 0}
+    ok(node, "release", str(place), "--discard-changes")
+    assert node.as_it_was() and not place.exists()
+
+
+# ----------------------------------------------------------------------------------------------- its four errors
+
+
+def test_error_1_not_into_a_copy_of_the_path_inside_itself(undone: Story) -> None:
+    ok(undone, "restore", SET, "--in-place", "--yes")
+    first = str(undone.data).split("/")[1]
+    assert not (undone.data / first).exists() and (undone.data / "database" / "CURRENT").exists()
+
+
+def test_error_2_the_metadata_come_with_the_database(undone: Story) -> None:
+    """The node (as Besu) refuses a database without them: it runs."""
+    undone.service.do("stop")
+    for name in ("DATABASE_METADATA.json", "VERSION_METADATA.json"):
+        (undone.data / name).rename(undone.place / name)
+    try:
+        assert undone.service.do("start") != 0, "the node of these tests must refuse that"
+        ok(undone, "restore", SET, "--in-place", "--only", "database", "--yes")
+        assert undone.service.do("start") == 0 and undone.service.running()
+        undone.service.do("stop")
+        ok(undone, "restore", "--undo", "ours")
+    finally:
+        undone.service.do("stop")
+        for name in ("DATABASE_METADATA.json", "VERSION_METADATA.json"):
+            (undone.place / name).rename(undone.data / name)
+        undone.service.do("start")
+    ok(undone, "restore", SET, "--in-place", "--only", "database", "--yes")
+    assert undone.service.running()
+
+
+def test_error_3_the_key_is_there_afterwards(undone: Story) -> None:
+    key = (undone.data / "key").read_text()
+    ok(undone, "restore", SET, "--in-place", "--yes")
+    assert (undone.data / "key").read_text() == key
+
+
+def test_error_4_a_backup_that_fails_removes_nothing(node: Story) -> None:
+    before = [entry["set_id"] for entry in ok(node, "list", "ours")["sets"]]
+    assert before
+    (node.service.home / "bad-stop").write_text("fail")
+    ok(node, "take", "ours", "--quiesce", "stop", code=6)
+    (node.service.home / "bad-stop").unlink()
+    assert [entry["set_id"] for entry in ok(node, "list", "ours")["sets"]] == before
+
+
+def test_the_document_names_each_command() -> None:
+    """What docs/from-the-guide.md says can be typed is known to the command."""
+    import re
+
+    from snapshotter.cli import cli
+
+    text = (CHECKOUT / "docs" / "from-the-guide.md").read_text()
+    typed = set(re.findall(r"`snapshotter ([a-z]+)", text)) - {"schedule", "identity"}
+    assert typed <= set(cli.commands), typed - set(cli.commands)
+    known = {option for command in cli.commands.values() for each in command.params for option in each.opts}
+    for option in set(re.findall(r"(?<!-)(--[a-z][a-z-]+)", text)):
+        assert option in known, option
