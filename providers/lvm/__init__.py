@@ -352,7 +352,7 @@ class LvmProvider(Provider):
             origins = [row for row in rows if row.vg == vg and row.name in {our.origin for our in theirs}]
             with changing(vg) as group:
                 for row in theirs:
-                    group.lvm("lvremove", "-y", row.id, object=row.id, suspends=origins, gone_is_done=True)
+                    group.remove(row, suspends=origins, half_made="sealed" not in marks(row) and not maker_lives(row))
 
     def reap(self) -> list[str]:
         from providers.lvm import swaps

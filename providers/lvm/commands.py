@@ -54,6 +54,17 @@ class Group:
         if suspends or born:
             self._forget()
 
+    def remove(self, row: Row, *, suspends: Sequence[Row] = (), half_made: bool = False) -> None:
+        """Remove a volume of ours; absent is done. `half_made`: its lvcreate may have been killed. If that was after the
+        thin pool was told and before LVM had noted so, LVM forgets the volume and leaves the pool its device, whose
+        number it gives out again: no snapshot can be made in that pool any more. So the pool is told here too; LVM
+        doesn't mind that the device is gone. Raises BusyError (in use), StorageError."""
+        if half_made and row.thin:
+            asked = run(["lvs", "--noheadings", "-o", "thin_id", row.id], timeout=READING_S, extra_env=ENVIRONMENT)
+            if (number := asked.stdout.strip()).isdigit():
+                self._run(("dmsetup", "message", self._tpool(row.pool), "0", f"delete {number}"))
+        self.lvm("lvremove", "-y", row.id, object=row.id, suspends=suspends, born=row.name, gone_is_done=True)
+
     def other(self, *argv: str, object: str) -> None:
         """As `lvm`, for a program that suspends nothing (dmsetup, cryptsetup)."""
         done = self._run(argv)
@@ -105,8 +116,8 @@ class Group:
                     object=left[0].dm_name,
                     cure=f"dmsetup resume {left[0].dm_name}",
                 )
-        self._forget()
         self._unstick()
+        self._forget()
         return [device.dm_name for device in found]
 
     def _unstick(self) -> bool:

@@ -114,7 +114,7 @@ def swap(report: Report, swap_id: str, snapshot: Snapshot, volume: Volume) -> No
             group.lvm("lvrename", origin.vg, f"{swap_id}-new", origin.name, object=origin.id)
             group.lvm("lvchange", "-ay", origin.id, object=origin.id)
             _settle(origin)
-        except SnapshotterError:
+        except BaseException:
             with suppress(SnapshotterError):
                 _take_back(group, report(), swap_id)
             raise
@@ -240,7 +240,7 @@ def _take_back(group: Group, rows: Sequence[Row], swap_id: str) -> None:
     if words:
         group.lvm("lvchange", *words, known.volume, object=known.volume)
     group.lvm("lvchange", "-ay", known.volume, object=known.volume)
-    _remove(group, rows, clone)
+    group.remove(clone, half_made=True)
     with suppress(PreconditionError):
         run(["udevadm", "settle", "--timeout=60"], timeout=90)
 
@@ -288,7 +288,7 @@ def finish_commits(rows: Sequence[Row]) -> list[str]:
 def _finish_commit(group: Group, rows: Sequence[Row], known: Swap) -> None:
     if known.aside is not None:
         _refuse_dependents(rows, known.aside)
-        _remove(group, rows, known.aside)
+        group.remove(known.aside)
 
 
 def _refuse_dependents(rows: Sequence[Row], aside: Row) -> None:
@@ -300,7 +300,3 @@ def _refuse_dependents(rows: Sequence[Row], aside: Row) -> None:
             )
     if aside.open:
         raise BusyError("is in use", object=aside.id, cure=f"see who with: fuser -vm {aside.device}")
-
-
-def _remove(group: Group, rows: Sequence[Row], row: Row) -> None:
-    group.lvm("lvremove", "-y", row.id, object=row.id, born=row.name, gone_is_done=True)

@@ -26,7 +26,6 @@ from snapshotter.core.errors import (
     NotFoundError,
     PreconditionError,
     QuiesceError,
-    SnapshotterError,
     StorageError,
 )
 from snapshotter.core.labels import LabelLimits, apply_marks, check_marks, encode_birth
@@ -277,7 +276,7 @@ class ZfsProvider(Provider):
                 tool.change("release", PIN, *pinned, object=pinned[0])
         try:
             library.destroy([each.name for each in members])
-        except SnapshotterError:
+        except BaseException:
             still = [each.name for each in objects.read(pinned)]
             if still:
                 tool.change("hold", PIN, *still, object=still[0])

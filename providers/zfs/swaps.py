@@ -22,7 +22,7 @@ from typing import Any
 
 from providers.zfs import library, objects, tool
 from providers.zfs.objects import ASIDE, KEPT, SWAP, Object
-from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.errors import BusyError, PreconditionError, StorageError
 from snapshotter.core.model import MountSpec
 from snapshotter.host import mounts
 
@@ -70,7 +70,7 @@ def begin(swap_id: str, snapshot: Object, volume: str) -> None:
         _move_children(aside, volume)
         _restore_canmount(volume, record)
         _mount(volume, record)
-    except SnapshotterError:
+    except BaseException:
         back(swap_id)
         raise
 

@@ -13,8 +13,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from tests.support import Command, StopWatch, state_of
 
 FILES = 200

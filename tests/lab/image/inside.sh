@@ -19,7 +19,7 @@ apt-get -q update
 $APT install linux-image-cloud-amd64 linux-headers-cloud-amd64 dkms \
     udev kmod util-linux util-linux-extra procps psmisc mount acl attr quota git ca-certificates iproute2 less \
     lvm2 thin-provisioning-tools dmsetup cryptsetup-bin mdadm btrfs-progs xfsprogs e2fsprogs \
-    python3 python3-venv python3-cffi python3-dbus postgresql postgresql-contrib
+    python3 python3-venv python3-cffi python3-dbus libmagic1 postgresql postgresql-contrib
 KERNEL=$(basename /lib/modules/*)
 
 # ZFS: Debian ships it as source. The modules are kept aside, so that the compiler and the headers can go.
@@ -38,7 +38,8 @@ $PIP "${wanted[@]}" pytest-timeout cffi
 mkdir -p /opt/libzfs_core/openzfs
 ln -s /usr/lib/python3/dist-packages/libzfs_core /opt/libzfs_core/openzfs/libzfs_core
 $PIP --no-deps --target /opt/libzfs_core/pypi pyzfs==0.2.3
-# Peers that the bench runs beside us; snapm takes Debian's python3-dbus, which pip could only compile.
+# Peers that the bench runs beside us; snapm takes Debian's python3-dbus, which pip could only compile,
+# and libmagic.
 for peer in snapm zfs-autobackup; do
     python3 -m venv --system-site-packages "/opt/peers/$peer"
     "/opt/peers/$peer/bin/pip" install -q --no-cache-dir --disable-pip-version-check "$peer"
@@ -56,6 +57,9 @@ cp /tmp/modules/* "/lib/modules/$KERNEL/updates/dkms/"
 depmod "$KERNEL"
 apt-get clean
 rm -rf /var/lib/apt/lists/* /usr/sbin/policy-rc.d /tmp/modules /usr/share/doc /usr/share/man /boot/initrd* /var/lib/dkms
+# They still start, without what was thrown away.
+/opt/peers/snapm/bin/snapm --version
+/opt/peers/zfs-autobackup/bin/zfs-autobackup --version
 
 # Daemons and scans that would act by themselves on the tests' storage: no automatic activation, no import, no assembly.
 rm -f /lib/udev/rules.d/*zvol-persist* /etc/cron.*/* /etc/cron.d/*
