@@ -58,11 +58,13 @@ def run(
     *,
     timeout: float | None = None,
     mutates: bool = False,
+    leaves_daemons: bool = False,
     keep_fds: Sequence[int] = (),
     extra_env: Mapping[str, str] | None = None,
     stdin: str | None = None,
 ) -> Outcome:
     """Run a program to its end. `timeout` (seconds) kills a reading child only; it is an error with `mutates`.
+    `leaves_daemons`: what it starts goes on after it (a service), and must not keep our locks.
 
     Raises PreconditionError if the program isn't there, StorageError if the time is up.
     """
@@ -81,7 +83,7 @@ def run(
             env=environment(extra_env),
             timeout=timeout,
             start_new_session=mutates,
-            pass_fds=tuple({*keep_fds, *LOCKED} if mutates else keep_fds),
+            pass_fds=tuple({*keep_fds, *LOCKED} if mutates and not leaves_daemons else keep_fds),
             check=False,
         )
     except OSError as error:

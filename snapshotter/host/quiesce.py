@@ -426,7 +426,7 @@ class _Hooks(Held):
     def _take(self) -> None:
         assert self._guard is not None
         self._guard.note("run", *self._release_argv)
-        outcome = run(self._hold_argv, mutates=True)
+        outcome = run(self._hold_argv, mutates=True, leaves_daemons=True)
         if not outcome.ok:
             raise PreconditionError(
                 f"the hold hook failed: {outcome.said}", object=" ".join(self._hold_argv), cure="see what it says"

@@ -134,7 +134,7 @@ def _has_open(pid: int, directories: Sequence[str]) -> bool:
 
 
 def _must(argv: Sequence[str], what: str, name: str) -> None:
-    outcome = run(argv, mutates=True)
+    outcome = run(argv, mutates=True, leaves_daemons=True)
     if not outcome.ok:
         raise StorageError(f"can't {what}: {outcome.said}", object=name)
 
@@ -174,7 +174,7 @@ class SystemdUnit(Struct, frozen=True):
         _must(["systemctl", "stop", "--", self.unit], "stop", self.unit)
 
     def start(self) -> None:
-        if not run(self.start_argv, mutates=True).ok:
+        if not run(self.start_argv, mutates=True, leaves_daemons=True).ok:
             # It may have been started too often lately: systemd counts, and restores go wrong more than once.
             run(["systemctl", "reset-failed", "--", self.unit], mutates=True)
             _must(self.start_argv, "start", self.unit)

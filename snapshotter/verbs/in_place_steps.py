@@ -22,7 +22,6 @@ from contextlib import contextmanager
 import msgspec
 
 from snapshotter import checks
-from snapshotter.core import command
 from snapshotter.core.errors import JudgedBadError, NotFoundError, SnapshotterError, StorageError
 from snapshotter.core.journal import Journal
 from snapshotter.core.model import SnapshotSet, new_attachment_id, utc_now
@@ -194,8 +193,7 @@ class Work:
 
     def stop(self) -> None:
         if self.service is not None:
-            with _locks_kept():
-                self.service.stop()
+            self.service.stop()
             if self.service.can_mask and not self.plan.masked:
                 self.service.mask()
         self.unused()
@@ -316,8 +314,7 @@ class Work:
         if self.service.can_mask and not self.plan.masked:
             self.service.unmask()
         if self.plan.running:
-            with _locks_kept():
-                self.service.start()
+            self.service.start()
 
     def healthy(self) -> None:
         if self.service is None or not self.plan.running:
@@ -388,8 +385,7 @@ class Work:
             if self.service.can_mask and not self.plan.masked:
                 self.service.unmask()
             if run:
-                with _locks_kept():
-                    self.service.start()
+                self.service.start()
 
     def _back(self, ran: bool) -> None:
         units = self.units()
@@ -472,17 +468,6 @@ class Work:
             if any(mounts.is_under(u.aside, ground.aside) and u.old for u in units):
                 gone.append(ground.aside)
         return gone
-
-
-@contextmanager
-def _locks_kept() -> Iterator[None]:
-    """The service's own commands may leave a daemon behind: it must not go on holding our locks."""
-    ours = set(command.LOCKED)
-    command.LOCKED.clear()
-    try:
-        yield
-    finally:
-        command.LOCKED.update(ours)
 
 
 def _sync(path: str) -> None:
