@@ -373,7 +373,7 @@ def shell(options: argparse.Namespace) -> int:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/lab", allow_abbrev=False, add_help=False)
-    limit = 6 * 3600 if "--full" in argv else 1500
+    limit = 12 * 3600 if "--full" in argv else 2700
     parser.add_argument("--limit", type=int, default=limit, help="seconds that a job may take (0: no limit)")
     parser.add_argument("--cpus", type=int, default=2)
     parser.add_argument("--memory", type=int, default=3072, help="MiB")
