@@ -74,6 +74,8 @@ class Provider(ABC):
     name: ClassVar[str]
     traits: ClassVar[Traits]
     OPTIONS: ClassVar[Mapping[str, Option]] = {}
+    #: The config's table whose keys are this driver's options too, below a node's own: `aws`, `gcp`.
+    section: ClassVar[str] = ""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -203,6 +205,7 @@ BUILT_IN: Mapping[str, tuple[str, str]] = {
     "copy": ("providers.copy:CopyProvider", ""),
     "lvm": ("providers.lvm:LvmProvider", ""),
     "zfs": ("providers.zfs:ZfsProvider", ""),
+    "ebs": ("providers.ebs:EbsProvider", "aws"),
 }
 #: Which claim wins, nearest to the file system first. `copy` serves only where nothing else claims, or on request.
 NEAREST_FIRST = ("zfs", "btrfs", "lvm", "ebs", "gce")

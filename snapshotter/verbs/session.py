@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
+from msgspec.structs import asdict
+
 from snapshotter import catalog, provider
 from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, UsageError
 from snapshotter.core.model import Report, SnapshotSet, no_report
@@ -31,6 +33,9 @@ class Session(Struct):
         one of all, options meant for another provider are left out. Raises UsageError, PreconditionError."""
         kind = provider.load(name)
         options: dict[str, object] = {}
+        if kind.section:
+            table = asdict(getattr(self.config, kind.section))
+            options.update({key: value for key, value in table.items() if value is not None and key in kind.OPTIONS})
         if node is not None and node.provider in (None, name):
             own: dict[str, object] = {**node.options, **({"store": node.store} if node.store else {})}
             options.update({key: value for key, value in own.items() if node.provider or key in kind.OPTIONS})

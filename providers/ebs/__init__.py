@@ -1,0 +1,628 @@
+"""ebs: snapshots of AWS EBS volumes, and volumes made of them. Must know no policy: what is kept is the core's.
+
+A *volume* is an EBS volume, by its id. A set of one instance's volumes is one CreateSnapshots call, so one instant. Its
+tags are the catalog (`tags`); there is no other record. An attachment is a new volume, attached to this instance.
+
+On an instance (Nitro) a mount's volume is known by its disk's serial; what the metadata service and the disks say is
+checked against EC2. From outside, volumes are named (`find`). No SDK is imported to find out that this isn't EC2.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from msgspec import Struct
+
+from providers.ebs import tags
+from providers.ebs.volumes import BY_ID, SETTLE_S, attached_to, described, of_instance, serial, volume_of
+from snapshotter.core.errors import (
+    BusyError,
+    NotFoundError,
+    PreconditionError,
+    StorageError,
+)
+from snapshotter.core.labels import check_marks, encode_birth, pack
+from snapshotter.core.model import (
+    Access,
+    Attachment,
+    Birth,
+    Hold,
+    ImageState,
+    MountSpec,
+    Purpose,
+    Quiesce,
+    Snapshot,
+    Space,
+    Tree,
+    Volume,
+)
+from snapshotter.core.remote import Clock, Deadline, Lost, operation_id, poll
+from snapshotter.host import mounts
+from snapshotter.host.disks import Disks, Part
+from snapshotter.host.mounts import Mount
+from snapshotter.provider import Option, Provider, Settings, Traits
+
+if TYPE_CHECKING:
+    from providers.ebs.api import Api
+    from providers.ebs.here import Here
+
+VENDOR = "Amazon EC2"
+SPACING_S = 15.0  # EC2 takes no two snapshots of a volume within this
+_AT_ONCE = {"sc1": 1, "st1": 1}
+_MOST_PENDING = 5
+_CREATE_S = 60.0
+_SEEN_S = 60.0  # how long what `find` saw is believed by `check`
+
+
+class Plan(Struct, frozen=True):
+    """How the volumes of a set are taken in one call."""
+
+    volumes: tuple[str, ...]
+    instance: str  # '' for one volume that is attached nowhere
+    excluded: tuple[str, ...] = ()
+    without_boot: bool = False
+    kinds: tuple[str, ...] = ()  # volume types
+
+
+class EbsProvider(Provider):
+    """See the module."""
+
+    name = tags.NAME
+    section = "aws"
+    traits = Traits(
+        atomic_across_volumes=True,
+        quiesce=Quiesce.FREEZE,
+        writable_clone=True,
+        swaps=False,
+        needs_host=False,
+        limits=tags.LIMITS,
+    )
+    OPTIONS: ClassVar[Mapping[str, Option]] = {
+        "region": Option(str, "AWS region (default: this instance's, or the profile's)"),
+        "profile": Option(str, "AWS profile to log in with"),
+        "role_arn": Option(str, "role to assume"),
+        "zone": Option(str, "availability zone of restored volumes"),
+        "volume_type": Option(str, "type of restored volumes (default: gp3)"),
+        "iops": Option(int, "IOPS of restored volumes"),
+        "throughput": Option(int, "MiB/s of restored volumes (gp3)"),
+        "kms_key": Option(str, "KMS key of restored volumes (default: the snapshot's)"),
+        "initialization_rate": Option(int, "MiB/s, 100 to 300, at which a restored volume is filled (costs)"),
+    }
+    #: Tests have others.
+    disks = Disks()
+    clock = Clock()
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._plans: dict[str, Plan] = {}
+        self._prepared: dict[str, Plan] = {}
+        self._uncertain: dict[str, Deadline] = {}  # sets of which a reply was lost: when all of it will be listed
+        self._found: dict[str, tuple[float, dict[str, Any]]] = {}
+        self._file_systems: dict[str, str] = {}
+
+    # -- where we are -------------------------------------------------------------------------------------------
+
+    def _on_ec2(self) -> bool:
+        return self.disks.vendor() == VENDOR
+
+    def _here(self) -> Here | None:
+        """The instance that this is; None off EC2."""
+        if not self._on_ec2():
+            return None
+        from providers.ebs.here import here
+
+        return here()
+
+    def _option(self, name: str) -> Any:
+        return self.settings.options.get(name)
+
+    def _api(self) -> Api:
+        from providers.ebs.api import connect
+
+        region = self._option("region")
+        if region is None and (here := self._here()) is not None:
+            region = here.region
+        return connect(region, self._option("profile"), self._option("role_arn"), self.clock)
+
+    def _used(self) -> bool:
+        """Whether there can be anything of ours: elsewhere than on EC2 somebody must have said so, and without boto3
+        nobody can have taken anything."""
+        if self.settings.options:
+            return True
+        from importlib.util import find_spec
+
+        return self._on_ec2() and find_spec("boto3") is not None
+
+    def availability(self) -> list[str]:
+        from importlib.util import find_spec
+
+        if find_spec("boto3") is None:
+            return ["boto3 isn't installed: pip install 'node-snapshotter[aws]'"]
+        if not self.settings.options and not self._on_ec2():
+            return ["this is no EC2 instance: set `region` in [aws] to work from elsewhere"]
+        try:
+            self._here()
+        except PreconditionError as error:
+            return [error.line()]
+        return []
+
+    # -- which volumes ------------------------------------------------------------------------------------------
+
+    def claim(self, mount: Mount, path: str) -> Volume | None:
+        if not self._on_ec2():
+            return None
+        parts = self.disks.below(mount)
+        found = [volume_of(self.disks.identity(part.disk, BY_ID)) for part in parts]
+        volumes = [volume for volume in found if volume is not None]
+        if not volumes or len(volumes) != len(parts):
+            return None  # an instance store, a memory file system: nothing that EBS knows
+        if len(parts) > 1 or self.disks.stacked(mount):
+            raise PreconditionError(
+                f"lies on {', '.join(volumes)} through LVM, RAID, encryption, or several devices",
+                object=mount.path,
+                cure="name the provider of what is between, or take the volumes from outside by `select`",
+            )
+        top = _top(mount)
+        self._file_systems[volumes[0]] = mount.fstype + (f"/{parts[0].partition}" if parts[0].partition else "")
+        return Volume(self.name, volumes[0], top, mount.fstype)
+
+    def find(self, select: Mapping[str, object]) -> list[Volume]:
+        """`instance`: all its volumes but the root; `volumes`: by id; `tags`. Raises NotFoundError for none."""
+        api = self._api()
+        within = api.deadline("the volumes selected")
+        filters: dict[str, list[str]] = {}
+        boot = ""
+        if instance := select.get("instance"):
+            filters["attachment.instance-id"] = [str(instance)]
+            about = of_instance(api, str(instance), within)
+            self._found[str(instance)] = (self.clock.now(), about)
+            boot = _boot_volume(about)
+        if isinstance(volumes := select.get("volumes"), list | tuple) and volumes:
+            filters["volume-id"] = [str(volume) for volume in volumes]
+        if isinstance(wanted := select.get("tags"), Mapping):
+            filters |= {f"tag:{key}": [str(value)] for key, value in wanted.items()}
+        if not filters:
+            raise PreconditionError("selects nothing", object="select", cure="give instance, volumes or tags")
+        listed = api.pages(
+            "describe_volumes", "Volumes", within, Filters=[{"Name": k, "Values": v} for k, v in filters.items()]
+        )
+        found = [item for item in listed if item["VolumeId"] != boot and tags.ATTACHMENT not in tags.read(item)]
+        missing = set(filters.get("volume-id", [])) - {item["VolumeId"] for item in found}
+        if missing or not found:
+            raise NotFoundError("there is no such volume", object=", ".join(sorted(missing)) or str(dict(select)))
+        now = self.clock.now()
+        self._found |= {item["VolumeId"]: (now, item) for item in found}
+        return [Volume(self.name, item["VolumeId"]) for item in sorted(found, key=lambda item: str(item["VolumeId"]))]
+
+    def _plan(self, volumes: Sequence[Volume]) -> Plan:
+        """Raises NotFoundError, PreconditionError where one call can't take them."""
+        api, ids = self._api(), [volume.id for volume in volumes]
+        within = api.deadline(", ".join(ids))
+        fresh = self.clock.now() - _SEEN_S
+        items = {name: self._found[name][1] for name in ids if self._found.get(name, (fresh - 1, {}))[0] > fresh}
+        if len(items) < len(ids):
+            listed = api.pages("describe_volumes", "Volumes", within, Filters=[{"Name": "volume-id", "Values": ids}])
+            items = {item["VolumeId"]: item for item in listed}
+        for name in ids:
+            if name not in items:
+                raise NotFoundError(
+                    "there is no such volume", object=name, cure="is it in another region? -o region=, or [aws] region"
+                )
+            if items[name]["State"] not in ("in-use", "available"):
+                raise PreconditionError(
+                    f"is in state `{items[name]['State']}`", object=name, cure="see the volume in the EC2 console"
+                )
+        instances = {attached_to(items[name])[0] for name in ids}
+        kinds = tuple(str(items[name]["VolumeType"]) for name in ids)
+        here = self._here() if any(volume.path is not None for volume in volumes) else None
+        if here is not None and instances != {here.instance}:
+            raise PreconditionError(
+                f"EC2 says that it is attached to {', '.join(sorted(instances)) or 'nothing'}, and this is "
+                f"{here.instance}",
+                object=", ".join(ids),
+                cure="is the account or the region another? -o profile=, -o region=",
+            )
+        if len(instances) > 1:
+            raise PreconditionError(
+                f"are attached to several instances ({', '.join(sorted(instances))}): that is no one instant",
+                object=", ".join(ids),
+                cure="take each instance by itself",
+            )
+        instance = instances.pop() if instances else ""
+        if not instance:
+            if len(ids) > 1:
+                raise PreconditionError(
+                    "are attached nowhere: several can't be taken at one instant", object=", ".join(ids)
+                )
+            return Plan(tuple(ids), "", kinds=kinds)
+        at, about = self._found.get(instance, (fresh - 1, {}))
+        if at <= fresh:
+            about = of_instance(api, instance, within)
+        boot = _boot_volume(about)
+        all_of_it = [mapping["Ebs"]["VolumeId"] for mapping in about["BlockDeviceMappings"] if "Ebs" in mapping]
+        excluded = tuple(name for name in all_of_it if name not in ids and name != boot)
+        return Plan(tuple(ids), instance, excluded, boot not in ids, kinds)
+
+    # -- before -------------------------------------------------------------------------------------------------
+
+    def check(self, volumes: Sequence[Volume], birth: Birth) -> None:
+        encode_birth(birth)
+        pack(birth.of_member(0), tags.LIMITS)
+        self._plans[birth.set_id] = self._plan(volumes)
+
+    def space(self, volumes: Sequence[Volume]) -> Space:
+        """EBS has room without end; what it costs isn't known before."""
+        return Space(total_bytes=None, free_bytes=None)
+
+    def prepare(self, volumes: Sequence[Volume], birth: Birth, budget: float) -> None:
+        """All that can be asked while the writers run; waits until EC2 takes another snapshot of these volumes."""
+        if birth.set_id in self._prepared:
+            return
+        plan = self._plans.pop(birth.set_id, None) or self._plan(volumes)
+        api = self._api()
+        within = api.deadline(", ".join(plan.volumes))
+        filters = [{"Name": "volume-id", "Values": list(plan.volumes)}]
+        pending = dict.fromkeys(plan.volumes, 0)
+        wait = 0.0
+        for item in api.memory.over(
+            api.pages("describe_snapshots", "Snapshots", within, OwnerIds=["self"], Filters=filters),
+            "SnapshotId",
+            "snap-",
+        ):
+            if tags.read(item).get(tags.SET) == birth.set_id:
+                raise BusyError("exists already", object=birth.set_id, cure="take another set")
+            if item["VolumeId"] in pending:
+                pending[item["VolumeId"]] += item["State"] in ("pending", "error")
+                wait = max(wait, min(SPACING_S, SPACING_S - (time.time() - item["StartTime"].timestamp())))
+        for name, kind in zip(plan.volumes, plan.kinds, strict=True):
+            if pending[name] >= (most := _AT_ONCE.get(kind, _MOST_PENDING)):
+                raise PreconditionError(
+                    f"{pending[name]} of its snapshots are pending, and EC2 takes {most} at once",
+                    object=name,
+                    cure="try again when they are done",
+                )
+        if wait > 0:
+            self.clock.sleep(wait)
+        api.warm(budget)
+        self._prepared[birth.set_id] = plan
+
+    # -- taking -------------------------------------------------------------------------------------------------
+
+    def create(self, volumes: Sequence[Volume], birth: Birth, hold: Hold) -> tuple[Snapshot, ...]:
+        self.prepare(volumes, birth, 0.0)
+        plan = self._prepared.pop(birth.set_id)
+        api = self._api()
+        left = _CREATE_S if hold.deadline is None else hold.deadline - time.monotonic()
+        within = api.deadline(", ".join(plan.volumes), min(left, _CREATE_S))
+        operation = operation_id("create", birth.set_id)
+        given = tags.of_set(birth, operation, self._file_systems)
+        how: dict[str, Any] = {
+            "Description": f"snapshotter: {birth.node}, {birth.set_id}",
+            "TagSpecifications": [{"ResourceType": "snapshot", "Tags": tags.as_tags(given)}],
+        }
+        try:
+            if plan.instance:
+                spec: dict[str, Any] = {"InstanceId": plan.instance, "ExcludeBootVolume": plan.without_boot}
+                if plan.excluded:
+                    spec["ExcludeDataVolumeIds"] = list(plan.excluded)
+                made = api.call("create_snapshots", within, again=False, InstanceSpecification=spec, **how)["Snapshots"]
+            else:
+                made = [api.call("create_snapshot", within, again=False, VolumeId=plan.volumes[0], **how)]
+        except Lost as error:
+            # CreateSnapshots has no client token: whether it was done, its tag tells.
+            self._uncertain[birth.set_id] = api.deadline(birth.set_id, SETTLE_S)
+            made = self._adopted(api, operation, len(plan.volumes), within, str(error))
+        for item in made:
+            api.memory.made(item["SnapshotId"], {**item, "Tags": tags.as_tags(given)})
+        return self._checked(api, plan, birth, given, made, within)
+
+    def _adopted(self, api: Api, operation: str, count: int, within: Deadline, why: str) -> list[dict[str, Any]]:
+        """What a call made whose reply was lost. Raises StorageError when it isn't seen: `delete` goes on looking."""
+        filters = [{"Name": f"tag:{tags.OPERATION}", "Values": [operation]}]
+
+        def whole() -> list[dict[str, Any]] | None:
+            found = list(api.pages("describe_snapshots", "Snapshots", within, OwnerIds=["self"], Filters=filters))
+            return found if len(found) >= count else None
+
+        try:
+            return poll(whole, within, first_s=0.2, most_s=2.0)
+        except StorageError:
+            raise StorageError(
+                f"EC2 gave no answer ({why}), and it isn't known whether it took them",
+                object=within.what,
+                cure="take another set; `snapshotter reap` removes what there may be",
+            ) from None
+
+    def _checked(
+        self,
+        api: Api,
+        plan: Plan,
+        birth: Birth,
+        given: Mapping[str, str],
+        made: Sequence[dict[str, Any]],
+        within: Deadline,
+    ) -> tuple[Snapshot, ...]:
+        """The reply volume by volume: each once, none in error. Else all of it goes."""
+        of = {item["VolumeId"]: item for item in made}
+        bad = [name for name in plan.volumes if of.get(name, {}).get("State", "gone") not in ("pending", "completed")]
+        stray = [item["SnapshotId"] for item in made if item["VolumeId"] not in plan.volumes or bad]
+        for name in stray:  # a volume that was attached since we looked, or all of a set that isn't whole
+            self._delete_one(api, name, within)
+        if bad:
+            raise StorageError(
+                f"EC2 took the set, but not of {', '.join(bad)}", object=birth.set_id, cure="take it again"
+            )
+        found = [self._snapshot({**of[name], "Tags": tags.as_tags(given)}) for name in plan.volumes]
+        return tuple(snapshot for snapshot in found if snapshot is not None)
+
+    # -- afterwards ---------------------------------------------------------------------------------------------
+
+    def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
+        if not self._used():
+            return
+        for item in self._items(set_id):
+            if (found := self._snapshot(item)) is not None and set_id in (None, found.birth.set_id):
+                yield found
+
+    def _items(self, set_id: str | None) -> Iterator[dict[str, Any]]:
+        api = self._api()
+        within = api.deadline(set_id or "the list of snapshots")
+        name, value = (tags.MANAGED, "true") if set_id is None else (tags.SET, set_id)
+        filters = [{"Name": f"tag:{name}", "Values": [value]}]
+        listed = api.pages("describe_snapshots", "Snapshots", within, OwnerIds=["self"], Filters=filters)
+        yield from api.memory.over(listed, "SnapshotId", "snap-")
+
+    def _snapshot(self, item: Mapping[str, Any]) -> Snapshot | None:
+        labels = tags.read(item)
+        birth = tags.birth_of(labels, str(item["VolumeId"]))
+        if birth is None:
+            return None
+        said = str(item["State"])
+        state = {"completed": ImageState.READY, "error": ImageState.INVALID}.get(said, ImageState.PENDING)
+        why = f"EC2 could not copy it: {item.get('StateMessage') or 'no reason given'}"
+        return Snapshot(
+            provider=self.name,
+            id=str(item["SnapshotId"]),
+            birth=birth,
+            state=state,
+            marks=tags.marks_of(labels),
+            size_bytes=item.get("FullSnapshotSizeInBytes"),
+            order=int(item["StartTime"].timestamp() * 1000),
+            why=why if state is ImageState.INVALID else "",
+        )
+
+    def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
+        check_marks(changes)
+        found = list(self.snapshots(set_id))
+        if not found:
+            raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all")
+        if changes.get("sealed"):
+            here = {snapshot.birth.member for snapshot in found}
+            for number, member in enumerate(found[0].birth.members):
+                if member.provider == self.name and number not in here:
+                    raise StorageError(f"can't be sealed: no snapshot of {member.volume}", object=set_id)
+            for snapshot in found:
+                if snapshot.state is ImageState.INVALID:
+                    raise StorageError(f"can't be sealed: {snapshot.why}", object=set_id)
+        self._tag([snapshot.id for snapshot in found], {tags.mark(name): value for name, value in changes.items()})
+
+    def _tag(self, names: Sequence[str], changes: Mapping[str, str | None]) -> None:
+        """Removals first: what is set last is the seal. A resource that was just made may not be known yet."""
+        api = self._api()
+        within = api.deadline(", ".join(names[:3]))
+        gone = [{"Key": key} for key, value in changes.items() if value is None]
+        new = {key: value for key, value in changes.items() if value is not None}
+
+        def attempt() -> bool | None:
+            try:
+                if gone:
+                    api.call("delete_tags", within, Resources=list(names), Tags=gone)
+                if new:
+                    api.call("create_tags", within, Resources=list(names), Tags=tags.as_tags(new))
+            except NotFoundError:
+                if any(api.memory.is_ours(name) for name in names):
+                    return None
+                raise
+            return True
+
+        poll(attempt, within, most_s=5.0)
+        for name in names:
+            api.memory.tagged(name, changes)
+
+    def delete(self, set_id: str) -> None:
+        self._prepared.pop(set_id, None)
+        if not self._used():
+            return
+        api = self._api()
+        within = api.deadline(set_id)
+        for item in described(api, within, {f"tag:{tags.SET}": [set_id]}):
+            used = tags.attachment_of(tags.read(item))
+            if used is not None and used.set_id == set_id:
+                where = tags.read(item).get(tags.INSTANCE)
+                raise BusyError(
+                    f"is attached at {used.path} of {where} ({used.id})",
+                    object=set_id,
+                    cure=f"snapshotter release {used.path}",
+                )
+        settling = self._uncertain.get(set_id)
+        while True:
+            found = [item for item in self._items(set_id) if tags.read(item).get(tags.SET) == set_id]
+            sealed = [item["SnapshotId"] for item in found if "sealed" in tags.marks_of(tags.read(item))]
+            if len(sealed) > 1:
+                self._tag(sealed, {tags.mark("sealed"): None})  # half of a set is no backup
+            for item in found:
+                self._delete_one(api, item["SnapshotId"], within)
+            if found or settling is None or settling.left() <= 0:
+                break
+            self.clock.sleep(min(5.0, settling.left()))
+        self._uncertain.pop(set_id, None)
+
+    def _delete_one(self, api: Api, name: str, within: Deadline) -> None:
+        def attempt() -> bool | None:
+            try:
+                api.call("delete_snapshot", within, SnapshotId=name)
+            except NotFoundError:
+                # EC2 may not know yet what it has just made.
+                return None if api.memory.is_ours(name) and within.left() > within.seconds / 2 else True
+            return True
+
+        poll(attempt, within, first_s=0.5, most_s=5.0)
+        api.memory.deleted(name)
+
+    # -- attachments --------------------------------------------------------------------------------------------
+
+    def attach(
+        self,
+        snapshot: Snapshot,
+        attachment_id: str,
+        access: Access,
+        destination: str,
+        purpose: Purpose = Purpose.RESTORE,
+    ) -> MountSpec | Tree:
+        from providers.ebs import volumes
+        from snapshotter.host import processes
+
+        here = self._here()
+        if here is None:
+            raise PreconditionError("this is no EC2 instance", object=snapshot.id, cure="restore it on an instance")
+        api = self._api()
+        item = self._restorable(api, snapshot)
+        labels = tags.read(item)
+        kind, partition = tags.file_system(labels, snapshot.birth.member)
+        if kind == "btrfs":
+            self._refuse_twin(snapshot)
+        maker = processes.identity(os.getpid())
+        given = tags.of_attachment(
+            attachment_id,
+            snapshot.birth.set_id,
+            snapshot.birth.member,
+            destination,
+            access,
+            purpose,
+            here.instance,
+            maker,
+        )
+        wanted: dict[str, Any] = {
+            "SnapshotId": snapshot.id,
+            "AvailabilityZone": here.zone,
+            "VolumeType": self._option("volume_type") or "gp3",
+            "ClientToken": operation_id("attach", attachment_id, snapshot.id),
+        }
+        for option, parameter in (
+            ("iops", "Iops"),
+            ("throughput", "Throughput"),
+            ("kms_key", "KmsKeyId"),
+            ("initialization_rate", "VolumeInitializationRate"),
+        ):
+            if (value := self._option(option)) is not None:
+                wanted[parameter] = value
+        if "KmsKeyId" in wanted:
+            wanted["Encrypted"] = True
+        volume = volumes.make(api, wanted, given, self.settings.report)
+        volumes.attach(api, volume, here.instance, self.settings.report)
+        disk = volumes.appeared(api, self.disks, volume, self.settings.report)
+        within = api.deadline(f"partition {partition} of {volume}", 30.0)
+        device = poll(lambda: self.disks.device(Part(disk, partition)), within, first_s=0.1, most_s=1.0)
+        options = ("ro", "nosuid", "nodev") if access is Access.READ_ONLY else ()
+        # The copy of an XFS has its origin's UUID.
+        return MountSpec(device, kind, options + (("nouuid",) if kind == "xfs" else ()))
+
+    def _restorable(self, api: Api, snapshot: Snapshot) -> dict[str, Any]:
+        """What EC2 says of it now. Raises NotFoundError, StorageError."""
+        within = api.deadline(snapshot.id)
+        item: dict[str, Any] = api.call("describe_snapshots", within, SnapshotIds=[snapshot.id])["Snapshots"][0]
+        if item["State"] == "error":
+            raise StorageError("has no valid image", object=snapshot.id, cure="restore another set")
+        if item["State"] != "completed":
+            raise PreconditionError(
+                f"EC2 still copies it ({item.get('Progress', '?')})", object=snapshot.id, cure="wait until it is ready"
+            )
+        return item
+
+    def _refuse_twin(self, snapshot: Snapshot) -> None:
+        """Two disks of one btrfs confuse the kernel as soon as it sees them."""
+        for mount in mounts.table():
+            if mount.fstype == "btrfs":
+                serials = [self.disks.identity(part.disk, BY_ID) for part in self.disks.below(mount)]
+                if serial(snapshot.volume) in serials:
+                    raise PreconditionError(
+                        f"is a btrfs that is mounted here, at {mount.path}: the kernel can't tell the two apart",
+                        object=snapshot.id,
+                        cure="restore it on another instance",
+                    )
+
+    def settle(self, attachment_id: str, since: datetime) -> None:
+        found = [item["VolumeId"] for item, listed in self._attached() if listed.id == attachment_id]
+        if not found:
+            raise NotFoundError("no such attachment", object=attachment_id)
+        self._tag(found, {tags.SINCE: since.astimezone(UTC).isoformat(), tags.MAKER: ""})
+
+    def attachments(self) -> Iterator[Attachment]:
+        for item, listed in self._attached():
+            maker = tags.maker_of(tags.read(item))
+            held = False
+            if maker is not None:
+                from snapshotter.host import processes
+
+                held = processes.alive(maker)
+            yield Attachment(
+                id=listed.id,
+                provider=self.name,
+                set_id=listed.set_id,
+                member=listed.member,
+                path=listed.path,
+                access=listed.access,
+                purpose=listed.purpose,
+                since=listed.since,
+                held=held,
+            )
+
+    def _attached(self) -> Iterator[tuple[dict[str, Any], Attachment]]:
+        """Volumes that are attachments on this instance. Another instance's are its own."""
+        here = self._here()
+        if here is None or not self._used():
+            return
+        api = self._api()
+        filters = {f"tag:{tags.INSTANCE}": [here.instance], "tag-key": [tags.ATTACHMENT]}
+        for item in described(api, api.deadline("the list of attachments"), filters):
+            labels = tags.read(item)
+            listed = tags.attachment_of(labels)
+            gone = item["State"] in ("deleting", "deleted")
+            if listed is not None and labels.get(tags.INSTANCE) == here.instance and not gone:
+                yield item, listed
+
+    def detach(self, attachment_id: str) -> None:
+        from providers.ebs import volumes
+
+        mounted = {mount.device: mount.path for mount in mounts.table()}
+        ours = [item["VolumeId"] for item, listed in self._attached() if listed.id == attachment_id]
+        for volume in ours:
+            disk = self.disks.find(serial(volume), BY_ID)
+            for number in self.disks.number(disk) if disk else ():
+                if number in mounted:
+                    raise BusyError(
+                        f"is mounted at {mounted[number]}", object=attachment_id, cure=f"umount {mounted[number]}"
+                    )
+        for volume in ours:
+            volumes.remove(self._api(), volume, self.settings.report)
+
+
+def _top(mount: Mount) -> str:
+    """Where the top of the file system on `mount` is seen."""
+    for other in [mount, *mounts.table()]:
+        if other.device == mount.device and other.root == "/":
+            return other.path
+    raise PreconditionError(
+        "is a directory of a file system whose top is mounted nowhere", object=mount.path, cure="mount that"
+    )
+
+
+def _boot_volume(about: Mapping[str, Any]) -> str:
+    for mapping in about.get("BlockDeviceMappings", []):
+        if mapping["DeviceName"] == about.get("RootDeviceName"):
+            return str(mapping.get("Ebs", {}).get("VolumeId", ""))
+    return ""

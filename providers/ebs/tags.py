@@ -1,0 +1,137 @@
+"""What is written on EBS snapshots and volumes, and read back: the one codec of the ebs provider. Must know no call.
+
+All keys begin with `snapshotter:`, so that a policy can name them. One CreateSnapshots call gives all its snapshots the
+same tags: each says only that it is of the set, and its VolumeId which member it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+from snapshotter.core.labels import MARK_NAMES, LabelLimits, pack, unpack
+from snapshotter.core.model import Access, Attachment, Birth, Purpose
+
+PREFIX = "snapshotter:"
+MANAGED = PREFIX + "managed"
+SET = PREFIX + "set"
+OPERATION = PREFIX + "operation"
+FILE_SYSTEM = PREFIX + "fs"
+ATTACHMENT = PREFIX + "attachment"
+INSTANCE = PREFIX + "instance"
+SINCE = PREFIX + "since"
+MAKER = PREFIX + "maker"
+_MEMBER, _ACCESS, _PURPOSE, _PATH = (PREFIX + name for name in ("member", "access", "purpose", "path"))
+_MARK = PREFIX + "mark-"
+_CHUNK = 250
+NAME = "ebs"
+
+#: 255 characters of letters, digits, blanks and these, says EC2's guide; a GCE label or a JSON text would need more.
+LIMITS = LabelLimits(max_value=_CHUNK, max_chunks=3, value_pattern=r"[A-Za-z0-9 +=._:/@-]*")
+
+
+def as_tags(values: Mapping[str, str]) -> list[dict[str, str]]:
+    """As EC2's calls take them."""
+    return [{"Key": key, "Value": value} for key, value in values.items()]
+
+
+def read(item: Mapping[str, Any]) -> dict[str, str]:
+    """The tags of what EC2 described."""
+    return {tag["Key"]: tag["Value"] for tag in item.get("Tags", [])}
+
+
+def of_set(birth: Birth, operation: str, file_systems: Mapping[str, str]) -> dict[str, str]:
+    """The tags of a set's snapshots. `file_systems`: what lies on each volume, `ext4`, or `ext4/1` on a partition."""
+    record = pack(birth.of_member(0), LIMITS)
+    kinds = [file_systems.get(member.volume, "-") if member.provider == NAME else "-" for member in birth.members]
+    return {
+        MANAGED: "true",
+        SET: birth.set_id,
+        OPERATION: operation,
+        FILE_SYSTEM: " ".join(kind or "-" for kind in kinds),
+        **{PREFIX + key: value for key, value in record.items()},
+    }
+
+
+def birth_of(tags: Mapping[str, str], volume: str) -> Birth | None:
+    """The record of the snapshot of this volume; None if it is none of ours."""
+    if tags.get(MANAGED) != "true":
+        return None
+    birth = unpack({key.removeprefix(PREFIX): value for key, value in tags.items() if key.startswith(PREFIX)})
+    if birth is None or birth.set_id != tags.get(SET):
+        return None
+    for number, member in enumerate(birth.members):
+        if (member.provider, member.volume) == (NAME, volume):
+            return birth.of_member(number)
+    return None
+
+
+def file_system(tags: Mapping[str, str], member: int) -> tuple[str, int]:
+    """(type, partition) of what lies on a member's volume; ('', 0) where it wasn't known."""
+    kinds = tags.get(FILE_SYSTEM, "").split(" ")
+    kind, _, partition = (kinds[member] if member < len(kinds) else "-").partition("/")
+    return ("" if kind == "-" else kind), int(partition) if partition.isdigit() else 0
+
+
+def marks_of(tags: Mapping[str, str]) -> dict[str, str]:
+    found = {key.removeprefix(_MARK): value for key, value in tags.items() if key.startswith(_MARK)}
+    return {name: value for name, value in found.items() if name in MARK_NAMES}
+
+
+def mark(name: str) -> str:
+    return _MARK + name
+
+
+def of_attachment(
+    attachment_id: str,
+    set_id: str,
+    member: int,
+    destination: str,
+    access: Access,
+    purpose: Purpose,
+    instance: str,
+    maker: tuple[int, int] | None,
+) -> dict[str, str]:
+    """The tags of a volume made from a snapshot."""
+    # As in mail: `=` instead of `%`, which EC2's guide doesn't allow.
+    path = quote_from_bytes(os.fsencode(destination)).replace("~", "%7E").replace("%", "=")
+    chunks = [path[k : k + _CHUNK] for k in range(0, len(path), _CHUNK)]
+    return {
+        MANAGED: "true",
+        SET: set_id,
+        ATTACHMENT: attachment_id,
+        INSTANCE: instance,
+        _MEMBER: str(member),
+        _ACCESS: str(access),
+        _PURPOSE: str(purpose),
+        MAKER: f"{maker[0]}.{maker[1]}" if maker else "",
+        **{f"{_PATH}{k}": chunk for k, chunk in enumerate(chunks)},
+    }
+
+
+def attachment_of(tags: Mapping[str, str]) -> Attachment | None:
+    """The attachment that a volume is (a part of); None if it is none of ours. `held` is not known here."""
+    chunks = [tags[f"{_PATH}{k}"] for k in range(len(tags)) if f"{_PATH}{k}" in tags]
+    try:
+        return Attachment(
+            id=tags[ATTACHMENT],
+            provider=NAME,
+            set_id=tags[SET],
+            member=int(tags[_MEMBER]),
+            path=os.fsdecode(unquote_to_bytes("".join(chunks).replace("=", "%"))),
+            access=Access(tags[_ACCESS]),
+            purpose=Purpose(tags[_PURPOSE]),
+            since=datetime.fromisoformat(tags[SINCE]) if tags.get(SINCE) else None,
+        )
+    except (KeyError, ValueError):
+        return None
+
+
+def maker_of(tags: Mapping[str, str]) -> tuple[int, int] | None:
+    """The process that was making the attachment."""
+    found = re.fullmatch(r"(\d+)\.(\d+)", tags.get(MAKER, ""))
+    return (int(found[1]), int(found[2])) if found else None

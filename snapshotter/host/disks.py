@@ -1,0 +1,116 @@
+"""From a mount to the whole disks below it and their identity, and back from an identity to a device: what a cloud's
+driver needs to know its volumes by. Knows no provider and no cloud.
+
+Sources: sysfs (`/sys/dev/block/M:N`, `slaves`, `partition`, `device/serial`), udev's links in `/dev/disk/by-id`, DMI.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from msgspec import Struct
+
+from snapshotter.host.mounts import Mount
+
+
+class Part(Struct, frozen=True):
+    """A whole disk by its kernel name (`nvme1n1`), or the partition of it with this number (0: none)."""
+
+    disk: str
+    partition: int = 0
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+class Disks(Struct, frozen=True):
+    """Where to look. `by_id` is udev's; tests name a directory of their own."""
+
+    sysfs: str = "/sys"
+    by_id: str = "/dev/disk/by-id"
+    dev: str = "/dev"
+
+    def vendor(self) -> str:
+        """Who made this machine, as DMI says: `Amazon EC2`, `Google`, ..."""
+        return _read(f"{self.sysfs}/class/dmi/id/sys_vendor")
+
+    def below(self, mount: Mount) -> list[Part]:
+        """The whole disks, or partitions of them, that a mounted file system lies on, through whatever is between
+        (LVM, md, crypt). [] for one that lies on none."""
+        if mount.device.partition(":")[0] != "0":
+            return self._parts(mount.device)
+        # btrfs and the like: the kernel names no one device, the mount's source is one of them.
+        try:
+            found = os.stat(mount.source).st_rdev
+        except OSError:
+            return []
+        first = f"{os.major(found)}:{os.minor(found)}"
+        name = os.path.basename(os.path.realpath(f"{self.sysfs}/dev/block/{first}"))
+        together = f"{self.sysfs}/fs/btrfs"
+        for one in os.listdir(together) if os.path.isdir(together) else []:
+            devices = f"{together}/{one}/devices"
+            if os.path.isdir(devices) and name in os.listdir(devices):
+                numbers = [_read(f"{devices}/{each}/dev") for each in sorted(os.listdir(devices))]
+                return list(dict.fromkeys(part for number in numbers for part in self._parts(number)))
+        return self._parts(first)
+
+    def stacked(self, mount: Mount) -> bool:
+        """Whether something (LVM, md, crypt) is between the mount and its disks."""
+        slaves = f"{self.sysfs}/dev/block/{mount.device}/slaves"
+        return os.path.isdir(slaves) and bool(os.listdir(slaves))
+
+    def _parts(self, device: str) -> list[Part]:
+        here = os.path.realpath(f"{self.sysfs}/dev/block/{device}")
+        slaves = f"{here}/slaves"
+        under = sorted(os.listdir(slaves)) if os.path.isdir(slaves) else []
+        if under:
+            found = [part for name in under for part in self._parts(_read(f"{slaves}/{name}/dev"))]
+            return list(dict.fromkeys(found))
+        if number := _read(f"{here}/partition"):
+            return [Part(os.path.basename(os.path.dirname(here)), int(number))]
+        return [Part(os.path.basename(here))] if os.path.isdir(here) else []
+
+    def identity(self, disk: str, prefix: str) -> str:
+        """A whole disk's serial, as it says it itself (NVMe), or as udev wrote it after `prefix`. '' if unknown."""
+        if serial := _read(f"{self.sysfs}/block/{disk}/device/serial"):
+            return serial
+        return next((name for name, known in self._links(prefix).items() if known == disk), "")
+
+    def find(self, identity: str, prefix: str) -> str | None:
+        """The kernel name of the disk with this identity, None while there is none."""
+        blocks = f"{self.sysfs}/block"
+        for disk in os.listdir(blocks) if os.path.isdir(blocks) else []:
+            if _read(f"{blocks}/{disk}/device/serial") == identity:
+                return disk
+        return self._links(prefix).get(identity)
+
+    def device(self, part: Part) -> str | None:
+        """Its node in /dev, None while there is no such partition."""
+        if not part.partition:
+            return f"{self.dev}/{part.disk}"
+        top = f"{self.sysfs}/block/{part.disk}"
+        for name in os.listdir(top) if os.path.isdir(top) else []:
+            if _read(f"{top}/{name}/partition") == str(part.partition):
+                return f"{self.dev}/{name}"
+        return None
+
+    def number(self, disk: str) -> set[str]:
+        """`major:minor` of a whole disk and of all its partitions: what mounts of it have as their device."""
+        top = f"{self.sysfs}/block/{disk}"
+        names = os.listdir(top) if os.path.isdir(top) else []
+        found = {_read(f"{top}/dev"), *(_read(f"{top}/{n}/dev") for n in names if _read(f"{top}/{n}/partition"))}
+        return found - {""}
+
+    def _links(self, prefix: str) -> dict[str, str]:
+        """identity -> kernel name, of whole disks. A namespace has a second link (`..._1`), sorted behind."""
+        found = {}
+        for name in sorted(os.listdir(self.by_id)) if os.path.isdir(self.by_id) else []:
+            if name.startswith(prefix) and not re.search(r"-part\d+$", name):
+                found[name.removeprefix(prefix)] = os.path.basename(os.path.realpath(f"{self.by_id}/{name}"))
+        return found

@@ -1,0 +1,164 @@
+"""Instances of the twin as tests of the ebs provider use them: this machine is all of them, with loop devices for NVMe
+disks, a directory for /dev/disk/by-id, and a word from DMI. Undone here, also after a failure."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from providers.ebs import VENDOR, EbsProvider
+from snapshotter.core.model import Hold, Snapshot, Volume
+from snapshotter.core.remote import Clock
+from snapshotter.host import disks as host_disks
+from snapshotter.host import mounts
+from snapshotter.provider import Settings
+from snapshotter.testing.harness import Harness
+from tests.twins.ec2 import Clock as TwinClock
+from tests.twins.ec2 import Disks, Limits, Twin
+from tests.twins.ec2.disks import bytes_of_disks
+
+REGION = "eu-central-1"
+
+
+class DisksHere(host_disks.Disks, frozen=True):
+    """What DMI says on EC2."""
+
+    def vendor(self) -> str:
+        return VENDOR
+
+
+class QuickClock(Clock):
+    """Waits for a moment where the provider waits for long, and the twin's time goes on as if it had been long."""
+
+    def __init__(self, twin: TwinClock) -> None:
+        self.twin = twin
+        self.skipped = 0.0
+
+    def now(self) -> float:
+        return time.monotonic() + self.skipped
+
+    def sleep(self, seconds: float) -> None:
+        moment = min(seconds, 0.02)
+        time.sleep(moment)
+        self.skipped += seconds - moment
+        self.twin.advance(seconds - moment)
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+class EbsHarness(Harness):
+    """One instance of the twin; its volumes' file systems are mounted below `scratch`."""
+
+    def __init__(self, twin: Twin, disks: Disks, scratch: Path, kind: str = "ext4") -> None:
+        self.twin, self.disks, self.scratch, self.kind = twin, disks, scratch, kind
+        self.clock = QuickClock(twin.clock)
+        self.instance = twin.here = twin.world.run_instance()
+        self.origins: set[str] = {volume.id for volume in twin.world.volumes.values()}
+        self.points: list[Path] = []
+        self._made = 0
+
+    def provider(self, **options: object) -> EbsProvider:
+        provider = EbsProvider(Settings(str(self.scratch / "state"), options=options, floor=0.0))
+        provider.disks = DisksHere(by_id=str(self.disks.by_id))
+        provider.clock = self.clock
+        return provider
+
+    def volume(self) -> Volume:
+        self._made += 1
+        made = self.twin.world.add_volume(self.instance, f"/dev/sd{'fghijklmnop'[self._made]}")
+        self.origins.add(made.id)
+        device = self.disks.device(made.id)
+        lazy = ["-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1", "-I", "256"]
+        subprocess.run(
+            [f"mkfs.{self.kind}", "-q", *(lazy if self.kind == "ext4" else []), device],
+            check=True,
+            capture_output=True,
+        )
+        point = self.scratch / f"data-{self._made}"
+        point.mkdir()
+        subprocess.run(["mount", device, str(point)], check=True)
+        self.points.append(point)
+        # Below the mount's top, as lost+found is nobody's content.
+        return self.claimed(point)
+
+    def claimed(self, point: Path) -> Volume:
+        claimed = self.provider().claim(mounts.mount_of(str(point)), str(point))
+        assert claimed is not None
+        return claimed
+
+    def hold(self) -> Hold:
+        """The suite writes nothing meanwhile: what a freeze would write out is to be on the disk, that is all."""
+        for point in self.points:
+            subprocess.run(["sync", "-f", str(point)], check=True)
+        return Hold()
+
+    def foreign(self, volume: Volume) -> Callable[[], bool]:
+        """Another tool's snapshots: without tags, and with tags as like ours as can be."""
+        from tests.twins.ec2.world import Snapshot as Theirs
+        from tests.twins.ec2.world import new_id
+
+        now = self.twin.clock.now() - 3600
+        made = []
+        for tags in (
+            {"Name": "data-daily"},
+            {"snapshotter:managed": "true", "snapshotter:set": "s20261122t100630z-5f3a9c"},
+            {"snapshotter:birth0": "eyJ2Ijox", "snapshotter:managed": "true"},
+        ):
+            theirs = Theirs(
+                id=new_id("snap"), region=REGION, born=now, tagged=[(now, tags)], volume=volume.id, size=1, done=now
+            )
+            self.twin.world.snapshots[theirs.id] = theirs
+            made.append((theirs, dict(tags)))
+        return lambda: all(theirs.gone is None and theirs.tags == tags for theirs, tags in made)
+
+    def destination(self) -> str:
+        self._made += 1
+        return str(self.scratch / f"attached-{self._made}")
+
+    def objects(self) -> set[str]:
+        world = self.twin.world
+        found = {each.id for each in world.snapshots.values() if each.gone is None}
+        found |= {each.id for each in world.volumes.values() if each.gone is None and each.id not in self.origins}
+        return found | {name for name in os.listdir(self.scratch) if name.startswith("attached-")}
+
+    def damage(self, snapshot: Snapshot) -> bool:
+        self.twin.world.snapshots[snapshot.id].error = "An internal error"
+        return True
+
+    def close(self) -> None:
+        for point in reversed(self.points):
+            subprocess.run(["umount", str(point)], capture_output=True)
+
+
+@contextmanager
+def ebs_harness(kind: str = "ext4", limits: Limits | None = None) -> Iterator[EbsHarness]:
+    """The paths are short, because a set of two must have room for both in its record."""
+    scratch = Path(tempfile.mkdtemp(prefix="e-"))
+    try:
+        with (
+            bytes_of_disks(scratch / "disks") as disks,
+            Twin(disks, limits) as twin,
+            environment(**twin.environment(keys=False)),
+        ):
+            harness = EbsHarness(twin, disks, scratch, kind)
+            try:
+                yield harness
+            finally:
+                harness.close()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
