@@ -15,10 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from msgspec import Struct
-
 from providers.ebs import tags
-from providers.ebs.volumes import BY_ID, SETTLE_S, attached_to, described, of_instance, serial, volume_of
+from providers.ebs.choosing import Plan, Seen
+from providers.ebs.volumes import BY_ID, SETTLE_S, described, serial, tag, volume_of
 from snapshotter.core.errors import (
     BusyError,
     NotFoundError,
@@ -49,23 +48,10 @@ from snapshotter.provider import Option, Provider, Settings, Traits
 if TYPE_CHECKING:
     from providers.ebs.api import Api
     from providers.ebs.here import Here
+    from providers.ebs.swaps import Swaps
 
 VENDOR = "Amazon EC2"
-SPACING_S = 15.0  # EC2 takes no two snapshots of a volume within this
-_AT_ONCE = {"sc1": 1, "st1": 1}
-_MOST_PENDING = 5
 _CREATE_S = 60.0
-_SEEN_S = 60.0  # how long what `find` saw is believed by `check`
-
-
-class Plan(Struct, frozen=True):
-    """How the volumes of a set are taken in one call."""
-
-    volumes: tuple[str, ...]
-    instance: str  # '' for one volume that is attached nowhere
-    excluded: tuple[str, ...] = ()
-    without_boot: bool = False
-    kinds: tuple[str, ...] = ()  # volume types
 
 
 class EbsProvider(Provider):
@@ -77,7 +63,7 @@ class EbsProvider(Provider):
         atomic_across_volumes=True,
         quiesce=Quiesce.FREEZE,
         writable_clone=True,
-        swaps=False,
+        swaps=True,
         needs_host=False,
         limits=tags.LIMITS,
     )
@@ -101,7 +87,7 @@ class EbsProvider(Provider):
         self._plans: dict[str, Plan] = {}
         self._prepared: dict[str, Plan] = {}
         self._uncertain: dict[str, Deadline] = {}  # sets of which a reply was lost: when all of it will be listed
-        self._found: dict[str, tuple[float, dict[str, Any]]] = {}
+        self._seen = Seen()
         self._file_systems: dict[str, str] = {}
 
     # -- where we are -------------------------------------------------------------------------------------------
@@ -171,81 +157,16 @@ class EbsProvider(Provider):
         return Volume(self.name, volumes[0], top, mount.fstype)
 
     def find(self, select: Mapping[str, object]) -> list[Volume]:
-        """`instance`: all its volumes but the root; `volumes`: by id; `tags`. Raises NotFoundError for none."""
-        api = self._api()
-        within = api.deadline("the volumes selected")
-        filters: dict[str, list[str]] = {}
-        boot = ""
-        if instance := select.get("instance"):
-            filters["attachment.instance-id"] = [str(instance)]
-            about = of_instance(api, str(instance), within)
-            self._found[str(instance)] = (self.clock.now(), about)
-            boot = _boot_volume(about)
-        if isinstance(volumes := select.get("volumes"), list | tuple) and volumes:
-            filters["volume-id"] = [str(volume) for volume in volumes]
-        if isinstance(wanted := select.get("tags"), Mapping):
-            filters |= {f"tag:{key}": [str(value)] for key, value in wanted.items()}
-        if not filters:
-            raise PreconditionError("selects nothing", object="select", cure="give instance, volumes or tags")
-        listed = api.pages(
-            "describe_volumes", "Volumes", within, Filters=[{"Name": k, "Values": v} for k, v in filters.items()]
-        )
-        found = [item for item in listed if item["VolumeId"] != boot and tags.ATTACHMENT not in tags.read(item)]
-        missing = set(filters.get("volume-id", [])) - {item["VolumeId"] for item in found}
-        if missing or not found:
-            raise NotFoundError("there is no such volume", object=", ".join(sorted(missing)) or str(dict(select)))
-        now = self.clock.now()
-        self._found |= {item["VolumeId"]: (now, item) for item in found}
-        return [Volume(self.name, item["VolumeId"]) for item in sorted(found, key=lambda item: str(item["VolumeId"]))]
+        from providers.ebs import choosing
+
+        return [Volume(self.name, name) for name in choosing.find(self._api(), self._seen, select)]
 
     def _plan(self, volumes: Sequence[Volume]) -> Plan:
-        """Raises NotFoundError, PreconditionError where one call can't take them."""
-        api, ids = self._api(), [volume.id for volume in volumes]
-        within = api.deadline(", ".join(ids))
-        fresh = self.clock.now() - _SEEN_S
-        items = {name: self._found[name][1] for name in ids if self._found.get(name, (fresh - 1, {}))[0] > fresh}
-        if len(items) < len(ids):
-            listed = api.pages("describe_volumes", "Volumes", within, Filters=[{"Name": "volume-id", "Values": ids}])
-            items = {item["VolumeId"]: item for item in listed}
-        for name in ids:
-            if name not in items:
-                raise NotFoundError(
-                    "there is no such volume", object=name, cure="is it in another region? -o region=, or [aws] region"
-                )
-            if items[name]["State"] not in ("in-use", "available"):
-                raise PreconditionError(
-                    f"is in state `{items[name]['State']}`", object=name, cure="see the volume in the EC2 console"
-                )
-        instances = {attached_to(items[name])[0] for name in ids}
-        kinds = tuple(str(items[name]["VolumeType"]) for name in ids)
+        from providers.ebs import choosing
+
         here = self._here() if any(volume.path is not None for volume in volumes) else None
-        if here is not None and instances != {here.instance}:
-            raise PreconditionError(
-                f"EC2 says that it is attached to {', '.join(sorted(instances)) or 'nothing'}, and this is "
-                f"{here.instance}",
-                object=", ".join(ids),
-                cure="is the account or the region another? -o profile=, -o region=",
-            )
-        if len(instances) > 1:
-            raise PreconditionError(
-                f"are attached to several instances ({', '.join(sorted(instances))}): that is no one instant",
-                object=", ".join(ids),
-                cure="take each instance by itself",
-            )
-        instance = instances.pop() if instances else ""
-        if not instance:
-            if len(ids) > 1:
-                raise PreconditionError(
-                    "are attached nowhere: several can't be taken at one instant", object=", ".join(ids)
-                )
-            return Plan(tuple(ids), "", kinds=kinds)
-        at, about = self._found.get(instance, (fresh - 1, {}))
-        if at <= fresh:
-            about = of_instance(api, instance, within)
-        boot = _boot_volume(about)
-        all_of_it = [mapping["Ebs"]["VolumeId"] for mapping in about["BlockDeviceMappings"] if "Ebs" in mapping]
-        excluded = tuple(name for name in all_of_it if name not in ids and name != boot)
-        return Plan(tuple(ids), instance, excluded, boot not in ids, kinds)
+        ids = [volume.id for volume in volumes]
+        return choosing.plan(self._api(), self._seen, ids, here.instance if here else None)
 
     # -- before -------------------------------------------------------------------------------------------------
 
@@ -260,32 +181,13 @@ class EbsProvider(Provider):
 
     def prepare(self, volumes: Sequence[Volume], birth: Birth, budget: float) -> None:
         """All that can be asked while the writers run; waits until EC2 takes another snapshot of these volumes."""
+        from providers.ebs import choosing
+
         if birth.set_id in self._prepared:
             return
         plan = self._plans.pop(birth.set_id, None) or self._plan(volumes)
         api = self._api()
-        within = api.deadline(", ".join(plan.volumes))
-        filters = [{"Name": "volume-id", "Values": list(plan.volumes)}]
-        pending = dict.fromkeys(plan.volumes, 0)
-        wait = 0.0
-        for item in api.memory.over(
-            api.pages("describe_snapshots", "Snapshots", within, OwnerIds=["self"], Filters=filters),
-            "SnapshotId",
-            "snap-",
-        ):
-            if tags.read(item).get(tags.SET) == birth.set_id:
-                raise BusyError("exists already", object=birth.set_id, cure="take another set")
-            if item["VolumeId"] in pending:
-                pending[item["VolumeId"]] += item["State"] in ("pending", "error")
-                wait = max(wait, min(SPACING_S, SPACING_S - (time.time() - item["StartTime"].timestamp())))
-        for name, kind in zip(plan.volumes, plan.kinds, strict=True):
-            if pending[name] >= (most := _AT_ONCE.get(kind, _MOST_PENDING)):
-                raise PreconditionError(
-                    f"{pending[name]} of its snapshots are pending, and EC2 takes {most} at once",
-                    object=name,
-                    cure="try again when they are done",
-                )
-        if wait > 0:
+        if (wait := choosing.room(api, plan, birth.set_id)) > 0:
             self.clock.sleep(wait)
         api.warm(budget)
         self._prepared[birth.set_id] = plan
@@ -408,30 +310,11 @@ class EbsProvider(Provider):
             for snapshot in found:
                 if snapshot.state is ImageState.INVALID:
                     raise StorageError(f"can't be sealed: {snapshot.why}", object=set_id)
-        self._tag([snapshot.id for snapshot in found], {tags.mark(name): value for name, value in changes.items()})
-
-    def _tag(self, names: Sequence[str], changes: Mapping[str, str | None]) -> None:
-        """Removals first: what is set last is the seal. A resource that was just made may not be known yet."""
-        api = self._api()
-        within = api.deadline(", ".join(names[:3]))
-        gone = [{"Key": key} for key, value in changes.items() if value is None]
-        new = {key: value for key, value in changes.items() if value is not None}
-
-        def attempt() -> bool | None:
-            try:
-                if gone:
-                    api.call("delete_tags", within, Resources=list(names), Tags=gone)
-                if new:
-                    api.call("create_tags", within, Resources=list(names), Tags=tags.as_tags(new))
-            except NotFoundError:
-                if any(api.memory.is_ours(name) for name in names):
-                    return None
-                raise
-            return True
-
-        poll(attempt, within, most_s=5.0)
-        for name in names:
-            api.memory.tagged(name, changes)
+        tag(
+            self._api(),
+            [snapshot.id for snapshot in found],
+            {tags.mark(name): value for name, value in changes.items()},
+        )
 
     def delete(self, set_id: str) -> None:
         self._prepared.pop(set_id, None)
@@ -453,7 +336,7 @@ class EbsProvider(Provider):
             found = [item for item in self._items(set_id) if tags.read(item).get(tags.SET) == set_id]
             sealed = [item["SnapshotId"] for item in found if "sealed" in tags.marks_of(tags.read(item))]
             if len(sealed) > 1:
-                self._tag(sealed, {tags.mark("sealed"): None})  # half of a set is no backup
+                tag(api, sealed, {tags.mark("sealed"): None})  # half of a set is no backup
             for item in found:
                 self._delete_one(api, item["SnapshotId"], within)
             if found or settling is None or settling.left() <= 0:
@@ -559,7 +442,7 @@ class EbsProvider(Provider):
         found = [item["VolumeId"] for item, listed in self._attached() if listed.id == attachment_id]
         if not found:
             raise NotFoundError("no such attachment", object=attachment_id)
-        self._tag(found, {tags.SINCE: since.astimezone(UTC).isoformat(), tags.MAKER: ""})
+        tag(self._api(), found, {tags.SINCE: since.astimezone(UTC).isoformat(), tags.MAKER: ""})
 
     def attachments(self) -> Iterator[Attachment]:
         for item, listed in self._attached():
@@ -598,17 +481,40 @@ class EbsProvider(Provider):
     def detach(self, attachment_id: str) -> None:
         from providers.ebs import volumes
 
-        mounted = {mount.device: mount.path for mount in mounts.table()}
         ours = [item["VolumeId"] for item, listed in self._attached() if listed.id == attachment_id]
         for volume in ours:
-            disk = self.disks.find(serial(volume), BY_ID)
-            for number in self.disks.number(disk) if disk else ():
-                if number in mounted:
-                    raise BusyError(
-                        f"is mounted at {mounted[number]}", object=attachment_id, cure=f"umount {mounted[number]}"
-                    )
+            volumes.refuse_mounted(self.disks, volume)
         for volume in ours:
             volumes.remove(self._api(), volume, self.settings.report)
+
+    # -- taking the origin's place ------------------------------------------------------------------------------
+
+    def _swaps(self) -> Swaps:
+        from providers.ebs.swaps import Swaps
+
+        here = self._here()
+        if here is None:
+            raise PreconditionError("this is no EC2 instance", object="swap", cure="restore on the instance")
+        return Swaps(self._api(), here.instance, self.disks, self.settings.report)
+
+    def swap(self, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:
+        here = self._here()
+        item = self._restorable(self._api(), snapshot)
+        if tags.file_system(tags.read(item), snapshot.birth.member)[0] == "btrfs":
+            raise PreconditionError(
+                "is a btrfs: its copy may not be seen beside it", object=snapshot.id, cure="restore with --to"
+            )
+        self._swaps().swap(swap_id, snapshot, volume.id, here.zone if here else "")
+
+    def swap_back(self, swap_id: str) -> None:
+        self._swaps().back(swap_id)
+
+    def swap_commit(self, swap_id: str) -> None:
+        self._swaps().commit(swap_id)
+
+    def swaps(self) -> Iterator[str]:
+        if self._used() and self._on_ec2():
+            yield from self._swaps().listed()
 
 
 def _top(mount: Mount) -> str:
@@ -619,10 +525,3 @@ def _top(mount: Mount) -> str:
     raise PreconditionError(
         "is a directory of a file system whose top is mounted nowhere", object=mount.path, cure="mount that"
     )
-
-
-def _boot_volume(about: Mapping[str, Any]) -> str:
-    for mapping in about.get("BlockDeviceMappings", []):
-        if mapping["DeviceName"] == about.get("RootDeviceName"):
-            return str(mapping.get("Ebs", {}).get("VolumeId", ""))
-    return ""

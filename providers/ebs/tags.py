@@ -25,6 +25,11 @@ ATTACHMENT = PREFIX + "attachment"
 INSTANCE = PREFIX + "instance"
 SINCE = PREFIX + "since"
 MAKER = PREFIX + "maker"
+SWAP = PREFIX + "swap"
+ORIGIN = PREFIX + "origin"
+DEVICE = PREFIX + "device"
+COMMITTED = PREFIX + "committed"
+ASIDE = PREFIX + "set-aside"
 _MEMBER, _ACCESS, _PURPOSE, _PATH = (PREFIX + name for name in ("member", "access", "purpose", "path"))
 _MARK = PREFIX + "mark-"
 _CHUNK = 250
@@ -111,6 +116,11 @@ def of_attachment(
         MAKER: f"{maker[0]}.{maker[1]}" if maker else "",
         **{f"{_PATH}{k}": chunk for k, chunk in enumerate(chunks)},
     }
+
+
+def of_swap(swap_id: str, origin: str, device: str, instance: str) -> dict[str, str]:
+    """The tags of a volume that takes its origin's place."""
+    return {MANAGED: "true", SWAP: swap_id, ORIGIN: origin, DEVICE: device, INSTANCE: instance}
 
 
 def attachment_of(tags: Mapping[str, str]) -> Attachment | None:

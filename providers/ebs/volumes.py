@@ -5,7 +5,7 @@ Every step looks first, and is done if it is done already: a killed run, a lost 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from providers.ebs.api import Api
@@ -13,6 +13,7 @@ from providers.ebs.tags import as_tags
 from snapshotter.core.errors import BusyError, NotFoundError, SnapshotterError, StorageError
 from snapshotter.core.model import Report
 from snapshotter.core.remote import Deadline, Lost, poll
+from snapshotter.host import mounts
 from snapshotter.host.disks import Disks
 
 #: After this long what was asked for is listed, or was never done: EC2's own word is "a few minutes" at the very worst.
@@ -94,8 +95,8 @@ def make(api: Api, wanted: Mapping[str, Any], tags: Mapping[str, str], report: R
     return volume
 
 
-def attach(api: Api, volume: str, instance: str, report: Report) -> None:
-    """Attached to the instance, under any free name. Raises BusyError if it is attached elsewhere."""
+def attach(api: Api, volume: str, instance: str, report: Report, device: str = "") -> None:
+    """Attached to the instance, as `device` or under any free name. Raises BusyError if it is attached elsewhere."""
     within = api.deadline(f"attaching {volume} to {instance}", PATIENCE_S)
     refused: SnapshotterError | None = None
     tried: set[str] = set()
@@ -112,13 +113,13 @@ def attach(api: Api, volume: str, instance: str, report: Report) -> None:
             raise BusyError(f"is attached to {where}", object=volume, cure="detach it there")
         if refused is not None:
             raise refused
-        name = _free_device(api, instance, within, tried)
+        name = device or _free_device(api, instance, within, tried)
         try:
             api.call("attach_volume", within, again=False, VolumeId=volume, InstanceId=instance, Device=name)
         except Lost:
             return None  # the next look tells
         except SnapshotterError as error:
-            if code_of(error) == "InvalidParameterValue" and "in use" in error.message:
+            if code_of(error) == "InvalidParameterValue" and "in use" in error.message and not device:
                 tried.add(name)  # somebody was faster
             elif code_of(error) in ("VolumeInUse", "IncorrectState"):
                 refused = error  # by ourselves, a lost reply ago: the next look tells
@@ -151,30 +152,34 @@ def appeared(api: Api, disks: Disks, volume: str, report: Report) -> str:
     return poll(lambda: disks.find(serial(volume), BY_ID), within, first_s=0.1, most_s=2.0, report=report)
 
 
-def remove(api: Api, volume: str, report: Report) -> None:
-    """Detached, deleted; absent is done. Raises BusyError while the instance doesn't let go."""
+def detach(api: Api, volume: str, report: Report) -> None:
+    """Attached nowhere; absent is done. Raises BusyError while the instance doesn't let go."""
     within = api.deadline(f"detaching {volume}", PATIENCE_S)
 
-    def gone() -> bool | None:
+    def free() -> bool | None:
         item = look(api, volume, within)
+        where, state = attached_to(item or {})
         if item is None:
-            # Not listed yet, or not any more: the deletion itself knows which.
-            return _delete(api, volume, within)
-        where, state = attached_to(item)
-        if where and state == "busy":
+            return None if api.memory.is_ours(volume) and PATIENCE_S - within.left() < SETTLE_S else True
+        if state == "busy":
             raise BusyError(f"is in use on {where}", object=volume, cure="unmount it there, then try again")
-        if where and state in ("attached", "attaching"):
+        if state in ("attached", "attaching"):
             try:
                 api.call("detach_volume", within, VolumeId=volume, InstanceId=where)
             except SnapshotterError as error:
                 if code_of(error) not in ("IncorrectState", "InvalidAttachment.NotFound"):
                     raise
             return None
-        if item["State"] in ("deleting", "deleted"):
-            return True
-        return _delete(api, volume, within) if item["State"] in ("available", "error") else None
+        return True if not where and item["State"] != "creating" else None
 
-    poll(gone, within, first_s=0.5, most_s=15.0, report=report)
+    poll(free, within, first_s=0.5, most_s=15.0, report=report)
+
+
+def remove(api: Api, volume: str, report: Report) -> None:
+    """Detached, deleted; absent is done. Raises BusyError while the instance doesn't let go."""
+    detach(api, volume, report)
+    within = api.deadline(f"deleting {volume}", PATIENCE_S)
+    poll(lambda: _delete(api, volume, within), within, first_s=0.5, most_s=15.0, report=report)
     api.memory.deleted(volume)
 
 
@@ -188,3 +193,36 @@ def _delete(api: Api, volume: str, within: Deadline) -> bool | None:
             raise
         return None
     return True
+
+
+def tag(api: Api, names: Sequence[str], changes: Mapping[str, str | None]) -> None:
+    """Set tags and remove (None) others. Removals first: what is set last is a seal. What was just made may not be
+    known yet. Raises NotFoundError."""
+    within = api.deadline(", ".join(names[:3]))
+    gone = [{"Key": key} for key, value in changes.items() if value is None]
+    new = {key: value for key, value in changes.items() if value is not None}
+
+    def attempt() -> bool | None:
+        try:
+            if gone:
+                api.call("delete_tags", within, Resources=list(names), Tags=gone)
+            if new:
+                api.call("create_tags", within, Resources=list(names), Tags=as_tags(new))
+        except NotFoundError:
+            if any(api.memory.is_ours(name) for name in names):
+                return None
+            raise
+        return True
+
+    poll(attempt, within, most_s=5.0)
+    for name in names:
+        api.memory.tagged(name, changes)
+
+
+def refuse_mounted(disks: Disks, volume: str) -> None:
+    """Raises BusyError if a file system on the volume is mounted here: EC2 would take the disk from under it."""
+    disk = disks.find(serial(volume), BY_ID)
+    mounted = {mount.device: mount.path for mount in mounts.table()}
+    for number in disks.number(disk) if disk else ():
+        if number in mounted:
+            raise BusyError(f"is mounted at {mounted[number]}", object=volume, cure=f"umount {mounted[number]}")

@@ -84,6 +84,11 @@ class Harness(ABC):
         path = None if volume.path is None else volume.path + "-gone"
         return replace(volume, id=volume.id + "-gone", path=path)
 
+    def again(self, volume: Volume) -> Volume:
+        """The volume that is in this one's place now, as a new claim names it: after a committed swap it may have
+        another id (a cloud's disks). Default: the same."""
+        return volume
+
     def damage(self, snapshot: Snapshot) -> bool:
         """Ruin the image behind the driver's back, its label kept, as the storage itself might. False: can't."""
         return False

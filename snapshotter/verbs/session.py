@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from msgspec import Struct
-
 from msgspec.structs import asdict
 
 from snapshotter import catalog, provider

@@ -3,6 +3,7 @@ disks, a directory for /dev/disk/by-id, and a word from DMI. Undone here, also a
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -12,7 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import botocore.loaders
+
 from providers.ebs import VENDOR, EbsProvider
+from providers.ebs.volumes import BY_ID, serial
 from snapshotter.core.model import Hold, Snapshot, Volume
 from snapshotter.core.remote import Clock
 from snapshotter.host import disks as host_disks
@@ -24,6 +28,9 @@ from tests.twins.ec2 import Disks, Limits, Twin
 from tests.twins.ec2.disks import bytes_of_disks
 
 REGION = "eu-central-1"
+
+# Each run's client would read EC2's model, ten megabytes of JSON, once more: half a second, a hundred times.
+botocore.loaders.create_loader = functools.cache(botocore.loaders.create_loader)
 
 
 class DisksHere(host_disks.Disks, frozen=True):
@@ -61,6 +68,20 @@ def environment(**values: str) -> Iterator[None]:
         os.environ.update(before)
 
 
+class ProviderOf(EbsProvider):
+    """Unmounts what is to be swapped and mounts what a swap leaves, as the core does."""
+
+    harness: EbsHarness
+
+    def swap(self, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:
+        with self.harness.unmounted():
+            super().swap(swap_id, snapshot, volume)
+
+    def swap_back(self, swap_id: str) -> None:
+        with self.harness.unmounted():
+            super().swap_back(swap_id)
+
+
 class EbsHarness(Harness):
     """One instance of the twin; its volumes' file systems are mounted below `scratch`."""
 
@@ -69,13 +90,14 @@ class EbsHarness(Harness):
         self.clock = QuickClock(twin.clock)
         self.instance = twin.here = twin.world.run_instance()
         self.origins: set[str] = {volume.id for volume in twin.world.volumes.values()}
-        self.points: list[Path] = []
+        self.points: dict[Path, str] = {}  # mount point -> device name
         self._made = 0
 
-    def provider(self, **options: object) -> EbsProvider:
-        provider = EbsProvider(Settings(str(self.scratch / "state"), options=options, floor=0.0))
+    def provider(self, **options: object) -> ProviderOf:
+        provider = ProviderOf(Settings(str(self.scratch / "state"), options=options, floor=0.0))
         provider.disks = DisksHere(by_id=str(self.disks.by_id))
         provider.clock = self.clock
+        provider.harness = self
         return provider
 
     def volume(self) -> Volume:
@@ -92,14 +114,40 @@ class EbsHarness(Harness):
         point = self.scratch / f"data-{self._made}"
         point.mkdir()
         subprocess.run(["mount", device, str(point)], check=True)
-        self.points.append(point)
-        # Below the mount's top, as lost+found is nobody's content.
+        assert made.attached is not None
+        self.points[point] = made.attached.device
         return self.claimed(point)
 
     def claimed(self, point: Path) -> Volume:
         claimed = self.provider().claim(mounts.mount_of(str(point)), str(point))
         assert claimed is not None
         return claimed
+
+    @contextmanager
+    def unmounted(self) -> Iterator[None]:
+        def mounted(point: Path) -> bool:
+            return mounts.is_mount_point(os.path.realpath(point))
+
+        for point in self.points:
+            if mounted(point):
+                mounts.unmount(os.path.realpath(point))
+        try:
+            yield
+        finally:
+            # Asked of EC2 and of the disks, not of the twin: this may be a child that was forked off.
+            api = self.provider()._api()
+            given = [{"Name": "attachment.instance-id", "Values": [self.instance.id]}]
+            there = api.call("describe_volumes", api.deadline("the harness"), Filters=given)["Volumes"]
+            devices = {item["Attachments"][0]["Device"]: item["VolumeId"] for item in there if item["Attachments"]}
+            for point, device in self.points.items():
+                disk = self.provider().disks.find(serial(devices.get(device, "-")), BY_ID)
+                if disk is not None and not mounted(point):
+                    subprocess.run(["mount", f"/dev/{disk}", str(point)], check=True)
+
+    def again(self, volume: Volume) -> Volume:
+        now = self.claimed(Path(str(volume.path)))
+        self.origins.add(now.id)
+        return now
 
     def hold(self) -> Hold:
         """The suite writes nothing meanwhile: what a freeze would write out is to be on the disk, that is all."""

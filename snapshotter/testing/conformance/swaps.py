@@ -90,7 +90,7 @@ class Swaps(Contract):
         assert describe(self.top(volume)) == content, "a committed swap was taken back"
         ruin(self.top(volume))
         ruined = describe(self.top(volume))
-        later = take(harness.provider(), harness, [volume])
+        later = take(harness.provider(), harness, [harness.again(volume)])
         seal(harness.provider(), later)
         self.all_there(harness, [*history, (later, ruined)])
         harness.provider().delete(later.set_id)

@@ -17,6 +17,7 @@ from tests.twins.ec2.disks import Disks
 from tests.twins.ec2.wire import Refusal
 
 ACCOUNT = "123456789012"
+BUSY_S = 5.0
 
 
 class Clock:
@@ -91,6 +92,7 @@ class Attached:
     device: str
     since: float
     leaving: bool = False
+    waiting: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -208,7 +210,9 @@ class World:
             return ""
         if attached.leaving:
             if self.disks and not self.disks.detach(volume.id):
-                return "busy" if self.clock.now() > attached.since + 60 else "detaching"
+                # The kernel's own time, however fast the twin's goes.
+                attached.waiting = attached.waiting or time.monotonic()
+                return "busy" if time.monotonic() - attached.waiting > BUSY_S else "detaching"
             volume.attached = None
             return ""
         return "attaching" if self.clock.now() < attached.since + self.limits.create_s else "attached"

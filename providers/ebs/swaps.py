@@ -1,0 +1,109 @@
+"""A volume made from a snapshot takes its origin's place: the origin is detached, the other attached under its device
+name. Must know no mount's path: nothing of either is mounted meanwhile.
+
+The record is in the tags that the new volume is born with; the origin is tagged as set aside before it is touched. A
+step that is done already is done, so `swap_back` ends as it began, wherever the swap was killed. After a commit the new
+volume is an ordinary one, with the origin's own tags: its id is another, and the mount must be claimed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from providers.ebs import tags, volumes
+from providers.ebs.api import Api
+from snapshotter.core.errors import BusyError, PreconditionError, StorageError
+from snapshotter.core.model import Report, Snapshot
+from snapshotter.core.remote import operation_id
+from snapshotter.host.disks import Disks
+
+
+class Swaps:
+    """On one instance, for one call."""
+
+    def __init__(self, api: Api, instance: str, disks: Disks, report: Report) -> None:
+        self.api, self.instance, self.disks, self.report = api, instance, disks, report
+
+    def open(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(swap id, the new volume) of every swap here, committed ones that aren't through yet included."""
+        within = self.api.deadline("the list of swaps")
+        filters = {f"tag:{tags.INSTANCE}": [self.instance], "tag-key": [tags.SWAP]}
+        for item in volumes.described(self.api, within, filters):
+            labels = tags.read(item)
+            if labels.get(tags.INSTANCE) == self.instance and tags.SWAP in labels:
+                yield labels[tags.SWAP], item
+
+    def _of(self, swap_id: str) -> dict[str, Any] | None:
+        return next((item for known, item in self.open() if known == swap_id), None)
+
+    def swap(self, swap_id: str, snapshot: Snapshot, volume: str, zone: str) -> None:
+        for other, item in self.open():
+            if other == swap_id or volume in (tags.read(item).get(tags.ORIGIN), item["VolumeId"]):
+                raise BusyError(f"swap {other} is open", object=volume, cure="take it back or commit it")
+        within = self.api.deadline(volume)
+        origin = volumes.look(self.api, volume, within)
+        device = next((each["Device"] for each in (origin or {}).get("Attachments", [])), "")
+        if origin is None or volumes.attached_to(origin)[0] != self.instance:
+            raise PreconditionError("isn't attached to this instance", object=volume, cure="restore with --to")
+        volumes.refuse_mounted(self.disks, volume)
+        theirs = {key: value for key, value in tags.read(origin).items() if not key.startswith(("aws:", tags.PREFIX))}
+        wanted = {
+            "SnapshotId": snapshot.id,
+            "AvailabilityZone": zone,
+            "ClientToken": operation_id("swap", swap_id, snapshot.id),
+            "VolumeType": origin["VolumeType"],
+            "Size": origin["Size"],
+            **{key: origin[key] for key in ("Iops", "Throughput") if origin.get(key)},
+            **({"Encrypted": True, "KmsKeyId": origin["KmsKeyId"]} if origin.get("KmsKeyId") else {}),
+        }
+        if origin["VolumeType"] not in ("gp3", "io1", "io2"):
+            wanted.pop("Iops", None)  # EC2 says it of others too, and takes it of none
+        born = {**theirs, **tags.of_swap(swap_id, volume, device, self.instance)}
+        new = volumes.make(self.api, wanted, born, self.report)
+        volumes.tag(self.api, [volume], {tags.MANAGED: "true", tags.ASIDE: swap_id})
+        volumes.detach(self.api, volume, self.report)
+        volumes.attach(self.api, new, self.instance, self.report, device)
+        volumes.appeared(self.api, self.disks, new, self.report)
+
+    def back(self, swap_id: str) -> None:
+        item = self._of(swap_id)
+        if item is None:
+            return
+        labels, new = tags.read(item), str(item["VolumeId"])
+        if tags.COMMITTED in labels:
+            return self.commit(swap_id)
+        origin, device = labels[tags.ORIGIN], labels[tags.DEVICE]
+        volumes.refuse_mounted(self.disks, new)
+        if volumes.look(self.api, origin, self.api.deadline(origin)) is None:
+            raise StorageError("what it set aside is gone", object=swap_id, cure="commit it, to keep what is there")
+        volumes.detach(self.api, new, self.report)
+        volumes.attach(self.api, origin, self.instance, self.report, device)
+        volumes.appeared(self.api, self.disks, origin, self.report)
+        self._forget_aside(origin)
+        volumes.remove(self.api, new, self.report)
+
+    def commit(self, swap_id: str) -> None:
+        item = self._of(swap_id)
+        if item is None:
+            return
+        labels, new = tags.read(item), str(item["VolumeId"])
+        if volumes.attached_to(item)[0] != self.instance:
+            raise StorageError("the swap was never finished", object=swap_id, cure="take it back")
+        origin = volumes.look(self.api, labels[tags.ORIGIN], self.api.deadline(swap_id))
+        if origin is not None:
+            if tags.read(origin).get(tags.ASIDE) != swap_id or volumes.attached_to(origin)[0]:
+                raise StorageError(
+                    f"{labels[tags.ORIGIN]} isn't what it set aside", object=swap_id, cure="take it back"
+                )
+            volumes.tag(self.api, [new], {tags.COMMITTED: "true"})  # from here on there is no way back
+            volumes.remove(self.api, labels[tags.ORIGIN], self.report)
+        ours = {key: None for key in labels if key.startswith(tags.PREFIX)}
+        volumes.tag(self.api, [new], {**ours, tags.COMMITTED: None})
+
+    def _forget_aside(self, origin: str) -> None:
+        volumes.tag(self.api, [origin], {tags.MANAGED: None, tags.ASIDE: None})
+
+    def listed(self) -> Iterator[str]:
+        """Those neither taken back nor committed."""
+        yield from sorted(swap_id for swap_id, item in self.open() if tags.COMMITTED not in tags.read(item))
