@@ -86,6 +86,7 @@ class EbsProvider(Provider):
         super().__init__(settings)
         self._plans: dict[str, Plan] = {}
         self._prepared: dict[str, Plan] = {}
+        self._fresh: dict[str, tuple[Snapshot, ...]] = {}  # just created: the seal needs no look
         self._uncertain: dict[str, Deadline] = {}  # sets of which a reply was lost: when all of it will be listed
         self._seen = Seen()
         self._file_systems: dict[str, str] = {}
@@ -220,7 +221,8 @@ class EbsProvider(Provider):
             made = self._adopted(api, operation, len(plan.volumes), within, str(error))
         for item in made:
             api.memory.made(item["SnapshotId"], {**item, "Tags": tags.as_tags(given)})
-        return self._checked(api, plan, birth, given, made, within)
+        self._fresh[birth.set_id] = self._checked(api, plan, birth, given, made, within)
+        return self._fresh[birth.set_id]
 
     def _adopted(self, api: Api, operation: str, count: int, within: Deadline, why: str) -> list[dict[str, Any]]:
         """What a call made whose reply was lost. Raises StorageError when it isn't seen: `delete` goes on looking."""
@@ -299,7 +301,7 @@ class EbsProvider(Provider):
 
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         check_marks(changes)
-        found = list(self.snapshots(set_id))
+        found = list(self._fresh.pop(set_id, ()) or self.snapshots(set_id))
         if not found:
             raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all")
         if changes.get("sealed"):
@@ -318,6 +320,7 @@ class EbsProvider(Provider):
 
     def delete(self, set_id: str) -> None:
         self._prepared.pop(set_id, None)
+        self._fresh.pop(set_id, None)
         if not self._used():
             return
         api = self._api()

@@ -81,6 +81,7 @@ class Api:
     def _told(self, error: Exception, action: str, within: Deadline) -> Exception:
         """What boto3 raised as one of ours; what is a bug stays as it is."""
         from botocore import exceptions as boto
+        from botocore.parsers import ResponseParserError
 
         if isinstance(error, boto.ClientError):
             answer = error.response.get("Error", {})
@@ -102,7 +103,7 @@ class Api:
         if isinstance(error, boto.CredentialRetrievalError | boto.MetadataRetrievalError | boto.SSOError):
             said = " ".join(str(error).split())[:200]
             return PreconditionError(f"no AWS credentials: {said}", object=within.what, cure="log in again")
-        if isinstance(error, boto.HTTPClientError | boto.ResponseStreamingError | boto.ResponseParserError):
+        if isinstance(error, boto.HTTPClientError | boto.ResponseStreamingError | ResponseParserError):
             return Lost(type(error).__name__)
         return error
 
@@ -120,10 +121,10 @@ class Api:
             return self._clients[fitting]
 
     def warm(self, seconds: float) -> None:
-        """Make the clients that calls within so many seconds will use: it takes its time, and soon there is none."""
-        for timeout in _TIMEOUTS:
-            if timeout <= seconds:
-                self.client(self.deadline("EC2", timeout + 0.5))
+        """Make the client that a call within so many seconds will use: it takes its time, and soon there is none."""
+        fitting = [timeout for timeout in _TIMEOUTS if timeout <= seconds]
+        for timeout in fitting[:2]:
+            self.client(self.deadline("EC2", timeout + 0.5))
 
     def _make(self, timeout: float) -> Any:
         from botocore.config import Config
@@ -209,7 +210,8 @@ class Memory:
         self._forget()
         late = {name: item for name, (_, item) in self._made.items() if name.startswith(kind)}
         for item in listed:
-            late.pop(item[key], None)
+            if late.pop(item[key], None) is not None:
+                self._made.pop(item[key], None)  # EC2 has caught up: from now on its word counts
             if item[key] not in self._deleted:
                 yield self._current(item, key)
         for item in late.values():

@@ -94,11 +94,19 @@ def _filtered(found: list[Answer], params: Params, fields: dict[str, Callable[[A
 
 
 def _named(world: World, kind: dict[str, Any], params: Params, ids: str, region: str, what: str) -> list[Any]:
+    """What the answer is made of: by id, or all that is listed. A filter that a fleet asks each node by comes first: to
+    describe thousands each time would be the twin's time, not EC2's."""
     if ids in params:
         if "MaxResults" in params:
             raise Refusal("InvalidParameterCombination", f"The parameter {ids} cannot be used with maxResults")
         return [world.find(kind, name, region, what) for name in params[ids]]
-    return list(world.listed(kind, region))
+    wanted = {each["Name"]: each["Values"] for each in params.get("Filters", [])}
+    found = world.listed(kind, region)
+    if kind is world.snapshots and "volume-id" in wanted:
+        found = (each for each in found if each.volume in wanted["volume-id"])
+    if kind is world.volumes and "attachment.instance-id" in wanted:
+        found = (each for each in found if each.attached and each.attached.instance in wanted["attachment.instance-id"])
+    return list(found)
 
 
 def _tag_set(tags: dict[str, str]) -> list[Answer]:

@@ -8,8 +8,10 @@ not, before anybody else looks.
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
+import signal
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -103,6 +105,9 @@ class Twin:
                 raise Refusal(fault.code, fault.message or "on purpose", fault.status)
             if fault is not None and fault.kind == "hang":
                 return "hang"
+            if fault is not None and fault.kind == "kill":
+                os.kill(fault.pid, signal.SIGKILL)
+                return "lost"
             if action not in ACTIONS:
                 raise Refusal("UnsupportedOperation", f"The twin has no {action}")
             result = ACTIONS[action](Call(self.world, scope[2], self.policies, fault), params)
@@ -114,7 +119,9 @@ class Twin:
             answer = refusal.status, wire.error(refusal, request_id)
         finally:
             self.calls.append((action, outcome))
-        return "lost" if fault is not None and fault.kind == "lost" else answer
+        if fault is not None and fault.kind == "kill-after":
+            os.kill(fault.pid, signal.SIGKILL)
+        return "lost" if fault is not None and fault.kind in ("lost", "kill-after") else answer
 
     def _fault(self, action: str) -> Fault | None:
         for fault in self.faults:

@@ -17,7 +17,6 @@ from tests.twins.ec2.disks import Disks
 from tests.twins.ec2.wire import Refusal
 
 ACCOUNT = "123456789012"
-BUSY_S = 5.0
 
 
 class Clock:
@@ -45,6 +44,7 @@ class Limits:
     snapshots: int | None = 100_000
     volumes_gib: int | None = None
     buckets: dict[str, tuple[float, float]] = field(default_factory=dict)  # action, or "*": capacity, per second
+    busy_s: float = 30.0  # detaching -> busy, where the disk is in use: real seconds
     keys_denied: set[str] = field(default_factory=set)  # KMS keys that the caller may not use
 
 
@@ -52,7 +52,8 @@ class Limits:
 class Fault:
     """What goes wrong at the `nth` call (from now) of `action`. `kind`: `refuse` (with `code`, no effect), `lost` (the
     effect, no reply), `broken` (the effect, and a 500), `hang` (no effect, no reply), `upload` (its snapshots end in
-    error), `partial` (one snapshot of the set is missing in effect and reply)."""
+    error), `partial` (one snapshot of the set is missing in effect and reply), `kill` and `kill-after` (process `pid` gets SIGKILL
+    before or after the effect, no reply)."""
 
     action: str
     kind: str
@@ -60,6 +61,7 @@ class Fault:
     message: str = ""
     status: int = 400
     nth: int = 1
+    pid: int = 0
 
 
 @dataclass(kw_only=True)
@@ -212,7 +214,7 @@ class World:
             if self.disks and not self.disks.detach(volume.id):
                 # The kernel's own time, however fast the twin's goes.
                 attached.waiting = attached.waiting or time.monotonic()
-                return "busy" if time.monotonic() - attached.waiting > BUSY_S else "detaching"
+                return "busy" if time.monotonic() - attached.waiting > self.limits.busy_s else "detaching"
             volume.attached = None
             return ""
         return "attaching" if self.clock.now() < attached.since + self.limits.create_s else "attached"
