@@ -213,11 +213,12 @@ class Memory:
             if late.pop(item[key], None) is not None:
                 self._made.pop(item[key], None)  # EC2 has caught up: from now on its word counts
             if item[key] not in self._deleted:
-                yield self._current(item, key)
+                yield self.current(item, key)
         for item in late.values():
-            yield self._current(item, key)
+            yield self.current(item, key)
 
-    def _current(self, item: dict[str, Any], key: str) -> dict[str, Any]:
+    def current(self, item: dict[str, Any], key: str) -> dict[str, Any]:
+        """An item with the tags that we gave it since."""
         if item[key] not in self._tags:
             return item
         tags = {tag["Key"]: tag["Value"] for tag in item.get("Tags", [])} | self._tags[item[key]][1]

@@ -80,7 +80,8 @@ class Swaps:
         volumes.detach(self.api, new, self.report)
         volumes.attach(self.api, origin, self.instance, self.report, device)
         volumes.appeared(self.api, self.disks, origin, self.report)
-        self._forget_aside(origin)
+        if tags.ASIDE in tags.read(volumes.look(self.api, origin, self.api.deadline(origin)) or {}):
+            volumes.tag(self.api, [origin], {tags.MANAGED: None, tags.ASIDE: None})
         volumes.remove(self.api, new, self.report)
 
     def commit(self, swap_id: str) -> None:
@@ -100,9 +101,6 @@ class Swaps:
             volumes.remove(self.api, labels[tags.ORIGIN], self.report)
         ours = {key: None for key in labels if key.startswith(tags.PREFIX)}
         volumes.tag(self.api, [new], {**ours, tags.COMMITTED: None})
-
-    def _forget_aside(self, origin: str) -> None:
-        volumes.tag(self.api, [origin], {tags.MANAGED: None, tags.ASIDE: None})
 
     def listed(self) -> Iterator[str]:
         """Those neither taken back nor committed."""

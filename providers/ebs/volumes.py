@@ -53,7 +53,7 @@ def described(api: Api, within: Deadline, filters: Mapping[str, list[str]]) -> I
 def look(api: Api, volume: str, within: Deadline) -> dict[str, Any] | None:
     """One volume; None if it isn't there (any more, or yet)."""
     try:
-        return api.call("describe_volumes", within, VolumeIds=[volume])["Volumes"][0]  # type: ignore[no-any-return]
+        return api.memory.current(api.call("describe_volumes", within, VolumeIds=[volume])["Volumes"][0], "VolumeId")
     except (NotFoundError, IndexError):
         return None
 

@@ -50,9 +50,9 @@ class Limits:
 
 @dataclass
 class Fault:
-    """What goes wrong at the `nth` call (from now) of `action`. `kind`: `refuse` (with `code`, no effect), `lost` (the
-    effect, no reply), `broken` (the effect, and a 500), `hang` (no effect, no reply), `upload` (its snapshots end in
-    error), `partial` (one snapshot of the set is missing in effect and reply), `kill` and `kill-after` (process `pid` gets SIGKILL
+    """What goes wrong at the `nth` call (from now) of `action`. Of `kind`: `refuse` (with `code`, no effect), `lost`
+    (the effect, no reply), `broken` (the effect, and a 500), `hang` (no effect, no reply), `upload` (its snapshots end
+    in error), `partial` (one snapshot of the set is missing), `kill` and `kill-after` (process `pid` gets SIGKILL
     before or after the effect, no reply)."""
 
     action: str
