@@ -27,6 +27,9 @@ class Hasty(Clock):
 if __name__ == "__main__":
     EbsProvider.disks = DisksHere(by_id=sys.argv.pop(1))
     EbsProvider.clock = Hasty()
+    from snapshotter import provider
     from snapshotter.__main__ import main
 
+    # Not what other tests, and the machine's owner, have on btrfs.
+    provider.BUILT_IN = {name: provider.BUILT_IN[name] for name in ("copy", "ebs")}
     main()
