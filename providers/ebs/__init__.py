@@ -9,15 +9,12 @@ checked against EC2. From outside, volumes are named (`find`). No SDK is importe
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from providers.ebs import tags
-from providers.ebs.choosing import Plan, Seen
-from providers.ebs.volumes import BY_ID, SETTLE_S, described, serial, tag, volume_of
 from snapshotter.core.errors import (
     BusyError,
     NotFoundError,
@@ -41,16 +38,17 @@ from snapshotter.core.model import (
 )
 from snapshotter.core.remote import Clock, Deadline, Lost, operation_id, poll
 from snapshotter.host import mounts
-from snapshotter.host.disks import Disks, Part
+from snapshotter.host.disks import Disks
 from snapshotter.host.mounts import Mount
 from snapshotter.provider import Option, Provider, Settings, Traits
 
 if TYPE_CHECKING:
     from providers.ebs.api import Api
+    from providers.ebs.choosing import Plan, Seen
+    from providers.ebs.clones import Clones
     from providers.ebs.here import Here
     from providers.ebs.swaps import Swaps
 
-VENDOR = "Amazon EC2"
 _CREATE_S = 60.0
 
 
@@ -88,13 +86,12 @@ class EbsProvider(Provider):
         self._prepared: dict[str, Plan] = {}
         self._fresh: dict[str, tuple[Snapshot, ...]] = {}  # just created: the seal needs no look
         self._uncertain: dict[str, Deadline] = {}  # sets of which a reply was lost: when all of it will be listed
-        self._seen = Seen()
-        self._file_systems: dict[str, str] = {}
+        self._seen: Seen = {}
 
     # -- where we are -------------------------------------------------------------------------------------------
 
     def _on_ec2(self) -> bool:
-        return self.disks.vendor() == VENDOR
+        return self.disks.vendor() == tags.VENDOR
 
     def _here(self) -> Here | None:
         """The instance that this is; None off EC2."""
@@ -143,7 +140,7 @@ class EbsProvider(Provider):
         if not self._on_ec2():
             return None
         parts = self.disks.below(mount)
-        found = [volume_of(self.disks.identity(part.disk, BY_ID)) for part in parts]
+        found = [tags.volume_of(self.disks.identity(part.disk, tags.BY_ID)) for part in parts]
         volumes = [volume for volume in found if volume is not None]
         if not volumes or len(volumes) != len(parts):
             return None  # an instance store, a memory file system: nothing that EBS knows
@@ -154,7 +151,6 @@ class EbsProvider(Provider):
                 cure="name the provider of what is between, or take the volumes from outside by `select`",
             )
         top = _top(mount)
-        self._file_systems[volumes[0]] = mount.fstype + (f"/{parts[0].partition}" if parts[0].partition else "")
         return Volume(self.name, volumes[0], top, mount.fstype)
 
     def find(self, select: Mapping[str, object]) -> list[Volume]:
@@ -196,13 +192,15 @@ class EbsProvider(Provider):
     # -- taking -------------------------------------------------------------------------------------------------
 
     def create(self, volumes: Sequence[Volume], birth: Birth, hold: Hold) -> tuple[Snapshot, ...]:
+        from providers.ebs.volumes import SETTLE_S
+
         self.prepare(volumes, birth, 0.0)
         plan = self._prepared.pop(birth.set_id)
         api = self._api()
         left = _CREATE_S if hold.deadline is None else hold.deadline - time.monotonic()
         within = api.deadline(", ".join(plan.volumes), min(left, _CREATE_S))
         operation = operation_id("create", birth.set_id)
-        given = tags.of_set(birth, operation, self._file_systems)
+        given = tags.of_set(birth, operation, {volume.id: self._lies_on(volume) for volume in volumes})
         how: dict[str, Any] = {
             "Description": f"snapshotter: {birth.node}, {birth.set_id}",
             "TagSpecifications": [{"ResourceType": "snapshot", "Tags": tags.as_tags(given)}],
@@ -223,6 +221,13 @@ class EbsProvider(Provider):
             api.memory.made(item["SnapshotId"], {**item, "Tags": tags.as_tags(given)})
         self._fresh[birth.set_id] = self._checked(api, plan, birth, given, made, within)
         return self._fresh[birth.set_id]
+
+    def _lies_on(self, volume: Volume) -> str:
+        """The file system and its partition, for who mounts a copy: `ext4`, `xfs/1`; '' from outside."""
+        if volume.path is None:
+            return ""
+        parts = self.disks.below(mounts.mount_of(volume.path))
+        return volume.fstype + (f"/{parts[0].partition}" if parts and parts[0].partition else "")
 
     def _adopted(self, api: Api, operation: str, count: int, within: Deadline, why: str) -> list[dict[str, Any]]:
         """What a call made whose reply was lost. Raises StorageError when it isn't seen: `delete` goes on looking."""
@@ -252,7 +257,7 @@ class EbsProvider(Provider):
     ) -> tuple[Snapshot, ...]:
         """The reply volume by volume: each once, none in error. Else all of it goes."""
         of = {item["VolumeId"]: item for item in made}
-        bad = [name for name in plan.volumes if of.get(name, {}).get("State", "gone") not in ("pending", "completed")]
+        bad = [name for name in plan.volumes if name not in of or of[name].get("State") == "error"]
         stray = [item["SnapshotId"] for item in made if item["VolumeId"] not in plan.volumes or bad]
         for name in stray:  # a volume that was attached since we looked, or all of a set that isn't whole
             self._delete_one(api, name, within)
@@ -285,7 +290,7 @@ class EbsProvider(Provider):
         birth = tags.birth_of(labels, str(item["VolumeId"]))
         if birth is None:
             return None
-        said = str(item["State"])
+        said = str(item.get("State", "pending"))
         state = {"completed": ImageState.READY, "error": ImageState.INVALID}.get(said, ImageState.PENDING)
         why = f"EC2 could not copy it: {item.get('StateMessage') or 'no reason given'}"
         return Snapshot(
@@ -300,6 +305,8 @@ class EbsProvider(Provider):
         )
 
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
+        from providers.ebs import volumes
+
         check_marks(changes)
         found = list(self._fresh.pop(set_id, ()) or self.snapshots(set_id))
         if not found:
@@ -312,20 +319,22 @@ class EbsProvider(Provider):
             for snapshot in found:
                 if snapshot.state is ImageState.INVALID:
                     raise StorageError(f"can't be sealed: {snapshot.why}", object=set_id)
-        tag(
+        volumes.tag(
             self._api(),
             [snapshot.id for snapshot in found],
             {tags.mark(name): value for name, value in changes.items()},
         )
 
     def delete(self, set_id: str) -> None:
+        from providers.ebs import volumes
+
         self._prepared.pop(set_id, None)
         self._fresh.pop(set_id, None)
         if not self._used():
             return
         api = self._api()
         within = api.deadline(set_id)
-        for item in described(api, within, {f"tag:{tags.SET}": [set_id]}):
+        for item in volumes.described(api, within, {f"tag:{tags.SET}": [set_id]}):
             used = tags.attachment_of(tags.read(item))
             if used is not None and used.set_id == set_id:
                 where = tags.read(item).get(tags.INSTANCE)
@@ -339,7 +348,7 @@ class EbsProvider(Provider):
             found = [item for item in self._items(set_id) if tags.read(item).get(tags.SET) == set_id]
             sealed = [item["SnapshotId"] for item in found if "sealed" in tags.marks_of(tags.read(item))]
             if len(sealed) > 1:
-                tag(api, sealed, {tags.mark("sealed"): None})  # half of a set is no backup
+                volumes.tag(api, sealed, {tags.mark("sealed"): None})  # half of a set is no backup
             for item in found:
                 self._delete_one(api, item["SnapshotId"], within)
             if found or settling is None or settling.left() <= 0:
@@ -361,6 +370,15 @@ class EbsProvider(Provider):
 
     # -- attachments --------------------------------------------------------------------------------------------
 
+    def _clones(self) -> Clones | None:
+        """None off an instance: what is attached is attached to one."""
+        here = self._here()
+        if here is None or not self._used():
+            return None
+        from providers.ebs.clones import Clones
+
+        return Clones(self._api(), here, self.disks, self.settings)
+
     def attach(
         self,
         snapshot: Snapshot,
@@ -369,155 +387,51 @@ class EbsProvider(Provider):
         destination: str,
         purpose: Purpose = Purpose.RESTORE,
     ) -> MountSpec | Tree:
-        from providers.ebs import volumes
-        from snapshotter.host import processes
-
-        here = self._here()
-        if here is None:
+        clones = self._clones()
+        if clones is None:
             raise PreconditionError("this is no EC2 instance", object=snapshot.id, cure="restore it on an instance")
-        api = self._api()
-        item = self._restorable(api, snapshot)
-        labels = tags.read(item)
-        kind, partition = tags.file_system(labels, snapshot.birth.member)
-        if kind == "btrfs":
-            self._refuse_twin(snapshot)
-        maker = processes.identity(os.getpid())
-        given = tags.of_attachment(
-            attachment_id,
-            snapshot.birth.set_id,
-            snapshot.birth.member,
-            destination,
-            access,
-            purpose,
-            here.instance,
-            maker,
-        )
-        wanted: dict[str, Any] = {
-            "SnapshotId": snapshot.id,
-            "AvailabilityZone": here.zone,
-            "VolumeType": self._option("volume_type") or "gp3",
-            "ClientToken": operation_id("attach", attachment_id, snapshot.id),
-        }
-        for option, parameter in (
-            ("iops", "Iops"),
-            ("throughput", "Throughput"),
-            ("kms_key", "KmsKeyId"),
-            ("initialization_rate", "VolumeInitializationRate"),
-        ):
-            if (value := self._option(option)) is not None:
-                wanted[parameter] = value
-        if "KmsKeyId" in wanted:
-            wanted["Encrypted"] = True
-        volume = volumes.make(api, wanted, given, self.settings.report)
-        volumes.attach(api, volume, here.instance, self.settings.report)
-        disk = volumes.appeared(api, self.disks, volume, self.settings.report)
-        within = api.deadline(f"partition {partition} of {volume}", 30.0)
-        device = poll(lambda: self.disks.device(Part(disk, partition)), within, first_s=0.1, most_s=1.0)
-        options = ("ro", "nosuid", "nodev") if access is Access.READ_ONLY else ()
-        # The copy of an XFS has its origin's UUID.
-        return MountSpec(device, kind, options + (("nouuid",) if kind == "xfs" else ()))
-
-    def _restorable(self, api: Api, snapshot: Snapshot) -> dict[str, Any]:
-        """What EC2 says of it now. Raises NotFoundError, StorageError."""
-        within = api.deadline(snapshot.id)
-        item: dict[str, Any] = api.call("describe_snapshots", within, SnapshotIds=[snapshot.id])["Snapshots"][0]
-        if item["State"] == "error":
-            raise StorageError("has no valid image", object=snapshot.id, cure="restore another set")
-        if item["State"] != "completed":
-            raise PreconditionError(
-                f"EC2 still copies it ({item.get('Progress', '?')})", object=snapshot.id, cure="wait until it is ready"
-            )
-        return item
-
-    def _refuse_twin(self, snapshot: Snapshot) -> None:
-        """Two disks of one btrfs confuse the kernel as soon as it sees them."""
-        for mount in mounts.table():
-            if mount.fstype == "btrfs":
-                serials = [self.disks.identity(part.disk, BY_ID) for part in self.disks.below(mount)]
-                if serial(snapshot.volume) in serials:
-                    raise PreconditionError(
-                        f"is a btrfs that is mounted here, at {mount.path}: the kernel can't tell the two apart",
-                        object=snapshot.id,
-                        cure="restore it on another instance",
-                    )
+        return clones.attach(snapshot, attachment_id, access, destination, purpose)
 
     def settle(self, attachment_id: str, since: datetime) -> None:
-        found = [item["VolumeId"] for item, listed in self._attached() if listed.id == attachment_id]
-        if not found:
+        if (clones := self._clones()) is None:
             raise NotFoundError("no such attachment", object=attachment_id)
-        tag(self._api(), found, {tags.SINCE: since.astimezone(UTC).isoformat(), tags.MAKER: ""})
+        clones.settle(attachment_id, since)
 
     def attachments(self) -> Iterator[Attachment]:
-        for item, listed in self._attached():
-            maker = tags.maker_of(tags.read(item))
-            held = False
-            if maker is not None:
-                from snapshotter.host import processes
-
-                held = processes.alive(maker)
-            yield Attachment(
-                id=listed.id,
-                provider=self.name,
-                set_id=listed.set_id,
-                member=listed.member,
-                path=listed.path,
-                access=listed.access,
-                purpose=listed.purpose,
-                since=listed.since,
-                held=held,
-            )
-
-    def _attached(self) -> Iterator[tuple[dict[str, Any], Attachment]]:
-        """Volumes that are attachments on this instance. Another instance's are its own."""
-        here = self._here()
-        if here is None or not self._used():
-            return
-        api = self._api()
-        filters = {f"tag:{tags.INSTANCE}": [here.instance], "tag-key": [tags.ATTACHMENT]}
-        for item in described(api, api.deadline("the list of attachments"), filters):
-            labels = tags.read(item)
-            listed = tags.attachment_of(labels)
-            gone = item["State"] in ("deleting", "deleted")
-            if listed is not None and labels.get(tags.INSTANCE) == here.instance and not gone:
-                yield item, listed
+        if (clones := self._clones()) is not None:
+            yield from clones.listed()
 
     def detach(self, attachment_id: str) -> None:
-        from providers.ebs import volumes
-
-        ours = [item["VolumeId"] for item, listed in self._attached() if listed.id == attachment_id]
-        for volume in ours:
-            volumes.refuse_mounted(self.disks, volume)
-        for volume in ours:
-            volumes.remove(self._api(), volume, self.settings.report)
+        if (clones := self._clones()) is not None:
+            clones.detach(attachment_id)
 
     # -- taking the origin's place ------------------------------------------------------------------------------
 
-    def _swaps(self) -> Swaps:
+    def _swaps(self) -> Swaps | None:
+        here = self._here()
+        if here is None or not self._used():
+            return None
         from providers.ebs.swaps import Swaps
 
-        here = self._here()
-        if here is None:
-            raise PreconditionError("this is no EC2 instance", object="swap", cure="restore on the instance")
-        return Swaps(self._api(), here.instance, self.disks, self.settings.report)
+        return Swaps(self._api(), here, self.disks, self.settings.report)
 
     def swap(self, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:
-        here = self._here()
-        item = self._restorable(self._api(), snapshot)
-        if tags.file_system(tags.read(item), snapshot.birth.member)[0] == "btrfs":
-            raise PreconditionError(
-                "is a btrfs: its copy may not be seen beside it", object=snapshot.id, cure="restore with --to"
-            )
-        self._swaps().swap(swap_id, snapshot, volume.id, here.zone if here else "")
+        swaps = self._swaps()
+        if swaps is None:
+            raise PreconditionError("this is no EC2 instance", object=snapshot.id, cure="restore it on the instance")
+        swaps.swap(swap_id, snapshot, volume.id)
 
     def swap_back(self, swap_id: str) -> None:
-        self._swaps().back(swap_id)
+        if (swaps := self._swaps()) is not None:
+            swaps.back(swap_id)
 
     def swap_commit(self, swap_id: str) -> None:
-        self._swaps().commit(swap_id)
+        if (swaps := self._swaps()) is not None:
+            swaps.commit(swap_id)
 
     def swaps(self) -> Iterator[str]:
-        if self._used() and self._on_ec2():
-            yield from self._swaps().listed()
+        if (swaps := self._swaps()) is not None:
+            yield from swaps.listed()
 
 
 def _top(mount: Mount) -> str:

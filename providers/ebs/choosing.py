@@ -32,19 +32,15 @@ class Plan(Struct, frozen=True):
     kinds: tuple[str, ...] = ()  # volume types
 
 
-class Seen:
-    """What EC2 said of volumes and instances a moment ago: a fleet is selected first and checked then, and each look
-    costs a call."""
+#: What EC2 said of volumes and instances, and when: a fleet is selected first and checked then, and each look costs a
+#: call.
+Seen = dict[str, tuple[float, dict[str, Any]]]
 
-    def __init__(self) -> None:
-        self._items: dict[str, tuple[float, dict[str, Any]]] = {}
 
-    def note(self, api: Api, name: str, item: dict[str, Any]) -> None:
-        self._items[name] = (api.clock.now(), item)
-
-    def get(self, api: Api, name: str) -> dict[str, Any] | None:
-        at, item = self._items.get(name, (0.0, {}))
-        return item if item and api.clock.now() - at < _SEEN_S else None
+def _seen(api: Api, seen: Seen, name: str) -> dict[str, Any] | None:
+    """What was seen a moment ago."""
+    at, item = seen.get(name, (0.0, {}))
+    return item if item and api.clock.now() - at < _SEEN_S else None
 
 
 def find(api: Api, seen: Seen, select: Mapping[str, object]) -> list[str]:
@@ -56,7 +52,7 @@ def find(api: Api, seen: Seen, select: Mapping[str, object]) -> list[str]:
     if instance := select.get("instance"):
         filters["attachment.instance-id"] = [str(instance)]
         about = of_instance(api, str(instance), within)
-        seen.note(api, str(instance), about)
+        seen[str(instance)] = (api.clock.now(), about)
         boot = _boot_volume(about)
     if isinstance(volumes := select.get("volumes"), list | tuple) and volumes:
         filters["volume-id"] = [str(volume) for volume in volumes]
@@ -73,7 +69,7 @@ def find(api: Api, seen: Seen, select: Mapping[str, object]) -> list[str]:
     if missing or not found:
         raise NotFoundError("there is no such volume", object=", ".join(sorted(missing)) or str(dict(select)))
     for item in found:
-        seen.note(api, item["VolumeId"], item)
+        seen[item["VolumeId"]] = (api.clock.now(), item)
     return sorted(str(item["VolumeId"]) for item in found)
 
 
@@ -86,7 +82,7 @@ def plan(api: Api, seen: Seen, ids: Sequence[str], here: str | None) -> Plan:
     """`here`: the instance that the volumes' mounts were seen on. Raises NotFoundError, PreconditionError where no one
     call can take them."""
     within, what = api.deadline(", ".join(ids)), ", ".join(ids)
-    items = {name: item for name in ids if (item := seen.get(api, name)) is not None}
+    items = {name: item for name in ids if (item := _seen(api, seen, name)) is not None}
     if len(items) < len(ids):
         items = {item["VolumeId"]: item for item in _listed(api, within, {"volume-id": list(ids)})}
     for name in ids:
@@ -115,7 +111,7 @@ def plan(api: Api, seen: Seen, ids: Sequence[str], here: str | None) -> Plan:
         if len(ids) > 1:
             raise PreconditionError("are attached nowhere: several can't be taken at one instant", object=what)
         return Plan(tuple(ids), "", kinds=kinds)
-    about = seen.get(api, instance) or of_instance(api, instance, within)
+    about = _seen(api, seen, instance) or of_instance(api, instance, within)
     boot = _boot_volume(about)
     all_of_it = [mapping["Ebs"]["VolumeId"] for mapping in about["BlockDeviceMappings"] if "Ebs" in mapping]
     excluded = tuple(name for name in all_of_it if name not in ids and name != boot)

@@ -13,6 +13,8 @@ from typing import Any
 
 from providers.ebs import tags, volumes
 from providers.ebs.api import Api
+from providers.ebs.clones import restorable
+from providers.ebs.here import Here
 from snapshotter.core.errors import BusyError, PreconditionError, StorageError
 from snapshotter.core.model import Report, Snapshot
 from snapshotter.core.remote import operation_id
@@ -22,8 +24,9 @@ from snapshotter.host.disks import Disks
 class Swaps:
     """On one instance, for one call."""
 
-    def __init__(self, api: Api, instance: str, disks: Disks, report: Report) -> None:
-        self.api, self.instance, self.disks, self.report = api, instance, disks, report
+    def __init__(self, api: Api, here: Here, disks: Disks, report: Report) -> None:
+        self.api, self.here, self.disks, self.report = api, here, disks, report
+        self.instance = here.instance
 
     def open(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """(swap id, the new volume) of every swap here, committed ones that aren't through yet included."""
@@ -37,7 +40,11 @@ class Swaps:
     def _of(self, swap_id: str) -> dict[str, Any] | None:
         return next((item for known, item in self.open() if known == swap_id), None)
 
-    def swap(self, swap_id: str, snapshot: Snapshot, volume: str, zone: str) -> None:
+    def swap(self, swap_id: str, snapshot: Snapshot, volume: str) -> None:
+        item = restorable(self.api, snapshot)
+        if tags.file_system(tags.read(item), snapshot.birth.member)[0] == "btrfs":
+            why = "is a btrfs: the kernel may not see it beside its origin"
+            raise PreconditionError(why, object=snapshot.id, cure="restore it on another instance")
         for other, item in self.open():
             if other == swap_id or volume in (tags.read(item).get(tags.ORIGIN), item["VolumeId"]):
                 raise BusyError(f"swap {other} is open", object=volume, cure="take it back or commit it")
@@ -50,7 +57,7 @@ class Swaps:
         theirs = {key: value for key, value in tags.read(origin).items() if not key.startswith(("aws:", tags.PREFIX))}
         wanted = {
             "SnapshotId": snapshot.id,
-            "AvailabilityZone": zone,
+            "AvailabilityZone": self.here.zone,
             "ClientToken": operation_id("swap", swap_id, snapshot.id),
             "VolumeType": origin["VolumeType"],
             "Size": origin["Size"],

@@ -1,4 +1,5 @@
-"""What is written on EBS snapshots and volumes, and read back: the one codec of the ebs provider. Must know no call.
+"""How EBS's volumes are named on a host, and what is written on volumes and snapshots: the ebs provider's one codec.
+Must know no call, and load nothing that takes time: every take on a disk that is nobody's asks who it belongs to.
 
 All keys begin with `snapshotter:`, so that a policy can name them. One CreateSnapshots call gives all its snapshots the
 same tags: each says only that it is of the set, and its VolumeId which member it is.
@@ -11,7 +12,6 @@ import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
-from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from snapshotter.core.labels import MARK_NAMES, LabelLimits, pack, unpack
 from snapshotter.core.model import Access, Attachment, Birth, Purpose
@@ -34,9 +34,21 @@ _MEMBER, _ACCESS, _PURPOSE, _PATH = (PREFIX + name for name in ("member", "acces
 _MARK = PREFIX + "mark-"
 _CHUNK = 250
 NAME = "ebs"
+VENDOR = "Amazon EC2"  # DMI's word for the machine
+BY_ID = "nvme-Amazon_Elastic_Block_Store_"
 
 #: 255 characters of letters, digits, blanks and these, says EC2's guide; a GCE label or a JSON text would need more.
 LIMITS = LabelLimits(max_value=_CHUNK, max_chunks=3, value_pattern=r"[A-Za-z0-9 +=._:/@-]*")
+
+
+def serial(volume: str) -> str:
+    """As a volume's disk says it: `vol0123...`."""
+    return volume.replace("-", "")
+
+
+def volume_of(identity: str) -> str | None:
+    """Inverse of `serial`; None for another disk (an instance store says `AWS...`)."""
+    return f"vol-{identity[3:]}" if identity.startswith("vol") and identity[3:4] != "-" else None
 
 
 def as_tags(values: Mapping[str, str]) -> list[dict[str, str]]:
@@ -102,6 +114,8 @@ def of_attachment(
     maker: tuple[int, int] | None,
 ) -> dict[str, str]:
     """The tags of a volume made from a snapshot."""
+    from urllib.parse import quote_from_bytes
+
     # As in mail: `=` instead of `%`, which EC2's guide doesn't allow.
     path = quote_from_bytes(os.fsencode(destination)).replace("~", "%7E").replace("%", "=")
     chunks = [path[k : k + _CHUNK] for k in range(0, len(path), _CHUNK)]
@@ -125,6 +139,8 @@ def of_swap(swap_id: str, origin: str, device: str, instance: str) -> dict[str, 
 
 def attachment_of(tags: Mapping[str, str]) -> Attachment | None:
     """The attachment that a volume is (a part of); None if it is none of ours. `held` is not known here."""
+    from urllib.parse import unquote_to_bytes
+
     chunks = [tags[f"{_PATH}{k}"] for k in range(len(tags)) if f"{_PATH}{k}" in tags]
     try:
         return Attachment(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from providers.ebs.api import Api
-from providers.ebs.tags import as_tags
+from providers.ebs.tags import BY_ID, as_tags, serial
 from snapshotter.core.errors import BusyError, NotFoundError, SnapshotterError, StorageError
 from snapshotter.core.model import Report
 from snapshotter.core.remote import Deadline, Lost, poll
@@ -21,7 +21,6 @@ SETTLE_S = 30.0
 #: Blocks come later, when they are read: nothing here depends on a volume's size.
 PATIENCE_S = 600.0
 APPEARS_S = 60.0
-BY_ID = "nvme-Amazon_Elastic_Block_Store_"
 _DEVICES = [f"/dev/sd{letter}" for letter in "fghijklmnop"] + [
     f"/dev/xvd{one}{two}" for one in "bc" for two in "abcdefghijklmnopqrstuvwxyz"
 ]
@@ -30,16 +29,6 @@ _DEVICES = [f"/dev/sd{letter}" for letter in "fghijklmnop"] + [
 def code_of(error: SnapshotterError) -> str:
     """EC2's own code behind a refusal."""
     return str(vars(error).get("ec2", ""))
-
-
-def serial(volume: str) -> str:
-    """As the disk says it: `vol0123...`."""
-    return volume.replace("-", "")
-
-
-def volume_of(identity: str) -> str | None:
-    """Inverse of `serial`; None for another disk (an instance store says `AWS...`)."""
-    return f"vol-{identity[3:]}" if identity.startswith("vol") and identity[3:4] != "-" else None
 
 
 def described(api: Api, within: Deadline, filters: Mapping[str, list[str]]) -> Iterator[dict[str, Any]]:

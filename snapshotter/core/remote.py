@@ -6,7 +6,6 @@ Must know no cloud. A driver tells what an answer means by raising `Temporary` (
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -65,6 +64,8 @@ class TokenBucket:
         self.capacity, self.per_second, self.clock = capacity, per_second, clock
         self._tokens, self._rate, self._at = capacity, per_second, clock.now()
         self._slowed = -1.0
+        import threading  # slow to import, and nobody needs it who asks no cloud
+
         self._lock = threading.Lock()
 
     def take(self, deadline: Deadline) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import botocore.loaders
 
-from providers.ebs import VENDOR, EbsProvider
-from providers.ebs.volumes import BY_ID, serial
+from providers.ebs import EbsProvider
+from providers.ebs.tags import BY_ID, VENDOR, serial
 from snapshotter.core.model import Hold, Snapshot, Volume
 from snapshotter.core.remote import Clock
 from snapshotter.host import disks as host_disks

@@ -1,0 +1,163 @@
+"""The ebs provider where it isn't the contract's: other file systems, partitions, late listings, who asks AWS at all;
+and what moto, a second judge of the wire format, says."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from providers.ebs import EbsProvider
+from providers.ebs.tags import VENDOR
+from snapshotter.core.errors import PreconditionError
+from snapshotter.core.model import Access, Hold, ImageState, Volume, new_attachment_id, utc_now
+from snapshotter.host.disks import Disks
+from snapshotter.host.mounts import mount_of
+from snapshotter.provider import Settings
+from snapshotter.testing.conformance.steps import attach, content_of, ready, seal, take
+from snapshotter.testing.harness import describe, fill, make_birth, ruin
+from tests.support import CHECKOUT
+from tests.unit.ebs_kit import DisksHere, ebs_harness, environment
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_copy_is_mounted_beside_its_origin(kind: str) -> None:
+    with ebs_harness(kind) as harness:
+        volume = harness.volume()
+        assert volume.path is not None
+        fill(volume.path)
+        content = describe(volume.path)
+        birth = take(harness.provider(), harness, [volume])
+        ruin(volume.path)
+        (found,) = ready(harness.provider(), harness, birth.set_id)
+        for access in Access:
+            attached = attach(harness, found, access)
+            assert describe(attached.path, writable=access is Access.WRITABLE) is not None
+            attached.end()
+        assert content_of(harness, found) == content
+
+
+@pytest.mark.root
+def test_a_btrfs_is_not_brought_beside_its_origin() -> None:
+    with ebs_harness("btrfs") as harness:
+        volume = harness.volume()
+        assert volume.path is not None
+        fill(volume.path)
+        provider = harness.provider()
+        birth = take(provider, harness, [volume])
+        (found,) = ready(provider, harness, birth.set_id)
+        before = harness.objects()
+        with pytest.raises(PreconditionError, match="btrfs"):
+            provider.attach(found, new_attachment_id(utc_now()), Access.WRITABLE, harness.destination())
+        assert harness.objects() == before, "the kernel may not even see it"
+        # Elsewhere it can be restored: here, when its origin is gone.
+        content = describe(volume.path)
+        with harness.unmounted():
+            assert content_of(harness, found) == content
+
+
+@pytest.mark.root
+def test_a_restore_where_ec2_lists_late() -> None:
+    with ebs_harness() as harness:
+        volume = harness.volume()
+        assert volume.path is not None
+        fill(volume.path)
+        before, content = harness.objects(), describe(volume.path)
+        harness.twin.clock.advance(3600)
+        harness.twin.limits.lag_s = 3.0
+        harness.twin.limits.create_s = 2.0
+        provider = harness.provider()
+        birth = take(provider, harness, [volume])
+        seal(provider, birth)
+        (found,) = ready(provider, harness, birth.set_id)
+        attachment_id, destination = new_attachment_id(utc_now()), harness.destination()
+        made = provider.attach(found, attachment_id, Access.WRITABLE, destination)
+        assert describe(harness.enter(made, destination)) == content
+        provider.settle(attachment_id, datetime.now(UTC))
+        (listed,) = provider.attachments()
+        assert listed.since is not None
+        harness.leave(destination)
+        provider.detach(attachment_id)
+        provider.delete(birth.set_id)
+        assert harness.objects() == before
+
+
+def test_off_ec2_nobody_is_asked(tmp_path: Path) -> None:
+    """No option names a region, DMI names another maker: no SDK, no call, nothing claimed."""
+    program = (
+        "import sys\n"
+        "from providers.ebs import EbsProvider\n"
+        "from snapshotter.host.disks import Disks\n"
+        "from snapshotter.host.mounts import mount_of\n"
+        "from snapshotter.provider import Settings\n"
+        f"EbsProvider.disks = Disks(sysfs={str(tmp_path)!r})\n"
+        "provider = EbsProvider(Settings('/nonexistent'))\n"
+        "assert provider.claim(mount_of('/'), '/') is None\n"
+        "assert not list(provider.snapshots()) and not list(provider.attachments()) and not list(provider.swaps())\n"
+        "assert provider.availability()\n"
+        "print(*sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=CHECKOUT)
+    assert done.returncode == 0, done.stderr
+    heavy = {"boto3", "botocore", "tenacity", "urllib.request", "http.client", "ssl"}
+    assert not heavy & set(done.stdout.split())
+
+
+def test_a_disk_that_is_no_volume_is_not_claimed(tmp_path: Path) -> None:
+    provider = EbsProvider(Settings("/nonexistent"))
+    provider.disks = DisksHere(by_id=str(tmp_path))
+    assert provider.disks.vendor() == VENDOR
+    assert provider.claim(mount_of("/"), "/") is None
+
+
+def test_the_metadata_service_that_does_not_answer(tmp_path: Path) -> None:
+    provider = EbsProvider(Settings("/nonexistent"))
+    provider.disks = DisksHere(by_id=str(tmp_path))
+    with environment(AWS_EC2_METADATA_SERVICE_ENDPOINT="http://127.0.0.1:9/"):
+        (reason,) = provider.availability()
+    assert "metadata service" in reason and "IMDSv2" in reason
+
+
+@pytest.mark.skipif(importlib.util.find_spec("moto") is None, reason="moto, the second judge, isn't installed")
+def test_moto_takes_it_too() -> None:
+    """A set of an instance's volumes, marked, listed and deleted, as another's reading of the API has it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        keys = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
+        with environment(AWS_ENDPOINT_URL_EC2=f"http://{host}:{port}", AWS_CONFIG_FILE=os.devnull, **keys):
+            ec2 = boto3.client("ec2", region_name="eu-central-1")
+            image = ec2.describe_images()["Images"][0]["ImageId"]
+            instance = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1)["Instances"][0]
+            zone = instance["Placement"]["AvailabilityZone"]
+            made = ec2.create_volume(AvailabilityZone=zone, Size=1)["VolumeId"]
+            ec2.attach_volume(VolumeId=made, InstanceId=instance["InstanceId"], Device="/dev/sdf")
+            provider = EbsProvider(Settings("/nonexistent", options={"region": "eu-central-1"}))
+            provider.disks = Disks(sysfs="/nonexistent")
+            volumes = provider.find({"instance": instance["InstanceId"]})
+            assert volumes == [Volume("ebs", made)]
+            birth = make_birth(volumes)
+            provider.check(volumes, birth)
+            provider.prepare(volumes, birth, 5.0)
+            provider.create(volumes, birth, Hold())
+            provider.mark(birth.set_id, {"sealed": "20261122t100630z", "pinned": "1"})
+            provider.mark(birth.set_id, {"pinned": None})
+            (found,) = EbsProvider(provider.settings).snapshots(birth.set_id)
+            assert (found.birth, found.state) == (birth, ImageState.READY)
+            assert dict(found.marks) == {"sealed": "20261122t100630z"}
+            provider.delete(birth.set_id)
+            assert not ec2.describe_snapshots(Filters=[{"Name": "tag:snapshotter:managed", "Values": ["true"]}])[
+                "Snapshots"
+            ]
+    finally:
+        server.stop()
