@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from providers.ebs import tags
 from snapshotter.core.errors import (
     BusyError,
+    Interrupted,
     NotFoundError,
     PreconditionError,
+    SnapshotterError,
     StorageError,
 )
 from snapshotter.core.labels import check_marks, encode_birth, pack
@@ -205,6 +207,8 @@ class EbsProvider(Provider):
             "Description": f"snapshotter: {birth.node}, {birth.set_id}",
             "TagSpecifications": [{"ResourceType": "snapshot", "Tags": tags.as_tags(given)}],
         }
+        # CreateSnapshots has no client token: whether it was done, its tag tells, and that may be listed late.
+        self._uncertain[birth.set_id] = api.deadline(birth.set_id, SETTLE_S)
         try:
             if plan.instance:
                 spec: dict[str, Any] = {"InstanceId": plan.instance, "ExcludeBootVolume": plan.without_boot}
@@ -213,10 +217,15 @@ class EbsProvider(Provider):
                 made = api.call("create_snapshots", within, again=False, InstanceSpecification=spec, **how)["Snapshots"]
             else:
                 made = [api.call("create_snapshot", within, again=False, VolumeId=plan.volumes[0], **how)]
+        except Interrupted:
+            raise
+        except SnapshotterError:
+            del self._uncertain[birth.set_id]  # refused: nothing happened
+            raise
         except Lost as error:
-            # CreateSnapshots has no client token: whether it was done, its tag tells.
             self._uncertain[birth.set_id] = api.deadline(birth.set_id, SETTLE_S)
             made = self._adopted(api, operation, len(plan.volumes), within, str(error))
+        del self._uncertain[birth.set_id]
         for item in made:
             api.memory.made(item["SnapshotId"], {**item, "Tags": tags.as_tags(given)})
         self._fresh[birth.set_id] = self._checked(api, plan, birth, given, made, within)

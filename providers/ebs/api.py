@@ -83,6 +83,11 @@ class Api:
         from botocore import exceptions as boto
         from botocore.parsers import ResponseParserError
 
+        within_it: BaseException | None = error
+        while within_it is not None:  # boto3 wraps whatever comes while it waits, a signal's Interrupted too
+            if isinstance(within_it, SnapshotterError):
+                return within_it
+            within_it = within_it.__cause__ or within_it.__context__
         if isinstance(error, boto.ClientError):
             answer = error.response.get("Error", {})
             code, message = str(answer.get("Code", "")), str(answer.get("Message", ""))

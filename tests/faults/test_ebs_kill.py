@@ -144,3 +144,19 @@ def test_killed_at_calls_of_restore(world: World, kind: str, request: pytest.Fix
         assert world.harness.objects() == before
     else:
         assert not whole, "it made more calls than were tried"
+
+
+def test_interrupted_in_a_call(world: World) -> None:
+    """boto3 waits for EC2's answer when SIGTERM comes: undone, and let go at once."""
+    world.harness.twin.fail("CreateSnapshots", "hang")
+    process = world.command.start("take", world.path)
+    give_up = time.monotonic() + 120
+    while not world.harness.twin.count()["CreateSnapshots"]:
+        assert process.poll() is None and time.monotonic() < give_up
+        time.sleep(0.01)
+    process.terminate()
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 9, said
+    world.not_frozen()
+    assert not world.sets()
+    assert not world.harness.objects(), "left behind"

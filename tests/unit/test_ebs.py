@@ -135,7 +135,7 @@ def test_moto_takes_it_too() -> None:
     try:
         host, port = server.get_host_and_port()
         keys = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
-        with environment(AWS_ENDPOINT_URL_EC2=f"http://{host}:{port}", AWS_CONFIG_FILE=os.devnull, **keys):
+        with environment(AWS_ENDPOINT_URL=f"http://{host}:{port}", AWS_CONFIG_FILE=os.devnull, **keys):
             ec2 = boto3.client("ec2", region_name="eu-central-1")
             image = ec2.describe_images()["Images"][0]["ImageId"]
             instance = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1)["Instances"][0]
@@ -159,5 +159,9 @@ def test_moto_takes_it_too() -> None:
             assert not ec2.describe_snapshots(Filters=[{"Name": "tag:snapshotter:managed", "Values": ["true"]}])[
                 "Snapshots"
             ]
+            role = {"role_arn": "arn:aws:iam::123456789012:role/snapshotter"}
+            assumed = EbsProvider(Settings("/nonexistent", options={"region": "eu-central-1", **role}))
+            assert not list(assumed.snapshots())
+            assert assumed._api()._session.get_credentials().access_key.startswith("ASIA")
     finally:
         server.stop()
