@@ -15,7 +15,7 @@ from pathlib import Path
 
 import botocore.loaders
 
-from providers.ebs import EbsProvider
+from providers.ebs import EbsProvider, api
 from providers.ebs.tags import BY_ID, VENDOR, serial
 from snapshotter.core.model import Hold, Snapshot, Volume
 from snapshotter.core.remote import Clock
@@ -66,6 +66,7 @@ def environment(**values: str) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+        api._shared.cache_clear()  # a client is tens of megabytes, and each test has its own
 
 
 class ProviderOf(EbsProvider):
@@ -135,9 +136,9 @@ class EbsHarness(Harness):
             yield
         finally:
             # Asked of EC2 and of the disks, not of the twin: this may be a child that was forked off.
-            api = self.provider()._api()
+            asked = self.provider()._api()
             given = [{"Name": "attachment.instance-id", "Values": [self.instance.id]}]
-            there = api.call("describe_volumes", api.deadline("the harness"), Filters=given)["Volumes"]
+            there = asked.call("describe_volumes", asked.deadline("the harness"), Filters=given)["Volumes"]
             devices = {item["Attachments"][0]["Device"]: item["VolumeId"] for item in there if item["Attachments"]}
             for point, device in self.points.items():
                 disk = self.provider().disks.find(serial(devices.get(device, "-")), BY_ID)
