@@ -90,7 +90,7 @@ def test_the_tour(world: World, tmp_path: Path) -> None:
     assert (taken["state"], taken["grade"], taken["good"]) == ("ready", "filesystem", True)
     ruin(world.path)
     clone = tmp_path / "clone"
-    restored = command.json("restore", taken["set_id"], "--to", str(clone))
+    restored = command.json("restore", taken["set_id"], "--to", str(clone), "--with-identity")
     assert describe(restored["path"]) == content
     assert command.error("delete", taken["set_id"], "--yes", "--last", exit_code=5)
     (clone / "mine").write_text("")
@@ -138,7 +138,7 @@ def test_killed_at_calls_of_restore(world: World, kind: str, request: pytest.Fix
         assert world.harness.objects() == before, f"left after {kind} at {action} {nth}"
         assert not is_mount_point(str(clone))
         assert world.sets() == [set_id]
-        restored = world.command.json("restore", set_id, "--to", str(clone))
+        restored = world.command.json("restore", set_id, "--to", str(clone), "--with-identity")
         assert describe(restored["path"]) == content
         world.command.json("release", str(clone))
         assert world.harness.objects() == before
