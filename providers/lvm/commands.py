@@ -55,10 +55,9 @@ class Group:
             self._forget()
 
     def remove(self, row: Row, *, suspends: Sequence[Row] = (), half_made: bool = False) -> None:
-        """Remove a volume of ours; absent is done. `half_made`: its lvcreate may have been killed. If that was after the
-        thin pool was told and before LVM had noted so, LVM forgets the volume and leaves the pool its device, whose
-        number it gives out again: no snapshot can be made in that pool any more. So the pool is told here too; LVM
-        doesn't mind that the device is gone. Raises BusyError (in use), StorageError."""
+        """Remove a volume of ours; absent is done. `half_made`: its lvcreate may have been killed after the thin pool
+        was told and before LVM had noted so. LVM would tell it again, and the pool refuse: so the device goes first,
+        which LVM doesn't mind. Raises BusyError (in use), StorageError."""
         if half_made and row.thin:
             asked = run(["lvs", "--noheadings", "-o", "thin_id", row.id], timeout=READING_S, extra_env=ENVIRONMENT)
             if (number := asked.stdout.strip()).isdigit():

@@ -50,6 +50,7 @@ _FIELDS = {
     "data_percent": "data",
     "metadata_percent": "metadata",
     "lv_metadata_size": "metadata_size",
+    "lv_layout": "layout",
 }
 
 
@@ -74,6 +75,7 @@ class Row(msgspec.Struct, frozen=True):
     data: float | None
     metadata: float | None
     metadata_size: int
+    layout: str
 
     @property
     def id(self) -> str:
@@ -95,7 +97,8 @@ class Row(msgspec.Struct, frozen=True):
 
     @property
     def thin(self) -> bool:
-        return self.attr[0] == "V" and bool(self.pool)
+        """A thin volume (`attr` calls it an origin when somebody made a classic snapshot of it)."""
+        return bool(self.pool) and "thin" in self.layout.split(",")
 
     @property
     def active(self) -> bool:

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -72,6 +73,20 @@ class Storage:
         """Names of the volumes with a tag of ours."""
         return sorted(row["lv_name"] for row in self.lvs("lv_name,lv_tags") if "snapshotter." in row["lv_tags"])
 
+    def orphans(self) -> set[str]:
+        """Numbers of devices that the thin pool has and LVM knows nothing of, not even that it has to remove them with
+        its next command: it would give the number out again, and the pool refuse."""
+        pool = f"{self.vg.replace('-', '--')}-pool"
+        lvm("dmsetup", "message", f"{pool}-tpool", "0", "reserve_metadata_snap")
+        try:
+            there = lvm("thin_ls", "-m", "--no-headers", "-o", "DEV", f"/dev/mapper/{pool}_tmeta").split()
+        finally:
+            lvm("dmsetup", "message", f"{pool}-tpool", "0", "release_metadata_snap")
+        with tempfile.NamedTemporaryFile("r") as text:
+            lvm("vgcfgbackup", "-qq", "-f", text.name, self.vg)
+            queued = set(re.findall(r"\bdelete = ([0-9]+)", text.read()))
+        return set(there) - queued - {row["thin_id"] for row in self.lvs("thin_id")}
+
     def thin(self, name: str, megabytes: int) -> None:
         lvm("lvcreate", "-qq", "-y", "-V", f"{megabytes}m", "-T", self.pool, "-n", name)
 
@@ -91,7 +106,7 @@ def storage(
     disk = lvm("losetup", "--find", "--show", "--direct-io=off", str(image)).strip()
     made = Storage(vg or f"t{uuid.uuid4().hex[:5]}", disk)
     try:
-        lvm("pvcreate", "-qq", "-y", *(["--metadatasize", area] if area else []), disk)
+        lvm("pvcreate", "-qq", "-y", *(["--metadatasize", area, "--dataalignment", area] if area else []), disk)
         lvm("vgcreate", "-qq", made.vg, disk)
         if pool_mb:
             size = ["-L", f"{pool_mb}m", "--poolmetadatasize", f"{metadata_mb}m"]

@@ -95,7 +95,7 @@ def test_pool_metadata_that_is_nearly_full(tmp_path: Path) -> None:
         volume = filled(harness)
         made.thin("ballast", 64_000)
         aligned = mmap.mmap(-1, 4096)  # O_DIRECT wants a page
-        spots = [spot * 8 * MIB for spot in range(4000)]
+        spots = [spot * 5 * MIB for spot in range(12_000)]
 
         def write(name: str, where: list[int]) -> None:
             device = os.open(f"/dev/{made.vg}/{name}", os.O_WRONLY | os.O_DIRECT)
@@ -132,6 +132,7 @@ def test_lvms_own_metadata_area_is_nearly_full(tmp_path: Path) -> None:
         room = int(made.lvs("vg_mda_free")[0]["vg_mda_free"]) - 1200
         tags = [word for number in range(room // 760) for word in ("--addtag", f"b{number:03}-{'x' * 740}")]
         lvm("lvchange", "-qq", *tags, made.pool)
+        assert int(made.lvs("vg_mda_free")[0]["vg_mda_free"]) < 2000, "the test could not fill it"
         line = refused(made, Command(tmp_path / "etc"), "take", top(volume))
         assert "metadata area" in line
 
@@ -147,8 +148,9 @@ def test_a_set_whose_pool_is_gone(tmp_path: Path) -> None:
         os.truncate(spare, 200 * MIB)
         disk = lvm("losetup", "--find", "--show", str(spare)).strip()
         name = f"{made.vg}flaky"
-        sectors = int(lvm("blockdev", "--getsz", disk))
-        lvm("dmsetup", "create", name, "--table", f"0 {sectors} linear {disk} 0")
+        # Not from its start: LVM would find the label on both.
+        table = f"0 {int(lvm('blockdev', '--getsz', disk)) - 2048} linear {disk} 2048"
+        lvm("dmsetup", "create", name, "--table", table)
         try:
             lvm("vgextend", "-qq", "-y", made.vg, f"/dev/mapper/{name}")
             lvm("lvextend", "-qq", "-l", "+10", made.pool, f"/dev/mapper/{name}")
@@ -159,7 +161,7 @@ def test_a_set_whose_pool_is_gone(tmp_path: Path) -> None:
             assert "physical volume" in error["line"]
             command.error("restore", set_id, "--to", str(tmp_path / "clone"), exit_code=8)
         finally:
-            lvm("dmsetup", "load", name, "--table", f"0 {sectors} linear {disk} 0", check=False)
+            lvm("dmsetup", "load", name, "--table", table, check=False)
             lvm("dmsetup", "resume", name, check=False)
             lvm("vgextend", "-qq", "--restoremissing", made.vg, f"/dev/mapper/{name}", check=False)
             harness.clean()

@@ -110,7 +110,7 @@ while True:
 
 
 def numbers(clone: Path) -> tuple[int, int]:
-    return int((clone / "wal" / "log").read_text()), int((clone / "table").read_text())
+    return int((clone / "wal" / "log").read_text() or 0), int((clone / "table").read_text() or 0)
 
 
 @pytest.mark.parametrize("how", ["thin", "classic"])

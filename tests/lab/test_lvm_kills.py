@@ -141,6 +141,7 @@ def undo(harness: LvmHarness, set_id: str) -> None:
     provider.reap()
     assert not suspended(), "reap must have resumed it"
     provider.delete(set_id)
+    assert not harness.thin or not harness.storage.orphans()
 
 
 def test_killed_inside_lvcreate(harness: LvmHarness, volume: Volume, request: pytest.FixtureRequest) -> None:

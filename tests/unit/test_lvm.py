@@ -48,13 +48,14 @@ REPORT = """
      "vg_free":"6060769280", "vg_extent_size":"4194304", "vg_mda_size":"1044480", "vg_mda_free":"519680",
      "lv_name":"data", "lv_uuid":"txOUbv-5mg2-jugW-Z4R4-18zB-Fovf-vT9X8R",
      "lv_attr":"Vwi-aotz--", "lv_size":"1073741824",
-     "lv_tags":"", "pool_lv":"pool", "origin":"", "data_percent":"4.78", "metadata_percent":"", "lv_metadata_size":""},
+     "lv_tags":"", "pool_lv":"pool", "origin":"", "data_percent":"4.78", "metadata_percent":"", "lv_metadata_size":"",
+     "lv_layout":"thin,sparse"},
     {"vg_name":"tv-a", "vg_uuid":"Uc9npy-qJ9R-zcFQ-EGQV-R788-xSdG-EK0Swg", "vg_attr":"wz--n-", "vg_size":"8585740288",
      "vg_free":"6060769280", "vg_extent_size":"4194304", "vg_mda_size":"1044480", "vg_mda_free":"519680",
      "lv_name":"pool", "lv_uuid":"U6anhp-NrTY-u3E2-0gDY-DtRZ-s7CG-zbfVry",
      "lv_attr":"twi-aotz--", "lv_size":"2147483648",
      "lv_tags":"backup=1,theirs", "pool_lv":"", "origin":"", "data_percent":"2.40", "metadata_percent":"11.82",
-     "lv_metadata_size":"104857600"}
+     "lv_metadata_size":"104857600", "lv_layout":"thin,pool"}
   ] } ] }
 """
 
@@ -75,6 +76,8 @@ def test_the_report_is_read() -> None:
     assert (its_pool.data, its_pool.metadata, its_pool.tags) == (2.4, 11.82, ("backup=1", "theirs"))
     assert (data.size, data.extent, data.mda_free, data.metadata) == (GIB, 4 * MIB, 519680, None)
     assert data.dm_name == "tv--a-data"
+    assert row(attr="owi-aotz--").thin, "somebody's classic snapshot of it changes nothing"
+    assert not its_pool.thin and not row(layout="cache").thin
 
 
 names = st.text("abcXYZ019+_.-", min_size=1, max_size=20).filter(lambda name: name[0] not in "-." and name.strip("."))
