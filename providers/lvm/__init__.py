@@ -347,6 +347,11 @@ class LvmProvider(Provider):
                 raise BusyError(
                     f"is attached at {where} ({record['id']})", object=set_id, cure=f"snapshotter release {where}"
                 )
+        for row in ours:
+            for other in rows:
+                # lvremove -y would take it along: a classic snapshot that somebody made of our image.
+                if (other.vg, other.origin) == (row.vg, row.name) and other.attr[0] in "sS":
+                    raise BusyError(f"{other.id} hangs on it", object=set_id, cure=f"lvremove {other.id}, if unneeded")
         for vg in sorted({row.vg for row in ours}):
             theirs = [row for row in ours if row.vg == vg]
             origins = [row for row in rows if row.vg == vg and row.name in {our.origin for our in theirs}]

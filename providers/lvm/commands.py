@@ -10,6 +10,7 @@ The command inherits the lock (`core.command`), which so is free only when no co
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -199,11 +200,15 @@ def wait_for_dead_runs() -> None:
             pass
 
 
+#: Not any "not found": warnings speak of devices, links and physical volumes that aren't.
+_ABSENT = re.compile(r'Failed to find logical volume|Volume group "\S+" not found|[Ll]ogical volume \S+ not found')
+
+
 def failure(done: Outcome, object: str) -> SnapshotterError:
     """LVM's complaint as one of ours. (It has no error codes: the words are those of 2.03.)"""
     line = said(done.stderr) or done.said
     text = " ".join(done.stderr.split())
-    if "Failed to find logical volume" in text or "not found" in text:
+    if _ABSENT.search(text):
         return NotFoundError("there is no such logical volume", object=object, cure="`lvs` shows what there is")
     if "already exists" in text:
         return BusyError("exists already", object=object, cure="try again, which chooses another name")

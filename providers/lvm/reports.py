@@ -146,7 +146,7 @@ def read(groups: Sequence[str] = ()) -> list[Row]:
         rows = parse(done.stdout)
     except (ValueError, KeyError, TypeError, IndexError):
         raise StorageError(f"can't list logical volumes: {said(done.stderr) or done.said}", object="lvs") from None
-    if not done.ok and not rows and "not found" not in done.stderr:
+    if not done.ok and not rows and not re.search(r'Volume group "\S+" not found', done.stderr):
         raise StorageError(f"can't list logical volumes: {said(done.stderr)}", object="lvs", cure="see what `lvs` says")
     return rows
 

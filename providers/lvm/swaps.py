@@ -219,7 +219,13 @@ def _take_back(group: Group, rows: Sequence[Row], swap_id: str) -> None:
     if known is None:
         return
     if known.clone is None:
-        return _finish_commit(group, rows, known)
+        if known.aside is None:
+            return
+        raise StorageError(
+            "its clone is gone; what it set aside stays",
+            object=known.aside.id,
+            cure=f"lvrename {known.vg} {known.aside.name} {known.place} and lvchange -kn -ay it, or commit the swap",
+        )
     clone = known.clone
     origin = next((row for row in rows if row.vg == known.vg and row.uuid == known.origin_uuid), None)
     if origin is None:
@@ -235,7 +241,7 @@ def _take_back(group: Group, rows: Sequence[Row], swap_id: str) -> None:
             raise BusyError("something else has that name since the swap", object=known.volume, cure="rename that")
         group.lvm("lvrename", known.vg, origin.name, known.place, object=origin.id)
     words = ["-kn"] if origin.skipped else []
-    for text in (tag("aside", swap_id), tag("place", known.place)):
+    for text in (tag("aside", swap_id), tag("place", known.place), tag("committed", "1")):
         words += ["--deltag", text] if text in origin.tags else []
     if words:
         group.lvm("lvchange", *words, known.volume, object=known.volume)
@@ -261,34 +267,37 @@ def swap_commit(report: Report, swap_id: str) -> None:
         known = _one(rows, swap_id)
         if known is None:
             return
-        clone = known.clone
-        if clone is not None:
-            if clone.name != known.place:
-                raise StorageError("the swap was never finished", object=swap_id, cure="take it back")
-            if known.aside is not None:
-                _refuse_dependents(rows, known.aside)
+        clone, aside = known.clone, known.aside
+        if clone is not None and clone.name != known.place:
+            raise StorageError("the swap was never finished", object=swap_id, cure="take it back")
+        if aside is not None and (clone is not None or _committed(known)):
+            _refuse_dependents(rows, aside)
+            if not _committed(known):
+                group.lvm("lvchange", "--addtag", tag("committed", "1"), aside.id, object=aside.id)
+            group.remove(aside)
+        if clone is not None:  # last: while they are there the commit can be asked for again
             gone = [
                 text for text in clone.tags if text.startswith((tag("swap", ""), tag("place", ""), tag("origin", "")))
             ]
             group.lvm("lvchange", *(w for text in gone for w in ("--deltag", text)), clone.id, object=clone.id)
-        _finish_commit(group, rows, known)
 
 
 def finish_commits(rows: Sequence[Row]) -> list[str]:
     """Remove what committed swaps of dead runs still have set aside; the names."""
     removed = []
     for known in found(rows):
-        if not known.open and known.aside is not None:
+        if not known.open and known.aside is not None and _committed(known):
             with suppress(BusyError), changing(known.vg, wait_s=0.0) as group:
-                _finish_commit(group, rows, known)
+                _refuse_dependents(rows, known.aside)
+                group.remove(known.aside)
                 removed.append(known.aside.id)
     return removed
 
 
-def _finish_commit(group: Group, rows: Sequence[Row], known: Swap) -> None:
-    if known.aside is not None:
-        _refuse_dependents(rows, known.aside)
-        group.remove(known.aside)
+def _committed(known: Swap) -> bool:
+    """Its removal was begun. One that a person has renamed since is kept."""
+    aside = known.aside
+    return aside is not None and tag("committed", "1") in aside.tags and aside.name == f"{known.id}-aside"
 
 
 def _refuse_dependents(rows: Sequence[Row], aside: Row) -> None:

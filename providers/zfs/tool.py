@@ -183,7 +183,8 @@ def get(properties: Sequence[str], names: Sequence[str]) -> dict[str, Properties
     for start in range(0, len(names), _AT_ONCE):
         part = names[start : start + _AT_ONCE]
         _read(["-o", "name,property,value,source", ",".join(properties), *part], found, part[0])
-    return found
+    # Not what a value with line breaks in it says of others.
+    return {name: found[name] for name in names if name in found}
 
 
 def get_set(properties: Sequence[str]) -> dict[str, Properties]:

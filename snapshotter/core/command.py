@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 from snapshotter.core.errors import PreconditionError, StorageError
+from snapshotter.core.interrupts import deferred
 
 if TYPE_CHECKING:
     import subprocess
@@ -72,20 +74,23 @@ def run(
 
     if mutates and timeout is not None:
         raise ValueError("a mutating child is never killed by a timeout")
+    # A signal would have subprocess kill the child: one that changes storage is waited for.
+    waits = mutates and not leaves_daemons
     try:
-        done = subprocess.run(
-            list(argv),
-            input=stdin,
-            stdin=subprocess.DEVNULL if stdin is None else None,
-            capture_output=True,
-            encoding="utf-8",
-            errors="surrogateescape",
-            env=environment(extra_env),
-            timeout=timeout,
-            start_new_session=mutates,
-            pass_fds=tuple({*keep_fds, *LOCKED} if mutates and not leaves_daemons else keep_fds),
-            check=False,
-        )
+        with deferred() if waits else nullcontext():
+            done = subprocess.run(
+                list(argv),
+                input=stdin,
+                stdin=subprocess.DEVNULL if stdin is None else None,
+                capture_output=True,
+                encoding="utf-8",
+                errors="surrogateescape",
+                env=environment(extra_env),
+                timeout=timeout,
+                start_new_session=mutates,
+                pass_fds=tuple({*keep_fds, *LOCKED} if waits else keep_fds),
+                check=False,
+            )
     except OSError as error:
         raise _cannot_run(argv, error) from None
     except subprocess.TimeoutExpired:

@@ -51,9 +51,13 @@ def carry_out(session: Session, plan: Plan) -> dict[str, Any]:
         seen = health.look(plan.node) if plan.running else None
         where = open_restores.path_of(session, plan.target)
         journal = Journal.create(where, id=plan.id, path=plan.path, plan=planning.dump(plan))
-        work = Work(session, plan, journal)
-        if seen is not None:
-            journal.append("seen", enode_id=seen.enode_id, peers=seen.peers, height=seen.height)
+        try:
+            work = Work(session, plan, journal)
+            if seen is not None:
+                journal.append("seen", enode_id=seen.enode_id, peers=seen.peers, height=seen.height)
+        except BaseException:
+            journal.remove()  # nothing was done yet
+            raise
         _drive(work)
     return _document(work, "restored")
 

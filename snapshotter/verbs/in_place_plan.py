@@ -267,6 +267,15 @@ def _plan(
         )
     need = ways.size_of(found, roots, profile, only) if found and not swaps else 0
     free, rate = ways.room_at(path, measure=measure)
+    if choice == "live" and not os.path.isdir(path):
+        raise PreconditionError("there is no live key to keep", object=path, cure="--identity set takes the set's")
+    masked = bool(service and service.masked())
+    if running and masked and service is not None:
+        raise PreconditionError(
+            "runs, but is masked: it could not be started again",
+            object=service.name,
+            cure=f"systemctl unmask {service.name}",
+        )
     return Plan(
         id=f"{stamp}-{token}",
         set_id=found.set_id if found else "",
@@ -279,14 +288,14 @@ def _plan(
         swaps=tuple(swaps),
         roots=tuple(roots),
         running=running,
-        masked=bool(service and service.masked()),
+        masked=masked,
         identity=choice,
         from_set=from_set,
         from_host=from_host,
         set_address=set_address,
         address=live.address if live else "",
         node_id=live.node_id if live else "",
-        validator=node.type == "validator" or bool(live and live.validator),
+        validator=node.type == "validator" or bool(profile.sign_state) or bool(live and live.validator),
         height=_height(found),
         need_bytes=need,
         free_bytes=free,

@@ -218,6 +218,8 @@ def strip(plan: Plan, profile: Profile, tops: Sequence[str]) -> None:
     for top in tops:
         for pattern in profile.runtime:
             for path in profiles.matches(top, pattern):
+                if not is_under(os.path.realpath(os.path.dirname(path)), os.path.realpath(top)):
+                    continue  # reached through a link, which leads into production
                 if os.path.isdir(path) and not os.path.islink(path):
                     shutil.rmtree(path)
                 else:

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import msgspec
 
 from snapshotter import checks
-from snapshotter.core.errors import JudgedBadError, NotFoundError, SnapshotterError, StorageError
+from snapshotter.core.errors import JudgedBadError, NotFoundError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.journal import Journal
 from snapshotter.core.model import SnapshotSet, new_attachment_id, utc_now
 from snapshotter.host import exchange, mounts, tree
@@ -35,6 +35,7 @@ from snapshotter.verbs import in_place_stage as staging
 from snapshotter.verbs import in_place_swap as swapping
 from snapshotter.verbs import verify
 from snapshotter.verbs.in_place_plan import Plan, different
+from snapshotter.verbs.in_place_ways import Ground
 from snapshotter.verbs.restore import judge
 from snapshotter.verbs.session import Session
 
@@ -113,7 +114,9 @@ class Work:
             self._make_ready(staging.names_of(plan, self.profile, seen), seen)
 
     def _make_ready(self, names: staging.Names, seen: dict[str, str]) -> None:
-        if not names:
+        plan = self.plan
+        wanted = {"key": self.profile.identity, "database": self.profile.database}.get(plan.only, ()) if seen else ()
+        if not names or (wanted and not any(profiles.matches(seen[plan.path], pattern) for pattern in wanted)):
             what = "database" if self.plan.only == "database" else "keys"
             raise NotFoundError(f"there are no {what} in it", object=self.plan.set_id or self.plan.path)
         self.journal.append("names", names=dict(names))
@@ -136,6 +139,8 @@ class Work:
                 continue
             entries = staging.entries_of(self.plan, ground, names[ground.path])
             earlier = self.journal.last("saved", ground.path)
+            if self.journal.last("removing", ground.path) is None:
+                earlier = None  # all is still there, and the node may have gone on with it after a reboot: copy it anew
             if earlier is None:
                 for record in self.journal.all("saving", ground.path):
                     exchange.remove(ground.aside, tuple(record["known"]))
@@ -144,16 +149,28 @@ class Work:
                 self.journal.append("saving", step=ground.path, known=exchange.known(ground.aside))
                 away.save(ground, entries, self.session.report)
                 self.journal.append("saved", step=ground.path, entries=entries)
+                self.journal.append("removing", step=ground.path)
+            else:
+                self._carry_to_copy(ground)
             away.remove_saved(ground, entries if earlier is None else earlier["entries"])
 
     def _bring_back(self) -> None:
         for ground in self.plan.grounds:
             saved = self.journal.last("saved", ground.path)
-            if saved is not None and self.journal.last("back", ground.path) is None:
+            removing = self.journal.last("removing", ground.path) is not None  # else the original never left
+            if saved is not None and removing and self.journal.last("back", ground.path) is None:
+                self._carry_to_copy(ground)
                 away.bring_back(ground, saved["entries"], self.session.report)
                 self.journal.append("back", step=ground.path)
             for record in self.journal.all("saving", ground.path):
                 exchange.remove(ground.aside, tuple(record["known"]))
+
+    def _carry_to_copy(self, ground: Ground) -> None:
+        """What was signed in the place meanwhile (after a reboot the node may have run) must outlive it."""
+        if ground.path == self.plan.path and self.profile.sign_state and os.path.isdir(ground.path):
+            self.notes += sign_state.carry_higher(
+                ground.path, ground.aside, self.profile, roots=self.plan.outside(), from_set=True
+            )
 
     @property
     def live(self) -> str:
@@ -235,7 +252,17 @@ class Work:
         a part of a node, what lies in the entries that change places."""
         plan = self.plan
         new = staging.staged_of(plan, plan.path)
-        if not self.profile.sign_state or not os.path.isdir(self.live) or not os.path.isdir(new):
+        if not self.profile.sign_state or not os.path.isdir(new):
+            return
+        if not os.path.isdir(self.live) and not plan.from_set:
+            raise PreconditionError(
+                f"there is no sign-state at {plan.path}, so whether the set's is older can't be told: "
+                "a validator that signs with an older one is slashed",
+                object=plan.set_id,
+                cure="copy the newest back from wherever the node last ran, or say --sign-state-from-set "
+                "if it has signed nothing since the set was taken",
+            )
+        if not os.path.isdir(self.live):
             return
         if plan.only and not self._holds_sign_state():
             return

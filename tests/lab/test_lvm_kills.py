@@ -119,7 +119,7 @@ def run_and_kill_while_suspended(act: Callable[[], object], volume: Volume) -> N
 
 
 def moments(request: pytest.FixtureRequest, most_s: float) -> list[float]:
-    count = 20 if request.config.getoption("--full") else 3
+    count = 20 if request.config.getoption("--full") else 2
     return [random.uniform(0.0, most_s) for _ in range(count)]
 
 
@@ -281,7 +281,7 @@ def test_the_command_is_killed(
     content = describe(data)
     before = harness.objects()
     clone = str(harness.scratch / "clone")
-    for _ in range(20 if request.config.getoption("--full") else 2):
+    for _ in range(20 if request.config.getoption("--full") else 1):
         victim = command.json("take", data, *size)["set_id"] if verb == "delete" else kept
         words = {
             "take": ["take", data, *size],
