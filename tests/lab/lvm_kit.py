@@ -276,8 +276,9 @@ class LvmHarness(Harness):
         for device in sorted(block.mapped(), key=lambda each: -len(each.dm_name)):
             if device.dm_name.startswith("snapshotter-"):
                 lvm("dmsetup", "remove", "--retry", device.dm_name, check=False)
-        names = [row["lv_name"] for row in self.storage.lvs("lv_name,origin") if row["lv_name"] != "pool"]
-        for _ in range(3):  # an origin goes with its classic snapshots
+        gone = not lvm("vgs", "--noheadings", "-o", "vg_name", self.storage.vg, check=False).strip()
+        names = [] if gone else [row["lv_name"] for row in self.storage.lvs() if row["lv_name"] != "pool"]
+        for _ in range(0 if gone else 3):  # an origin goes with its classic snapshots
             if names:
                 lvm("lvremove", "-qq", "-ff", "-y", *(f"{self.storage.vg}/{name}" for name in names), check=False)
             names = [row["lv_name"] for row in self.storage.lvs() if row["lv_name"] != "pool"]

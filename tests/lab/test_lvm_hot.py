@@ -20,9 +20,8 @@ from tests.support import Command, Node, check_database
 
 pytestmark = marks
 KEPT = 3
-FULL = "--full" in sys.argv
-#: PostgreSQL runs on the two that RocksDB does not, unless all is asked for.
-KINDS = [("thin", "xfs"), ("classic", "ext4"), *([("thin", "ext4"), ("classic", "xfs")] if FULL else [])]
+#: And how many hot takes without --full.
+KINDS = [("thin", "xfs", 3), ("classic", "ext4", 3), ("thin", "ext4", 1), ("classic", "xfs", 1)]
 POSTGRES = Path("/usr/lib/postgresql/15/bin")
 
 
@@ -86,14 +85,14 @@ def hot_takes(command: Command, place: Path, acknowledged: Callable[[], int], ch
         assert acknowledged() > before, "the node must go on"
 
 
-@pytest.mark.parametrize(("how", "kind"), KINDS)
-def test_rocksdb(group: Storage, place: Path, how: str, kind: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(("how", "kind", "usual"), KINDS)
+def test_rocksdb(group: Storage, place: Path, how: str, kind: str, usual: int, request: pytest.FixtureRequest) -> None:
     with disk(group, "rocks", how, kind, place) as point:
         node = Node(point / "data", "--rate", "1", "--fill", "10")
         try:
             node.wait_for(20, timeout=300)
             command = Command(place / "etc", config=config(node.data, how))
-            hot_takes(command, place, node.acknowledged, check_database, rounds(request))
+            hot_takes(command, place, node.acknowledged, check_database, rounds(request, usual))
         finally:
             node.kill()
 
@@ -116,7 +115,7 @@ def numbers(clone: Path) -> tuple[int, int]:
     return int((clone / "wal" / "log").read_text() or 0), int((clone / "table").read_text() or 0)
 
 
-@pytest.mark.parametrize("how", ["thin", "classic"] if FULL else ["thin"])
+@pytest.mark.parametrize("how", ["thin", "classic"])
 def test_data_and_log_on_two_volumes(group: Storage, place: Path, how: str, request: pytest.FixtureRequest) -> None:
     """With the pause they are one instant. Without it the control must fail: else this proves nothing."""
     with disk(group, "data", how, "ext4", place, 80) as data, disk(group, "wal", how, "ext4", place, 80) as wal:
