@@ -26,7 +26,6 @@ SAMPLED: dict[str, set[str]] = {
         "TestClassic::test_an_image_that_the_storage_lost_is_invalid",
     },
     "test_lvm_faults": {
-        "test_a_pool_that_is_nearly_full",
         "test_a_group_without_free_extents",
         "test_a_classic_snapshot_that_overflows",
         "test_a_frozen_file_system_is_said_and_nothing_is_left",
