@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,7 @@ def walk(node: Validator, chance: random.Random, steps: int) -> None:
         before = ("run", "take", "whole", "whole", "database", "resync", "killed")
         act = chance.choice(after if restored else before)
         done.append(act)
+        time.sleep(1.1)  # what is set aside is named by the second
         sets = [entry["set_id"] for entry in ok(node, "list", "ours")["sets"]]
         if act == "run":
             node.sign(chance.randint(1, 5))
