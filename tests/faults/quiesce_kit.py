@@ -7,7 +7,6 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 
 from snapshotter.host import processes
 from snapshotter.host.mounts import table
+from tests.support import interpreter
 
 PATIENCE_S = 30.0  # the machine may be busy with other tests
 NOBODY = 65534
@@ -60,18 +60,6 @@ def until(what: Callable[[], object], why: str = "") -> None:
         time.sleep(0.005)
 
 
-def python(uid: int | None = None) -> str:
-    """An interpreter that this user may run: ours may lie in root's home."""
-    if uid is None:
-        return sys.executable
-    may = ("setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "test", "-x")
-    for path in (os.path.realpath(sys.executable), "/usr/bin/python3"):
-        new_enough = [path, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
-        if subprocess.run([*may, path]).returncode == 0 and subprocess.run(new_enough).returncode == 0:
-            return path
-    pytest.skip("no python >= 3.11 that another user may run")
-
-
 class Zoo:
     """Starts processes; ends them all, stopped ones too."""
 
@@ -86,13 +74,14 @@ class Zoo:
         return child
 
     def python(self, code: str, *words: object, uid: int | None = None, **more: object) -> subprocess.Popen[bytes]:
+        program, path = interpreter(uid)
         return self.run(
-            python(uid),
+            program,
             "-c",
             code,
             *map(str, words),
             uid=uid,
-            env={**os.environ, "PYTHONPATH": CHECKOUT, "PYTHONDONTWRITEBYTECODE": "1"},
+            env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
             **more,
         )
 
