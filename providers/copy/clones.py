@@ -16,6 +16,7 @@ from snapshotter.core.errors import JudgedBadError, PreconditionError, StorageEr
 from snapshotter.core.model import Progress, Purpose, Report
 from snapshotter.host import processes, tree
 from snapshotter.host.mirror import SKIPPED, Mirror, directory_identity, manifest_lines, remove_clone
+from snapshotter.host.mounts import is_under
 from snapshotter.host.store import MARKER, readable, room_fd, store_around, told, write_object
 
 #: So often a clone in the making says in its record's time stamp that it is alive; what is made this much after the
@@ -253,6 +254,9 @@ def remove(store: Sets, name: str, content: Mapping[str, Any]) -> list[str]:
     return [f"{path}: {len(left)} entries in it aren't the restore's and stay, {left[-1]!r} is one"]
 
 
+_WITHHELD_BYTES = 1024  # what stands in a clone in place of a key, put there before the restore settles
+
+
 def _surely_made(
     store: Sets, name: str, content: Mapping[str, Any], top: tree.Dirs, now: Mapping[str, tree.Entry]
 ) -> set[str]:
@@ -274,9 +278,15 @@ def _surely_made(
         born = tree.born_ns(at, last) or found.ctime_ns  # some network file systems know no birth
         if not content["began"] <= born <= until:
             continue
-        if stat.S_ISLNK(found.mode) and os.readlink(last, dir_fd=at) != known[1]:
-            continue
-        if stat.S_ISREG(found.mode) and (found.size, found.mtime_ns) != (known[0].size, known[0].mtime_ns):
+        if stat.S_ISLNK(found.mode):
+            leads = os.readlink(last, dir_fd=at)
+            # The restore re-points what led into production, before it settles.
+            own = (str(content["path"]), f"{content['path']}.roots")
+            if leads != known[1] and not any(is_under(leads, top_of_ours) for top_of_ours in own):
+                continue
+        withheld = stat.S_IMODE(found.mode) == 0o600 and found.size <= _WITHHELD_BYTES
+        changed = (found.size, found.mtime_ns) != (known[0].size, known[0].mtime_ns)
+        if stat.S_ISREG(found.mode) and changed and not withheld:
             if stat.S_IMODE(found.mode) == 0o600 and found.size <= known[0].size:
                 unfinished.append(path)
             continue
