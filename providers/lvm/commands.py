@@ -17,7 +17,6 @@ from contextlib import contextmanager, suppress
 from providers.lvm.reports import ENVIRONMENT, NAME, PREFIX, READING_S, SEALED, Row, said
 from snapshotter.core.command import Outcome, run
 from snapshotter.core.errors import BusyError, NotFoundError, SnapshotterError, StorageError
-from snapshotter.core.interrupts import deferred
 from snapshotter.core.labels import dumps, loads
 from snapshotter.host import block
 from snapshotter.host.locks import Locks
@@ -72,8 +71,7 @@ class Group:
             raise failure(done, object)
 
     def _run(self, argv: Sequence[str]) -> Outcome:
-        with deferred():  # a signal to us must not kill the command
-            return run(argv, mutates=True, extra_env=ENVIRONMENT)
+        return run(argv, mutates=True, extra_env=ENVIRONMENT)
 
     # -- what a killed command leaves ------------------------------------------------------------------------------
 

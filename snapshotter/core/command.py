@@ -61,7 +61,6 @@ def run(
     timeout: float | None = None,
     mutates: bool = False,
     leaves_daemons: bool = False,
-    keep_fds: Sequence[int] = (),
     extra_env: Mapping[str, str] | None = None,
     stdin: str | None = None,
 ) -> Outcome:
@@ -88,7 +87,7 @@ def run(
                 env=environment(extra_env),
                 timeout=timeout,
                 start_new_session=mutates,
-                pass_fds=tuple({*keep_fds, *LOCKED} if waits else keep_fds),
+                pass_fds=tuple(LOCKED) if waits else (),
                 check=False,
             )
     except OSError as error:

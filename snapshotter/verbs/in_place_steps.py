@@ -117,16 +117,16 @@ class Work:
         plan = self.plan
         wanted = {"key": self.profile.identity, "database": self.profile.database}.get(plan.only, ()) if seen else ()
         if not names or (wanted and not any(profiles.matches(seen[plan.path], pattern) for pattern in wanted)):
-            what = "database" if self.plan.only == "database" else "keys"
-            raise NotFoundError(f"there are no {what} in it", object=self.plan.set_id or self.plan.path)
+            what = "database" if plan.only == "database" else "keys"
+            raise NotFoundError(f"there are no {what} in it", object=plan.set_id or plan.path)
         self.journal.append("names", names=dict(names))
-        for ground in self.plan.grounds:
+        for ground in plan.grounds:
             if ground.path in names:
                 self.journal.append("staged", path=ground.staged, known=staging.make_staged(ground))
         if seen:
-            self.notes += staging.fill(self.session, self.plan, names, seen, 0)
-        if not self.plan.only:
-            staging.strip(self.plan, self.profile, [staging.staged_of(self.plan, self.plan.path)])
+            self.notes += staging.fill(self.session, plan, names, seen, 0)
+        if not plan.only:
+            staging.strip(plan, self.profile, [staging.staged_of(plan, plan.path)])
 
     @property
     def away(self) -> bool:
@@ -254,7 +254,9 @@ class Work:
         new = staging.staged_of(plan, plan.path)
         if not self.profile.sign_state or not os.path.isdir(new):
             return
-        if not os.path.isdir(self.live) and not plan.from_set:
+        if not os.path.isdir(self.live):
+            if plan.from_set:
+                return
             raise PreconditionError(
                 f"there is no sign-state at {plan.path}, so whether the set's is older can't be told: "
                 "a validator that signs with an older one is slashed",
@@ -262,8 +264,6 @@ class Work:
                 cure="copy the newest back from wherever the node last ran, or say --sign-state-from-set "
                 "if it has signed nothing since the set was taken",
             )
-        if not os.path.isdir(self.live):
-            return
         if plan.only and not self._holds_sign_state():
             return
         outside = plan.outside({root: staging.staged_of(plan, root) for root in plan.roots})

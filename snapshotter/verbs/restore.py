@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,6 +25,7 @@ from snapshotter.core.model import (
     Access,
     Grade,
     MountSpec,
+    Purpose,
     Root,
     Snapshot,
     SnapshotSet,
@@ -38,7 +39,6 @@ from snapshotter.host import mounts
 from snapshotter.host.locks import Locks
 from snapshotter.host.places import private_directory, run_directory
 from snapshotter.nodes import repoint
-from snapshotter.nodes.target import target_id
 from snapshotter.provider import Provider
 from snapshotter.verbs.session import Session
 
@@ -83,13 +83,7 @@ def restore(
         if access is Access.READ_ONLY and not os.path.isdir(top):
             undo.push(top, lambda: _remove_if_empty(top))
             os.mkdir(top)
-        made: dict[int, MountSpec | Tree] = {}  # several roots may lie in one volume: it is attached once
-        for index, (root, place) in enumerate(places):
-            make_parents(undo, place)
-            if root.member not in made:
-                snapshot = next(member for member in found.snapshots if member.birth.member == root.member)
-                made[root.member] = attach(undo, holding[snapshot.provider], snapshot, attachment_id, access, place)
-            bring(undo, made[root.member], root.inside, place, f"{attachment_id}-{index}")
+        attach_all(undo, holding, found, places, attachment_id, access, Purpose.RESTORE)
         pairs = [(root.path, place) for root, place in places]
         if os.path.isdir(f"{top}.roots"):
             # Whoever may enter the clone may enter its other roots.
@@ -128,7 +122,7 @@ def _withhold(session: Session, found: SnapshotSet, pairs: Sequence[tuple[str, s
     except UsageError:
         profile, why = profiles.detect(top, own)
         warnings.append(f"its profile {found.birth.profile} isn't known here; taken for {profile.name} ({why})")
-    node = next((node for node in session.config.nodes.values() if target_id(node.path) == found.birth.target), None)
+    node = session.node_of(found.birth.target)
     withheld = identity.withhold(pairs, profile, node.key_file if node else None)
     if withheld:
         names = ", ".join(os.path.relpath(path, top) for path in withheld)
@@ -210,12 +204,39 @@ def make_parents(undo: Undo, place: str) -> None:
         os.makedirs(parent, mode=0o700)
 
 
+def attach_all(
+    undo: Undo,
+    holding: Mapping[str, Provider],
+    found: SnapshotSet,
+    places: Sequence[tuple[Root, str]],
+    attachment_id: str,
+    access: Access,
+    purpose: Purpose,
+) -> None:
+    """Attach the set so that each root is seen at its place (`layout`); inverses are on the stack before."""
+    made: dict[int, MountSpec | Tree] = {}  # several roots may lie in one volume: it is attached once
+    for index, (root, place) in enumerate(places):
+        make_parents(undo, place)
+        if root.member not in made:
+            snapshot = next(member for member in found.snapshots if member.birth.member == root.member)
+            made[root.member] = attach(
+                undo, holding[snapshot.provider], snapshot, attachment_id, access, place, purpose
+            )
+        bring(undo, made[root.member], root.inside, place, f"{attachment_id}-{index}")
+
+
 def attach(
-    undo: Undo, provider: Provider, snapshot: Snapshot, attachment_id: str, access: Access, place: str
+    undo: Undo,
+    provider: Provider,
+    snapshot: Snapshot,
+    attachment_id: str,
+    access: Access,
+    place: str,
+    purpose: Purpose,
 ) -> MountSpec | Tree:
     """Attach one volume's snapshot; the inverse is on the stack before."""
     undo.push(f"attachment {attachment_id}", lambda: provider.detach(attachment_id))
-    return provider.attach(snapshot, attachment_id, access, place)
+    return provider.attach(snapshot, attachment_id, access, place, purpose)
 
 
 def staging_directory() -> str:

@@ -73,6 +73,10 @@ class Session(Struct):
             made[id(instance)] = instance
         return list(made.values()), list(gone.values())
 
+    def node_of(self, target: str) -> Node | None:
+        """The config's node of this target's identity, if it has one."""
+        return next((node for node in self.config.nodes.values() if target_id(node.path) == target), None)
+
     def catalog(self, set_id: str | None = None, node: Node | None = None) -> catalog.Catalog:
         """Everything that is ours now, through every provider that can be asked."""
         providers, gone = self.everywhere(node)

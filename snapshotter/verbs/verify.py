@@ -18,10 +18,8 @@ from snapshotter.core.interrupts import deferred
 from snapshotter.core.model import (
     Access,
     Grade,
-    MountSpec,
     Purpose,
     SnapshotSet,
-    Tree,
     compact_time,
     new_attachment_id,
     utc_now,
@@ -31,10 +29,8 @@ from snapshotter.host import mounts
 from snapshotter.host.locks import Locks
 from snapshotter.host.places import private_directory
 from snapshotter.nodes import profiles, repoint
-from snapshotter.nodes.config import Node
-from snapshotter.nodes.target import target_id
 from snapshotter.verbs.documents import set_document
-from snapshotter.verbs.restore import bring, judge, layout, make_parents
+from snapshotter.verbs.restore import attach_all, judge, layout
 from snapshotter.verbs.session import Session
 
 PLACE = ".snapshotter-verify"
@@ -49,7 +45,7 @@ def verify(
     if selector is None or selector in session.config.nodes or "/" in selector:
         selector = f"latest:{selector}" if selector else "latest"
     found = session.select(selector, from_host=from_host)
-    node = node_of(session, found)
+    node = session.node_of(found.birth.target)
     wanted = level if level is not None else int(node.verify.level) if node else 2
     with Locks([f"set:{found.set_id}"], exclusive=False):
         proof = prove_set(session, found, wanted)
@@ -73,12 +69,6 @@ def verify(
         "set": set_document(now),
         "warnings": list(proof.notes),
     }
-
-
-def node_of(session: Session, found: SnapshotSet) -> Node | None:
-    """The config's node that the set is of, if it still has it."""
-    nodes = session.config.nodes.values()
-    return next((node for node in nodes if target_id(node.path) == found.birth.target), None)
 
 
 def prove_set(session: Session, found: SnapshotSet, level: int, *, record: bool = True) -> Proof:
@@ -125,15 +115,7 @@ def cloned(session: Session, found: SnapshotSet) -> Iterator[list[tuple[str, str
         undo.push(base, lambda: _remove_if_empty(base))
         undo.push(f"{top}.roots", lambda: _remove_if_empty(f"{top}.roots"))
         places = layout(found, top)
-        made: dict[int, MountSpec | Tree] = {}
-        for index, (root, place) in enumerate(places):
-            make_parents(undo, place)
-            if root.member not in made:
-                snapshot = next(each for each in found.snapshots if each.birth.member == root.member)
-                provider = holding[snapshot.provider]
-                undo.push(f"attachment {attachment_id}", lambda provider=provider: provider.detach(attachment_id))  # type: ignore[misc]
-                made[root.member] = provider.attach(snapshot, attachment_id, Access.WRITABLE, place, Purpose.VERIFY)
-            bring(undo, made[root.member], root.inside, place, f"{attachment_id}-{index}")
+        attach_all(undo, holding, found, places, attachment_id, Access.WRITABLE, Purpose.VERIFY)
         pairs = [(root.path, place) for root, place in places]
         repoint.repoint(pairs, f"{top}.roots/outside")
         yield pairs
@@ -142,7 +124,7 @@ def cloned(session: Session, found: SnapshotSet) -> Iterator[list[tuple[str, str
 def _base(session: Session, found: SnapshotSet) -> str:
     """A directory for the clone on the disk where the image most likely is (a copy can be reflinked there), that isn't
     itself below a root: beside the store if the config names one, else beside the data path, else our own state."""
-    node = node_of(session, found)
+    node = session.node_of(found.birth.target)
     store = session.options.get("store") or (node.store if node else None)
     beside = [os.path.dirname(os.path.abspath(str(store)))] if store else []
     path = found.birth.path
