@@ -17,7 +17,7 @@ echo 'create_main_cluster = false' >/etc/postgresql-common/createcluster.conf
 sed -i -E '/^deb /s/ main.*/ main contrib/' /etc/apt/sources.list
 apt-get -q update
 $APT install linux-image-cloud-amd64 linux-headers-cloud-amd64 dkms \
-    udev kmod util-linux util-linux-extra procps psmisc mount acl attr quota git ca-certificates iproute2 less \
+    udev kmod util-linux util-linux-extra procps psmisc mount acl attr quota git ca-certificates iproute2 less systemd systemd-container dbus cron \
     lvm2 thin-provisioning-tools dmsetup cryptsetup-bin mdadm btrfs-progs xfsprogs e2fsprogs \
     python3 python3-venv python3-cffi python3-dbus libmagic1 postgresql postgresql-contrib
 KERNEL=$(basename /lib/modules/*)
@@ -34,7 +34,7 @@ $APT install zfsutils-linux python3-pyzfs zfs-auto-snapshot sanoid
 python3 -m venv /opt/venv
 PIP="/opt/venv/bin/pip install -q --no-cache-dir --disable-pip-version-check"
 read -ra wanted <<<"$REQUIREMENTS"
-$PIP "${wanted[@]}" pytest-timeout cffi
+$PIP "${wanted[@]}" cffi
 mkdir -p /opt/libzfs_core/openzfs
 ln -s /usr/lib/python3/dist-packages/libzfs_core /opt/libzfs_core/openzfs/libzfs_core
 $PIP --no-deps --target /opt/libzfs_core/pypi pyzfs==0.2.3
