@@ -296,7 +296,8 @@ def run_here(command: Command, *words: str, kill_at: int | None = None) -> tuple
     calls = command.home / "calls"
     calls.write_text("")
     for module in {module for module, _ in CALLS} | {
-        "snapshotter.cli",
+        "snapshotter.cli.restoring",
+        "snapshotter.cli.sets",
         "snapshotter.human",
         "snapshotter.verbs.in_place",
     }:

@@ -207,7 +207,7 @@ def test_the_command_loads_nothing_heavy(statement: str) -> None:
 def test_a_take_by_btrfs_loads_only_what_it_needs() -> None:
     """Each of these takes a part of what the whole snapshot does. What our libraries load is theirs."""
     libraries = loaded_by("import click, msgspec")
-    ours = loaded_by("import snapshotter.__main__, snapshotter.cli, snapshotter.verbs.take, providers.btrfs")
+    ours = loaded_by("import snapshotter.__main__, snapshotter.cli.sets, snapshotter.verbs.take, providers.btrfs")
     slow = {"dataclasses", "_hashlib", "json", "secrets", "random", "tempfile", "subprocess", "tenacity", "logging"}
     slow |= {
         "snapshotter.host.quiesce",
