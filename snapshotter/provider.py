@@ -96,7 +96,7 @@ class Provider(ABC):
         return []
 
     def one_instant(self, volumes: Sequence[Volume]) -> bool:
-        """Would one `create` of these volumes be one instant? Default: what the traits say of several. No I/O."""
+        """Would one `create` of these volumes be one instant? Default: what the traits say of several. No effects."""
         return len(volumes) == 1 or self.traits.atomic_across_volumes
 
     @abstractmethod
@@ -130,6 +130,11 @@ class Provider(ABC):
         is the last thing written, and returns only when neither the image nor the mark can be lost to a power cut.
         Raises
         NotFoundError."""
+
+    def finish(self, set_id: str) -> None:
+        """Every member of the sealed set is READY: remove what only the making of the images needed. Absent is done.
+        Where nobody waited for that, `reap` does it. Default: nothing."""
+        return None
 
     @abstractmethod
     def delete(self, set_id: str) -> None:
@@ -190,8 +195,9 @@ class Provider(ABC):
         return iter(())
 
     def reap(self) -> list[str]:
-        """Remove what only this driver can see of dead runs (half-deleted objects, scratch); return their names.
-        Never a set with a record, an attachment, or anything that a live process holds. Default: nothing."""
+        """Remove what only this driver can see of dead runs (half-deleted objects, scratch), or of ended ones that
+        nobody waited for (`finish`); return their names. Never a set with a record, an attachment, or anything that a
+        live process holds. Default: nothing."""
         return []
 
     @abstractmethod
@@ -206,6 +212,7 @@ BUILT_IN: Mapping[str, tuple[str, str]] = {
     "lvm": ("providers.lvm:LvmProvider", ""),
     "zfs": ("providers.zfs:ZfsProvider", ""),
     "ebs": ("providers.ebs:EbsProvider", "aws"),
+    "gce": ("providers.gce:GceProvider", "gcp"),
 }
 #: Which claim wins, nearest to the file system first. `copy` serves only where nothing else claims, or on request.
 NEAREST_FIRST = ("zfs", "btrfs", "lvm", "ebs", "gce")

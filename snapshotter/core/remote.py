@@ -14,6 +14,7 @@ from snapshotter.core.errors import StorageError
 from snapshotter.core.model import Progress, Report, no_report
 
 T = TypeVar("T")
+_LATE_S = 0.2  # after a whole minute: the other side's clock isn't ours
 _NAMESPACE = "6a4f0d8e-5f0b-4a5c-9a8b-2f0a1d3c7e55"
 
 
@@ -35,6 +36,10 @@ class Clock:
     def now(self) -> float:
         """Monotonic."""
         return time.monotonic()
+
+    def wall(self) -> float:
+        """Since 1970: what a cloud's time stamps, and its whole minutes, are compared with."""
+        return time.time()
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -92,6 +97,46 @@ class TokenBucket:
         passed, self._at = now - self._at, now
         self._tokens = min(self.capacity, self._tokens + passed * self._rate)
         self._rate = min(self.per_second, self._rate + self.per_second * passed / 60)
+
+
+class MinuteQuota:
+    """Calls that the other side takes between two whole minutes, all at once if one likes, and then none until the
+    next. How many isn't known before: a refusal (`throttled`) ends the minute for all, and what it has taken until then
+    is what we ask of the minutes after it, a little more of each. Threads may share one."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self._minute, self._taken, self._refused = -1, 0, 0
+        self._most: float | None = None
+        import threading  # slow to import, and nobody needs it who asks no cloud
+
+        self._lock = threading.Lock()
+
+    def take(self, deadline: Deadline) -> None:
+        """Wait for one's turn. Raises StorageError, at once, if that would be after the deadline."""
+        while True:
+            with self._lock:
+                now = self.clock.wall()
+                self._turn(int(now // 60))
+                if not self._refused and (self._most is None or self._taken < self._most):
+                    self._taken += 1
+                    return
+                wait = 60 - now % 60 + _LATE_S
+                if wait > deadline.left():
+                    raise deadline.over("waiting for the next minute: the API takes only so many calls in each")
+            self.clock.sleep(wait)
+
+    def throttled(self) -> None:
+        with self._lock:
+            self._turn(int(self.clock.wall() // 60))
+            self._refused += 1
+            self._most = max(1.0, self._taken - self._refused)
+
+    def _turn(self, minute: int) -> None:
+        if minute != self._minute:
+            if self._most is not None and not self._refused:
+                self._most *= 1.01
+            self._minute, self._taken, self._refused = minute, 0, 0
 
 
 def operation_id(*parts: str) -> str:

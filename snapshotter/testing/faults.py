@@ -31,9 +31,21 @@ T = TypeVar("T")
 When = Literal["before", "after"]
 
 #: The calls that change storage, and so are counted.
-MUTATING = ("prepare", "create", "mark", "delete", "attach", "settle", "detach", "swap", "swap_back", "swap_commit")
+MUTATING = (
+    "prepare",
+    "create",
+    "mark",
+    "finish",
+    "delete",
+    "attach",
+    "settle",
+    "detach",
+    "swap",
+    "swap_back",
+    "swap_commit",
+)
 #: Those that may be made twice with no other effect than once.
-IDEMPOTENT = frozenset({"mark", "delete", "settle", "detach", "swap_back", "swap_commit"})
+IDEMPOTENT = frozenset({"mark", "finish", "delete", "settle", "detach", "swap_back", "swap_commit"})
 
 
 class Proxy(Provider):
@@ -75,6 +87,9 @@ class Proxy(Provider):
 
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         self.mutate("mark", lambda: self.inner.mark(set_id, changes))
+
+    def finish(self, set_id: str) -> None:
+        self.mutate("finish", lambda: self.inner.finish(set_id))
 
     def delete(self, set_id: str) -> None:
         self.mutate("delete", lambda: self.inner.delete(set_id))
