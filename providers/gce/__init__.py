@@ -148,22 +148,23 @@ class GceProvider(Provider):
     def claim(self, mount: Mount, path: str) -> Volume | None:
         if not self._on_gce():
             return None
+        from providers.gce.devices import devices
+
         parts = self.disks.below(mount)
-        known = {disk: device for device, disk in self.disks.linked(names.BY_ID).items()}
-        devices = [known[part.disk] for part in parts if part.disk in known]
-        if not devices or len(devices) != len(parts):
+        known = {disk: device for device, disk in devices(self.disks).items()}
+        seen = [known[part.disk] for part in parts if part.disk in known]
+        if not seen or len(seen) != len(parts):
             return None  # a memory file system, a disk of another kind
         attached = {each.device_name: each for each in self._instance(self._here()).disks}
-        missing = [device for device in devices if device not in attached]
-        if missing:
+        if missing := [device for device in seen if device not in attached]:
             raise PreconditionError(
                 f"Compute Engine knows of no disk attached here as {', '.join(missing)}",
                 object=mount.path,
                 cure="is the project another? -o project=",
             )
-        found = [names.disk_of(attached[device].source) for device in devices]
+        found = [names.disk_of(attached[device].source) for device in seen]
         volumes = [each.id for each in found if each is not None]
-        if len(volumes) != len(devices):
+        if len(volumes) != len(seen):
             return None  # a local SSD: nothing that could be snapshotted
         if len(parts) > 1 or self.disks.stacked(mount):
             raise PreconditionError(

@@ -14,8 +14,9 @@ import msgspec
 
 from providers.gce import disks, labels, taking
 from providers.gce.api import Api
+from providers.gce.devices import devices
 from providers.gce.here import Here
-from providers.gce.names import BY_ID, Disk, disk, disk_of, member_name
+from providers.gce.names import Disk, disk, disk_of, member_name
 from snapshotter.core.errors import NotFoundError, PreconditionError, StorageError
 from snapshotter.core.model import Access, Attachment, MountSpec, Purpose, Snapshot
 from snapshotter.core.remote import poll
@@ -104,7 +105,7 @@ class Clones:
     def detach(self, attachment_id: str) -> None:
         ours = self._of(attachment_id)
         for which in ours:  # the device's name is the disk's
-            self.host.refuse_mounted(self.host.linked(BY_ID).get(which.name), which.id)
+            self.host.refuse_mounted(devices(self.host).get(which.name), which.id)
         for which in ours:
             disks.remove(self.api, which, self.settings.report)
 
@@ -112,7 +113,7 @@ class Clones:
 def origin_here(api: Api, host: Disks, which: Disk, instance: str) -> str | None:
     """The kernel name of a disk that is attached to this instance; None if it isn't."""
     how = disks.attached_as(api, which, instance, api.deadline(which.id))
-    return host.linked(BY_ID).get(how.device_name) if how is not None else None
+    return devices(host).get(how.device_name) if how is not None else None
 
 
 def source(api: Api, snapshot: Snapshot) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 
 from providers.gce import errors
 from providers.gce.api import Api
-from providers.gce.names import BY_ID, Disk, last, path_of
+from providers.gce.devices import devices
+from providers.gce.names import Disk, last, path_of
 from providers.gce.taking import remove as delete
 from snapshotter.core.errors import BusyError, NotFoundError, SnapshotterError, StorageError
 from snapshotter.core.model import Report
@@ -145,7 +146,7 @@ def remove(api: Api, which: Disk, report: Report) -> None:
 def appeared(api: Api, disks: Disks, device: str, report: Report) -> str:
     """The kernel name of the disk that was attached here under this device name, when it is there."""
     within = api.deadline(f"the disk {device}", APPEARS_S)
-    return poll(lambda: disks.linked(BY_ID).get(device), within, first_s=0.1, most_s=2.0, report=report)
+    return poll(lambda: devices(disks).get(device), within, first_s=0.1, most_s=2.0, report=report)
 
 
 def type_link(project: str, which: Disk, kind: str) -> str:

@@ -137,16 +137,12 @@ def groups(api: Api, within: Deadline, set_id: str | None = None) -> dict[str, l
 
 
 def instants_gone(api: Api, set_id: str, instants: Sequence[Disk], within: Deadline) -> None:
-    """Remove a set's instant snapshots and their group, last, as it has the record; absent is done. A group that isn't
-    ours is left alone."""
+    """Remove a set's instant snapshot group, and with it its instant snapshots; absent is done. One that isn't ours is
+    left alone."""
     for place in {Disk(each.place, set_id) for each in instants}:
-        if record_of(api, place, within) is None:
-            continue
-        kind = "RegionInstantSnapshots" if place.regional else "InstantSnapshots"
-        for each in [each for each in instants if each.place == place.place]:
-            remove(api, f"{kind}.delete", each.name, within, instant_snapshot=each.name, **each.where)
-        group = f"{kind.removesuffix('s')}Groups.delete"
-        remove(api, group, set_id, within, instant_snapshot_group=set_id, **place.where)
+        if record_of(api, place, within) is not None:
+            kind = "RegionInstantSnapshotGroups" if place.regional else "InstantSnapshotGroups"
+            remove(api, f"{kind}.delete", set_id, within, instant_snapshot_group=set_id, **place.where)
 
 
 # -- afterwards --------------------------------------------------------------------------------------------------

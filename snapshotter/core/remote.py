@@ -14,6 +14,7 @@ from snapshotter.core.errors import StorageError
 from snapshotter.core.model import Progress, Report, no_report
 
 T = TypeVar("T")
+_LITTLE = 0.01
 _LATE_S = 0.2  # after a whole minute: the other side's clock isn't ours
 _NAMESPACE = "6a4f0d8e-5f0b-4a5c-9a8b-2f0a1d3c7e55"
 
@@ -102,12 +103,13 @@ class TokenBucket:
 class MinuteQuota:
     """Calls that the other side takes between two whole minutes, all at once if one likes, and then none until the
     next. How many isn't known before: a refusal (`throttled`) ends the minute for all, and what it has taken until then
-    is what we ask of the minutes after it, a little more of each. Threads may share one."""
+    is what we ask of the minutes after it, and ever more of each until it refuses again. Threads may share one."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self._minute, self._taken, self._refused = -1, 0, 0
         self._most: float | None = None
+        self._more = _LITTLE
         import threading  # slow to import, and nobody needs it who asks no cloud
 
         self._lock = threading.Lock()
@@ -130,12 +132,13 @@ class MinuteQuota:
         with self._lock:
             self._turn(int(self.clock.wall() // 60))
             self._refused += 1
-            self._most = max(1.0, self._taken - self._refused)
+            self._most, self._more = max(1.0, self._taken - self._refused), _LITTLE
 
     def _turn(self, minute: int) -> None:
         if minute != self._minute:
             if self._most is not None and not self._refused:
-                self._most *= 1.01
+                self._most += max(1.0, self._most * self._more)
+                self._more = min(1.0, self._more * 2)
             self._minute, self._taken, self._refused = minute, 0, 0
 
 

@@ -85,6 +85,10 @@ class Disks(Struct, frozen=True):
             return serial
         return next((name for name, known in self.linked(prefix).items() if known == disk), "")
 
+    def model(self, disk: str) -> str:
+        """What a whole disk says that it is, '' if nothing."""
+        return _read(f"{self.sysfs}/block/{disk}/device/model")
+
     def find(self, identity: str, prefix: str) -> str | None:
         """The kernel name of the disk with this identity, None while there is none."""
         blocks = f"{self.sysfs}/block"
