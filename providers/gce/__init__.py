@@ -90,7 +90,7 @@ class GceProvider(Provider):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self._plans: dict[str, Plan] = {}
+        self._plans: dict[str, tuple[Plan, float]] = {}  # and when another instant of its disks may be taken
         self._prepared: dict[str, Plan] = {}
         self._fresh: dict[str, tuple[Snapshot, ...]] = {}  # just created: the seal needs no look
         self._uncertain: dict[str, Deadline] = {}  # sets of which an answer is missing: when it must have shown
@@ -214,24 +214,22 @@ class GceProvider(Provider):
         pack(birth.of_member(0), labels.LIMITS)
         self._resource("standard")
         plan = self._plan(volumes)
-        choosing.room(self._api(), self._seen, plan, birth.set_id)
-        self._plans[birth.set_id] = plan
+        wait = choosing.room(self._api(), self._seen, plan, birth.set_id)
+        self._plans[birth.set_id] = plan, self.clock.now() + wait
 
     def space(self, volumes: Sequence[Volume]) -> Space:
         """There is room without end; what it costs isn't known before."""
         return Space(total_bytes=None, free_bytes=None)
 
     def prepare(self, volumes: Sequence[Volume], birth: Birth, budget: float) -> None:
-        """All that can be asked while the writers run; waits until another instant of these disks is taken."""
-        from providers.gce import choosing
-
+        """All that can be asked while the writers run; waits until another instant of these disks may be taken."""
         if birth.set_id in self._prepared:
             return
-        plan, api = self._plans.pop(birth.set_id, None), self._api()
-        if plan is None:
-            plan = self._plan(volumes)
-        wait = choosing.room(api, self._seen, plan, birth.set_id)
-        if wait > 0:
+        api = self._api()
+        if birth.set_id not in self._plans:
+            self.check(volumes, birth)
+        plan, free = self._plans.pop(birth.set_id)
+        if (wait := free - self.clock.now()) > 0:
             self.clock.sleep(wait)
         for service in ("GlobalOperations", *(("ZoneOperations", "RegionOperations") if plan.group else ())):
             api.client(service)  # making one takes its time, and soon there is none
@@ -284,7 +282,8 @@ class GceProvider(Provider):
         del self._uncertain[birth.set_id]
         found = []
         for each, (item, operation) in zip(plan.disks, made, strict=True):
-            self._working[item.name] = operation
+            if operation is not None:
+                self._working[item.name] = operation
             item.source_disk = item.source_disk or each.link(api.project)
             found.append(self._snapshot(item))
         self._fresh[birth.set_id] = tuple(each for each in found if each is not None)
@@ -328,7 +327,8 @@ class GceProvider(Provider):
 
         check_marks(changes)
         api = self._api()
-        found = list(self._fresh.pop(set_id, ()) or self.snapshots(set_id))
+        fresh = self._fresh.pop(set_id, ())
+        found = list(fresh or self.snapshots(set_id))
         if not found:
             raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all")
         if changes.get("sealed"):
@@ -337,7 +337,9 @@ class GceProvider(Provider):
                 if member.provider == self.name and number not in here:
                     raise StorageError(f"can't be sealed: no snapshot of {member.volume}", object=set_id)
             for snapshot in found:
-                taking.settled(api, snapshot.id, self._working.pop(snapshot.id, None), api.deadline(snapshot.id))
+                if not fresh or snapshot.id in self._working:
+                    operation = self._working.pop(snapshot.id, None)
+                    taking.settled(api, snapshot.id, operation, api.deadline(snapshot.id))
         labelled = {labels.mark(name): value for name, value in changes.items()}
         taking.all_of(lambda each: taking.relabel(api, "Snapshots", api.deadline(each.id), each.id, labelled), found)
 

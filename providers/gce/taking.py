@@ -77,7 +77,7 @@ def _of_disk(api: Api, resource: Mapping[str, Any], within: Deadline) -> Made:
                 if found.status == "FAILED":
                     raise StorageError("Compute Engine could not take it", object=found.name, cure="take it again")
                 if done or found.status in _TAKEN:
-                    return found, operation
+                    return found, None
             return None
 
         return poll(taken, within, first_s=0.1, most_s=1.0)
