@@ -202,3 +202,18 @@ def test_a_machine_that_only_says_google_is_not_claimed(tmp_path: Path) -> None:
     provider = GceProvider(Settings("/nonexistent"))
     provider.disks = Disks(sysfs=str(tmp_path), by_id=str(tmp_path))
     assert provider.claim(mount_of("/"), "/") is None
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        (b'{"device_name":"archive-data","disk_type":"PERSISTENT"}', "archive-data"),
+        (b"", ""),
+        (b"\xff\xfe", ""),
+        (b'["device_name"]', ""),
+    ],
+)
+def test_a_disk_without_a_link_says_its_name_itself(said: bytes, name: str) -> None:
+    from providers.gce.devices import name_in
+
+    assert name_in(said) == name
