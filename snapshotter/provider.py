@@ -24,6 +24,7 @@ from snapshotter.core.model import (
     Access,
     Attachment,
     Birth,
+    Elsewhere,
     Hold,
     MountSpec,
     Purpose,
@@ -157,6 +158,13 @@ class Provider(ABC):
         attachment
         twice is refused, or is the same again. One attachment id may span several snapshots, each with its destination.
         Raises PreconditionError (needs root, no such access), StorageError (invalid image, no space)."""
+
+    def attach_away(self, snapshot: Snapshot, attachment_id: str) -> Elsewhere:
+        """As `attach`, for another machine: the volume is made, and attached where the options say; nothing is mounted,
+        and the attachment's path is ''. Raises PreconditionError (the default: this storage is this machine's)."""
+        raise PreconditionError(
+            f"{self.name} can't make volumes of another machine", object=snapshot.id, cure="restore it with --to"
+        )
 
     @abstractmethod
     def settle(self, attachment_id: str, since: datetime) -> None:

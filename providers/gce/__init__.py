@@ -24,6 +24,7 @@ from snapshotter.core.model import (
     Access,
     Attachment,
     Birth,
+    Elsewhere,
     Hold,
     ImageState,
     MountSpec,
@@ -73,7 +74,8 @@ class GceProvider(Provider):
         "project": Option(str, "Google Cloud project (default: this instance's, or the credentials')"),
         "impersonate": Option(str, "service account to act as"),
         "endpoint": Option(str, "the API's address, where it isn't the public one"),
-        "zone": Option(str, "zone of disks and instances that are named without one"),
+        "zone": Option(str, "zone of disks and instances that are named without one, and of disks restored away"),
+        "instance": Option(str, "instance (NAME, ZONE/NAME) that disks restored away are attached to"),
         "disk_type": Option(str, "type of restored disks (default: pd-balanced)"),
         "provisioned_iops": Option(int, "IOPS of restored disks (Hyperdisk)"),
         "provisioned_throughput": Option(int, "MiB/s of restored disks (Hyperdisk)"),
@@ -364,10 +366,11 @@ class GceProvider(Provider):
         for item in disks.labelled(api, within, f'labels.{labels.SET}="{set_id}"'):
             used = labels.attachment_of(item)
             if used is not None and used.set_id == set_id:
+                where = f"at {used.path} of instance {item.labels.get(labels.INSTANCE)}" if used.path else "elsewhere"
                 raise BusyError(
-                    f"is attached at {used.path} of instance {item.labels.get(labels.INSTANCE)} ({used.id})",
+                    f"is attached {where} ({used.id})",
                     object=set_id,
-                    cure=f"snapshotter release {used.path}",
+                    cure=f"snapshotter release {used.path or used.id}",
                 )
         settling = self._uncertain.get(set_id)
         while True:
@@ -414,13 +417,18 @@ class GceProvider(Provider):
     # -- attachments --------------------------------------------------------------------------------------------
 
     def _clones(self) -> Clones | None:
-        """None off an instance: what is attached is attached to one."""
-        here = self._here()
-        if here is None or not self._used():
+        """None where there can be nothing of ours."""
+        if not self._used():
             return None
         from providers.gce.clones import Clones
 
-        return Clones(self._api(), here, self.disks, self.settings)
+        return Clones(self._api(), self._here(), self.disks, self.settings)
+
+    def _some_clones(self, snapshot: Snapshot) -> Clones:
+        if (clones := self._clones()) is None:
+            why = "this is no Compute Engine instance"
+            raise PreconditionError(why, object=snapshot.id, cure="restore it on one, or set `project` in [gcp]")
+        return clones
 
     def attach(
         self,
@@ -430,11 +438,10 @@ class GceProvider(Provider):
         destination: str,
         purpose: Purpose = Purpose.RESTORE,
     ) -> MountSpec | Tree:
-        clones = self._clones()
-        if clones is None:
-            why = "this is no Compute Engine instance"
-            raise PreconditionError(why, object=snapshot.id, cure="restore it on an instance")
-        return clones.attach(snapshot, attachment_id, access, destination, purpose)
+        return self._some_clones(snapshot).attach(snapshot, attachment_id, access, destination, purpose)
+
+    def attach_away(self, snapshot: Snapshot, attachment_id: str) -> Elsewhere:
+        return self._some_clones(snapshot).away(snapshot, attachment_id)
 
     def settle(self, attachment_id: str, since: datetime) -> None:
         if (clones := self._clones()) is None:

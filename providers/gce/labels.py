@@ -27,6 +27,7 @@ ATTACHMENT = PREFIX + "attachment"
 INSTANCE = PREFIX + "instance"
 SINCE = PREFIX + "since"
 MAKER = PREFIX + "maker"
+AWAY = PREFIX + "away"  # the host that made it for another machine
 SWAP = PREFIX + "swap"
 COMMITTED = PREFIX + "committed"
 ASIDE = PREFIX + "set-aside"

@@ -16,6 +16,7 @@ from snapshotter.core.model import (
     Access,
     Attachment,
     Birth,
+    Elsewhere,
     Hold,
     MountSpec,
     Purpose,
@@ -38,6 +39,7 @@ MUTATING = (
     "finish",
     "delete",
     "attach",
+    "attach_away",
     "settle",
     "detach",
     "swap",
@@ -103,6 +105,9 @@ class Proxy(Provider):
         purpose: Purpose = Purpose.RESTORE,
     ) -> MountSpec | Tree:
         return self.mutate("attach", lambda: self.inner.attach(snapshot, attachment_id, access, destination, purpose))
+
+    def attach_away(self, snapshot: Snapshot, attachment_id: str) -> Elsewhere:
+        return self.mutate("attach_away", lambda: self.inner.attach_away(snapshot, attachment_id))
 
     def settle(self, attachment_id: str, since: datetime) -> None:
         self.mutate("settle", lambda: self.inner.settle(attachment_id, since))
