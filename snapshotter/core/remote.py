@@ -15,6 +15,8 @@ from snapshotter.core.model import Progress, Report, no_report
 
 T = TypeVar("T")
 _LITTLE = 0.01
+_FEW = 20.0  # calls a minute that we ask for however few there were: others may have taken the rest of that one
+_LAST_S = 0.5  # before a deadline the last attempt is made
 _LATE_S = 0.2  # after a whole minute: the other side's clock isn't ours
 _NAMESPACE = "6a4f0d8e-5f0b-4a5c-9a8b-2f0a1d3c7e55"
 
@@ -29,6 +31,10 @@ class Temporary(Exception):
 
 class Lost(Exception):
     """No answer came, or one that says nothing: the effect may have happened."""
+
+
+class Late(StorageError):
+    """The deadline is over."""
 
 
 class Clock:
@@ -56,10 +62,10 @@ class Deadline:
     def left(self) -> float:
         return max(0.0, self._end - self.clock.now())
 
-    def over(self, why: str = "") -> StorageError:
+    def over(self, why: str = "") -> Late:
         """The error to raise when nothing is left. `why`: what was heard last."""
         said = f" ({why})" if why else ""
-        return StorageError(f"was not done within {self.seconds:.0f} s{said}", object=self.what, cure="try again later")
+        return Late(f"was not done within {self.seconds:.0f} s{said}", object=self.what, cure="try again later")
 
 
 class TokenBucket:
@@ -132,7 +138,7 @@ class MinuteQuota:
         with self._lock:
             self._turn(int(self.clock.wall() // 60))
             self._refused += 1
-            self._most, self._more = max(1.0, self._taken - self._refused), _LITTLE
+            self._most, self._more = max(_FEW, self._taken - self._refused), _LITTLE
 
     def _turn(self, minute: int) -> None:
         if minute != self._minute:
@@ -154,18 +160,34 @@ def persist(attempt: Callable[[], T], deadline: Deadline, *, again_after_loss: b
     may be made twice, else it gets out. Raises StorageError at the deadline."""
     from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
-    def give_up(state: RetryCallState) -> bool:
-        return deadline.left() <= state.upcoming_sleep
+    heard = ""
+
+    def noted() -> T:
+        nonlocal heard
+        try:
+            return attempt()
+        except (Temporary, Lost) as error:
+            heard = str(error)
+            raise
+
+    longer = wait_random_exponential(multiplier=0.25, max=10)
+
+    def pause(state: RetryCallState) -> float:
+        return max(0.0, min(longer(state), deadline.left() - _LAST_S))
 
     retrying = Retrying(
         retry=retry_if_exception_type((Temporary, Lost) if again_after_loss else Temporary),
-        wait=wait_random_exponential(multiplier=0.25, max=10),
-        stop=give_up,
+        wait=pause,
+        stop=lambda _: deadline.left() <= _LAST_S,
         sleep=deadline.clock.sleep,
         reraise=True,
     )
     try:
-        return retrying(attempt)
+        return retrying(noted)
+    except Late:
+        if not heard:
+            raise
+        raise deadline.over(heard) from None
     except Temporary as error:
         raise deadline.over(str(error)) from None
     except Lost as error:
