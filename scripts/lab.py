@@ -70,7 +70,8 @@ def requirements() -> list[str]:
     extras = parser["options.extras_require"]
     wanted = parser["options"]["install_requires"] + extras["dev"] + extras["aws"] + extras["gcp"]
     lines = [line.strip() for line in wanted.splitlines()]
-    return sorted({line.split(";")[0].replace(" ", "") for line in lines if line and not re.match("mypy|ruff|pytest-xdist", line)})
+    here = re.compile("mypy|ruff|pytest-xdist")
+    return sorted({line.split(";")[0].replace(" ", "") for line in lines if line and not here.match(line)})
 
 
 def image_directory() -> Path:
