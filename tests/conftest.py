@@ -82,6 +82,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line("tests/lab was left out: scripts/lab runs it in a virtual machine with LVM and ZFS")
     for line in MEASURED:
         terminalreporter.line(f"measured: {line}")
-    terminalreporter.line(
-        "not had here: a running Besu (a RocksDB shaped like Besu's stands in), systemd, a real cloud account"
-    )
+    terminalreporter.line("not had here: a running Besu (a RocksDB shaped like Besu's stands in), a real cloud account")
