@@ -271,3 +271,17 @@ def providers(document: Document) -> str:
     head = f"{document['path']}: {document['fstype']} on {document['source']}\n" if document["path"] else ""
     tail = f"\n{document['refusal']}" if document["refusal"] else ""
     return head + _columns(rows) + tail
+
+
+def schedules(entries: Sequence[Document]) -> str:
+    """What `schedule` says."""
+    if not entries:
+        return "no nodes"
+    rows = [("NODE", "EVERY", "BY", "RUNS BY ITSELF", "NEXT")]
+    for entry in entries:
+        every = "-" if entry["every_s"] is None else span(entry["every_s"])
+        runs = "yes" if entry["active"] else f"no: {entry['why'] or 'not installed'}"
+        if entry["current"] is False:
+            runs += "; the config has changed since: `schedule install` again"
+        rows.append((entry["node"], every, entry["kind"] or "-", runs, entry["next_at"] or "-"))
+    return _columns(rows)

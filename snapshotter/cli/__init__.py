@@ -29,6 +29,7 @@ COMMANDS = {
     "pin": "sets",
     "unpin": "sets",
     "reap": "sets",
+    "schedule": "watching",
     "init": "nodes",
     "identity": "nodes",
     "profile": "nodes",
