@@ -29,6 +29,7 @@ COMMANDS = {
     "pin": "sets",
     "unpin": "sets",
     "reap": "sets",
+    "status": "watching",
     "schedule": "watching",
     "init": "nodes",
     "identity": "nodes",

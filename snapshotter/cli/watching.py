@@ -1,11 +1,45 @@
-"""The commands that see to it that backups happen: schedule status doctor."""
+"""The commands that see to it that backups happen: status schedule doctor."""
 
 from __future__ import annotations
+
+import sys
 
 import click
 
 from snapshotter.cli.call import Call, common, complete_target
-from snapshotter.core.errors import UsageError
+from snapshotter.core.errors import Exit, SnapshotterError, UsageError
+
+
+@click.command()
+@click.argument("target", required=False, shell_complete=complete_target)
+@click.option("--prometheus", metavar="FILE", help="Also write it for node_exporter's textfile collector.")
+@click.option("--nagios", is_flag=True, help="One line and 0, 1, 2 or 3, as Nagios and its kind want it.")
+@common
+def status(call: Call, target: str | None, prometheus: str | None, nagios: bool) -> None:
+    """Say whether every node is backed up as it should be.
+
+    Exit 8 if one isn't: stale, damaged, no timer, no room."""
+    from snapshotter import human
+    from snapshotter.verbs import status as verb
+
+    if nagios and call.as_json:
+        raise UsageError("--nagios and --json contradict one another", object="status")
+    try:
+        document = verb.status(call.session(), target)
+        if prometheus is not None:
+            from snapshotter.cli import metrics
+
+            metrics.write(document, prometheus)
+    except SnapshotterError as error:
+        if not nagios:
+            raise
+        click.echo(f"SNAPSHOTTER UNKNOWN: {error.line()}".replace("|", "/"))
+        sys.exit(3)
+    if nagios:
+        line, code = human.nagios(document)
+        click.echo(line)
+        sys.exit(code)
+    call.answer(document, lambda: human.status(document), int(Exit.JUDGED_BAD) if document["worst"] else 0)
 
 
 @click.group()
