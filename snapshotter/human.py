@@ -338,3 +338,13 @@ def nagios(document: Document) -> tuple[str, int]:
         ]
     line = f"SNAPSHOTTER {word}: " + plain(said).replace("|", "/")
     return line + (" | " + " ".join(data) if data else ""), code
+
+
+def findings(document: Document) -> str:
+    """What `doctor` says."""
+    lines = []
+    for found in document["findings"]:
+        where = f"{found['node']}: " if found["node"] else ""
+        cure = f"; {found['cure']}" if found["cure"] else ""
+        lines.append(f"{found['severity']}: {where}{found['message']}{cure}")
+    return "\n".join(lines) or "nothing was found"

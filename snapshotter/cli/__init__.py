@@ -30,6 +30,7 @@ COMMANDS = {
     "unpin": "sets",
     "reap": "sets",
     "status": "watching",
+    "doctor": "watching",
     "schedule": "watching",
     "init": "nodes",
     "identity": "nodes",

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from snapshotter.cli.call import Call, common, complete_target
 from snapshotter.core.errors import Exit, SnapshotterError, UsageError
+
+if TYPE_CHECKING:
+    from snapshotter.verbs.session import Session
 
 
 @click.command()
@@ -40,6 +44,25 @@ def status(call: Call, target: str | None, prometheus: str | None, nagios: bool)
         click.echo(line)
         sys.exit(code)
     call.answer(document, lambda: human.status(document), int(Exit.JUDGED_BAD) if document["worst"] else 0)
+
+
+@click.command()
+@click.argument("target", required=False, shell_complete=complete_target)
+@common
+def doctor(call: Call, target: str | None) -> None:
+    """Find what would hurt at three in the morning.
+
+    Exit 8 if there is anything; each finding has its cure."""
+    from snapshotter import human
+    from snapshotter.verbs import doctor as verb
+
+    session: Session | SnapshotterError
+    try:
+        session = call.session()
+    except SnapshotterError as error:
+        session = error
+    document = verb.doctor(call.config, session, target)
+    call.answer(document, lambda: human.findings(document), 0 if document["ok"] else int(Exit.JUDGED_BAD))
 
 
 @click.group()
