@@ -108,7 +108,7 @@ def test_a_restore_in_place_that_was_killed(command: Command) -> None:
     process.communicate()
     finding = found(command, "restore")[0]
     assert "--undo" in finding["cure"]
-    assert command.run("restore", "--undo", "n", "--yes").returncode == 0
+    assert command.run("restore", "--undo", "n").returncode == 0
     found(command)
 
 
