@@ -95,6 +95,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for name, line in report.user_properties if report.when == "teardown" else ():
             if name == "measured":
                 terminalreporter.line(f"measured: {line}")
-    terminalreporter.line(
-        "not had here: a running Besu (a RocksDB shaped like Besu's stands in), systemd, a real cloud account"
-    )
+    terminalreporter.line("not had here: a running Besu (a RocksDB shaped like Besu's stands in), a real cloud account")

@@ -209,6 +209,8 @@ class BtrfsProvider(Provider):
                 total, free = total + room[0], free + room[1]
                 for name, number in btrfs.usage(store.top).items():
                     detail[name] = detail.get(name, 0) + number
+                could_be = detail["metadata_total"] + detail["unallocated"]
+                detail["metadata percent"] = round(100 * detail["metadata_used"] / max(1, could_be))
         return Space(total_bytes=total, free_bytes=free, detail=detail)
 
     # -- making ---------------------------------------------------------------------------------------------------

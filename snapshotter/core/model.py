@@ -213,7 +213,8 @@ class Tree(Struct, frozen=True):
 
 
 class Space(Struct, frozen=True):
-    """Room where a snapshot of some volumes would live. Bytes; None where the storage can't tell."""
+    """Room where a snapshot of some volumes would live. Bytes; None where the storage can't tell. In `detail` a name
+    that ends in ` percent` says how full (0 to 100) a part is that must not be: its metadata, a copy-on-write table."""
 
     total_bytes: int | None
     free_bytes: int | None
