@@ -348,3 +348,20 @@ def findings(document: Document) -> str:
         cure = f"; {found['cure']}" if found["cure"] else ""
         lines.append(f"{found['severity']}: {where}{found['message']}{cure}")
     return "\n".join(lines) or "nothing was found"
+
+
+def pruned(document: Document) -> str:
+    """What `prune` says."""
+    if not document["dry_run"]:
+        return "\n".join(f"removed {brief(gone)}" for gone in document["removed"]) or "nothing was to be removed"
+    rows = [
+        (
+            "keep" if entry["keep"] else "remove",
+            entry["set_id"],
+            entry["node"],
+            entry["taken_at"].replace("T", " ").removesuffix("Z"),
+            entry["rule"] + (", stamped in the future" if entry["future"] and "future" not in entry["rule"] else ""),
+        )
+        for entry in document["sets"]
+    ]
+    return _columns([("", "SET", "NODE", "TAKEN (UTC)", "RULE"), *rows]) if rows else "no sets"

@@ -28,6 +28,7 @@ COMMANDS = {
     "verify": "sets",
     "pin": "sets",
     "unpin": "sets",
+    "prune": "upkeep",
     "reap": "sets",
     "status": "watching",
     "doctor": "watching",
