@@ -25,6 +25,7 @@ from snapshotter.core.journal import Journal, names
 from snapshotter.core.model import utc_now
 from snapshotter.host.locks import Locks
 from snapshotter.host.places import boot_id, private_directory
+from snapshotter.host.store import told
 from snapshotter.nodes import health
 from snapshotter.nodes.target import resolve, target_id
 from snapshotter.verbs import in_place_back as back
@@ -70,7 +71,8 @@ def carry_out(session: Session, plan: Plan) -> dict[str, Any]:
 def _drive(work: Work) -> None:
     """Forward; on any failure before the node runs on the new content, back."""
     try:
-        forward(work)
+        with told(work.plan.path):
+            forward(work)
     except Unhealthy:
         raise
     except BaseException as error:
@@ -99,7 +101,8 @@ def _back(work: Work, error: BaseException | None) -> None:
 
 def _undo(work: Work) -> None:
     with deferred():
-        back.backward(work)
+        with told(work.plan.path):
+            back.backward(work)
         work.journal.remove()
 
 
@@ -196,7 +199,8 @@ def _refuse_unfinished(work: Work) -> None:
 
 
 def _discarded(work: Work) -> dict[str, Any]:
-    gone = back.discard(work)
+    with told(work.plan.path):
+        gone = back.discard(work)
     work.journal.remove()
     return {**_document(work, "discarded"), "discarded": gone}
 

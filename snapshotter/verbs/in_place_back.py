@@ -33,7 +33,7 @@ def backward(work: Work) -> None:
     if changed:
         try:
             if not ran and work.mixed():
-                ran = True
+                ran, units = True, _as_left(work, units)
                 work.notes.append(
                     "it may have run on a mix of old and new since the restore was interrupted: see to it"
                 )
@@ -67,6 +67,18 @@ def _let_run(work: Work, run_again: bool) -> None:
             work.let_run(run_again)
         except SnapshotterError as error:
             work.unstarted = error  # the old data may be just what it can't run on
+
+
+def _as_left(work: Work, units: list[Unit]) -> list[Unit]:
+    """These, after a run on a mix: an old entry that had not changed places yet, and that the node has made anew by a
+    rename, or removed, is what stands there now."""
+    gone = [u.old is not None and exchange.where_old(u) is None and exchange.where_new(u) != u.place for u in units]
+    left = [
+        msgspec.structs.replace(unit, old=exchange.known(unit.place)) if lost else unit
+        for unit, lost in zip(units, gone, strict=True)
+    ]
+    work.note("units", units=msgspec.to_builtins(left))
+    return left
 
 
 def _with_made(work: Work, units: list[Unit]) -> list[Unit]:
