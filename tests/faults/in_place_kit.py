@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from snapshotter.core.errors import StorageError
+from snapshotter.nodes import health
 from tests.support import CHECKOUT, Command, loop_file_system
 
 #: A small service manager: start, stop, status of a process that has files of the data path open and writes there. It
@@ -174,7 +175,16 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 class Story:
     """A node with a service, and a set of it. `damage` destroys what the set can bring back."""
 
-    def __init__(self, place: Path, home: Path, provider: str, *, extra: str = "", data: Path | None = None) -> None:
+    def __init__(
+        self,
+        place: Path,
+        home: Path,
+        provider: str,
+        *,
+        extra: str = "",
+        data: Path | None = None,
+        aside: Path | None = None,
+    ) -> None:
         self.place = place
         self.data = data or place / "node"
         self.service = Managed(home / "service", self.data)
@@ -185,6 +195,8 @@ class Story:
             + extra,
         )
         self.provider = provider
+        self.aside = aside
+        self.in_place = ["--in-place", "--yes", *(["--aside", str(aside)] if aside else [])]
 
     def begin(self, blocks: int = 200) -> str:
         """Lay out, take, start; returns the set's id. `of_set` is what it holds (stale files left out)."""
@@ -220,6 +232,7 @@ class Story:
     def leftovers(self) -> list[str]:
         """What a restore made and nobody asked for."""
         beside = [*self.data.parent.iterdir(), *(self.data.iterdir() if self.data.is_dir() else [])]
+        beside += self.aside.iterdir() if self.aside else []
         return [
             str(path)
             for path in beside
@@ -242,10 +255,18 @@ def own_disk(tmp_path: Path, kind: str = "ext4") -> Iterator[Path]:
 @contextmanager
 def story(kind: str, tmp_path: Path, **how: Any) -> Iterator[Story]:
     """A node by `copy`, by `copy` with reflinks (`copy-on-btrfs`), or by `btrfs`; `entries`: by copy in a mount point,
-    where entries change places one by one."""
+    where entries change places one by one; `away`: by copy, the old data set aside on another disk."""
+    if kind == "away":
+        with own_disk(tmp_path) as place, loop_file_system("ext4", tmp_path, 100) as other:
+            made = Story(place, tmp_path / "home", "copy", aside=other, **how)
+            try:
+                yield made
+            finally:
+                made.service.end()
+        return
     if kind == "entries":
         with own_disk(tmp_path) as place:
-            how = {"data": place, "extra": f'store = "{tmp_path}/store"\n'}
+            how = {**how, "data": place, "extra": f'store = "{tmp_path}/store"\n'}
             made = Story(tmp_path, tmp_path / "home", "copy", **how)
             try:
                 yield made
@@ -326,6 +347,8 @@ def run_here(
             sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
             os.environ["SNAPSHOTTER_RUN"] = str(command.home / "run")
             watch_calls(os.open(calls, os.O_WRONLY | os.O_APPEND), kill_at, fail_at)
+            # Nobody here answers an RPC: its service is all that is watched.
+            health._WATCHED_S, health._PAUSE_S = 0.1, 0.05
             if before is not None:
                 before()
             from snapshotter import cli
