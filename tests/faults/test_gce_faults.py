@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from tests.twins.gce import Twin
 
 from providers.gce import GceProvider
 from snapshotter.core.errors import (
@@ -32,6 +31,7 @@ from snapshotter.provider import Settings
 from snapshotter.testing.conformance.steps import ready, seal, take
 from snapshotter.testing.conformance.undoing import Life
 from snapshotter.testing.harness import describe, fill, make_birth
+from tests.twins.gce import Twin
 from tests.unit.gce_kit import GceHarness, QuickClock, environment, gce_harness, group
 
 MUTATING = (
