@@ -78,6 +78,7 @@ class EbsProvider(Provider):
         "iops": Option(int, "IOPS of restored volumes"),
         "throughput": Option(int, "MiB/s of restored volumes (gp3)"),
         "kms_key": Option(str, "KMS key of restored volumes (default: the snapshot's)"),
+        "copy_to": Option(str, "regions that each set is copied to, encrypted, once it is whole"),
         "initialization_rate": Option(int, "MiB/s, 100 to 300, at which a restored volume is filled (costs)"),
     }
     #: Tests have others.
@@ -205,7 +206,7 @@ class EbsProvider(Provider):
         operation = operation_id("create", birth.set_id)
         seen = [volume for volume in volumes if volume.path is not None]
         kinds = {volume.id: self.disks.lies_on(mounts.mount_of(str(volume.path))) for volume in seen}
-        given = tags.of_set(birth, operation, kinds)
+        given = tags.of_set(birth, operation, kinds, self._copy_to())
         how: dict[str, Any] = {
             "Description": f"snapshotter: {birth.node}, {birth.set_id}",
             "TagSpecifications": [{"ResourceType": "snapshot", "Tags": tags.as_tags(given)}],
@@ -372,6 +373,20 @@ class EbsProvider(Provider):
 
         poll(attempt, within, first_s=0.5, most_s=5.0)
         api.memory.deleted(name)
+
+    def advance(self) -> list[str]:
+        if not self._used():
+            return []
+        from providers.ebs import copies
+        from providers.ebs.api import connect
+
+        api = self._api()
+        profile, role = self._option("profile"), self._option("role_arn")
+        return copies.advance(api, api.region, lambda region: connect(region, profile, role, self.clock))
+
+    def _copy_to(self) -> str:
+        """The regions that sets are copied to, a blank between two."""
+        return " ".join(sorted(set(str(self._option("copy_to") or "").replace(",", " ").split())))
 
     # -- attachments --------------------------------------------------------------------------------------------
 
