@@ -64,13 +64,14 @@ def program(name: str, package: str) -> str:
 
 
 def requirements() -> list[str]:
-    """What the package and its tests ask of PyPI, without the checkers, which run natively only."""
+    """What the package and its tests ask of PyPI, without what runs natively only."""
     parser = configparser.ConfigParser()
     parser.read(CHECKOUT / "setup.cfg")
     extras = parser["options.extras_require"]
     wanted = parser["options"]["install_requires"] + extras["dev"] + extras["aws"] + extras["gcp"]
     lines = [line.strip() for line in wanted.splitlines()]
-    return sorted({line.split(";")[0].replace(" ", "") for line in lines if line and not re.match("mypy|ruff", line)})
+    here = re.compile("mypy|ruff|pytest-xdist")
+    return sorted({line.split(";")[0].replace(" ", "") for line in lines if line and not here.match(line)})
 
 
 def image_directory() -> Path:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
+from snapshotter.core.errors import plain
 from snapshotter.core.model import Progress
 
 Document = Mapping[str, Any]
@@ -24,10 +25,12 @@ def size(count: int | None) -> str:
 
 
 def span(seconds: float) -> str:
-    """`3 s`, `5 min`, `2.5 h`."""
+    """`3 s`, `5 min`, `2.5 h`, `7 days`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:.0f} days"
 
 
 class Meter:
@@ -285,3 +288,94 @@ def providers(document: Document) -> str:
     head = f"{document['path']}: {document['fstype']} on {document['source']}\n" if document["path"] else ""
     tail = f"\n{document['refusal']}" if document["refusal"] else ""
     return head + _columns(rows) + tail
+
+
+def schedules(entries: Sequence[Document]) -> str:
+    """What `schedule` says."""
+    if not entries:
+        return "no nodes"
+    rows = [("NODE", "EVERY", "BY", "RUNS BY ITSELF", "NEXT")]
+    for entry in entries:
+        every = "-" if entry["every_s"] is None else span(entry["every_s"])
+        runs = "yes" if entry["active"] else f"no: {entry['why'] or 'not installed'}"
+        if entry["current"] is False:
+            runs += "; the config has changed since: `schedule install` again"
+        rows.append((entry["node"], every, entry["kind"] or "-", runs, entry["next_at"] or "-"))
+    return _columns(rows)
+
+
+def status(document: Document) -> str:
+    """What `status` says."""
+    lines = []
+    for node in document["nodes"]:
+        due = "" if node["every_s"] is None else f", one is due every {span(node['every_s'])}"
+        lines.append(f"{node['node']}: {'ok' if node['ok'] else 'NOT OK'}{due}")
+        for name in ("newest_good", "newest_verified"):
+            entry = node[name]
+            said = "none"
+            if entry is not None:
+                level = "" if entry["verify_level"] is None else f", verified at level {entry['verify_level']}"
+                said = f"{entry['set_id']}, {span(entry['age_s'])} old, grade {entry['grade']}{level}"
+            lines.append(f"  {name.replace('_', ' ')}: {said}")
+        counts = [f"{count} {state}" for state, count in node["sets"].items() if count]
+        held = "" if node["pinned_bytes"] is None else f", {size(node['pinned_bytes'])}"
+        lines.append(f"  sets: {', '.join(counts) or 'none'}{held}")
+        for room in node["room"]:
+            for part in room["parts"]:
+                when = "" if part["full_in_s"] is None else f", full in {span(part['full_in_s'])}"
+                lines.append(f"  {room['provider']} {part['name']}: {100 * part['full']:.0f} % full{when}")
+        timer = node["timer"]
+        if timer is not None and timer["active"]:
+            lines.append(f"  timer: {timer['kind']}" + (f", next {timer['next_at']}" if timer["next_at"] else ""))
+        for problem in node["problems"]:
+            cure = f"; {problem['cure']}" if problem["cure"] else ""
+            lines.append(f"  {problem['severity']}: {problem['message']}{cure}")
+    return "\n".join(lines)
+
+
+def nagios(document: Document) -> tuple[str, int]:
+    """`status` as one line with performance data, and the exit code of the plugins' convention. What is unknown counts
+    as less than a warning only where something is critical."""
+    code = {None: 0, "warning": 1, "critical": 2, "unknown": 3}[document["worst"]]
+    word = ("OK", "WARNING", "CRITICAL", "UNKNOWN")[code]
+    bad = [f"{node['node']}: {entry['message']}" for node in document["nodes"] for entry in node["problems"]]
+    said = "; ".join(bad) if bad else f"{len(document['nodes'])} nodes"
+    data = []
+    for node in document["nodes"]:
+        if node["newest_good"] is not None:
+            most = "" if node["every_s"] is None else f";;{1.5 * node['every_s']:.0f}"
+            data.append(f"'{node['node']} age'={node['newest_good']['age_s']}s{most}")
+        data += [
+            f"'{node['node']} {part['name']}'={100 * part['full']:.1f}%;;{100 * part['limit']:.0f}"
+            for room in node["room"]
+            for part in room["parts"]
+        ]
+    line = f"SNAPSHOTTER {word}: " + plain(said).replace("|", "/")
+    return line + (" | " + " ".join(data) if data else ""), code
+
+
+def findings(document: Document) -> str:
+    """What `doctor` says."""
+    lines = []
+    for found in document["findings"]:
+        where = f"{found['node']}: " if found["node"] else ""
+        cure = f"; {found['cure']}" if found["cure"] else ""
+        lines.append(f"{found['severity']}: {where}{found['message']}{cure}")
+    return "\n".join(lines) or "nothing was found"
+
+
+def pruned(document: Document) -> str:
+    """What `prune` says."""
+    if not document["dry_run"]:
+        return "\n".join(f"removed {brief(gone)}" for gone in document["removed"]) or "nothing was to be removed"
+    rows = [
+        (
+            "keep" if entry["keep"] else "remove",
+            entry["set_id"],
+            entry["node"],
+            entry["taken_at"].replace("T", " ").removesuffix("Z"),
+            entry["rule"] + (", stamped in the future" if entry["future"] and "future" not in entry["rule"] else ""),
+        )
+        for entry in document["sets"]
+    ]
+    return _columns([("", "SET", "NODE", "TAKEN (UTC)", "RULE"), *rows]) if rows else "no sets"

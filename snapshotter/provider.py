@@ -32,6 +32,7 @@ from snapshotter.core.model import (
     Report,
     Snapshot,
     Space,
+    Tagged,
     Tree,
     Volume,
     no_report,
@@ -96,6 +97,17 @@ class Provider(ABC):
         """Volumes by ids, tags or instance, for drivers that work off the host. Default: none."""
         return []
 
+    def tagged(self) -> list[Tagged]:
+        """The fleet: every node whose resources carry the tag `snapshotter:node` (GCE: the label `snapshotter-node`) in
+        this account and region, with the type that `snapshotter:type` (`snapshotter-type`) says. A listing in pages,
+        never a call per node. Default: none."""
+        return []
+
+    def advance(self) -> list[str]:
+        """Start or move on what the store does in its own time for sealed sets (copies to other regions): names of
+        what was moved on. Never waits; called again later. Default: nothing."""
+        return []
+
     def one_instant(self, volumes: Sequence[Volume]) -> bool:
         """Would one `create` of these volumes be one instant? Default: what the traits say of several. No effects."""
         return len(volumes) == 1 or self.traits.atomic_across_volumes
@@ -123,6 +135,11 @@ class Provider(ABC):
     def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
         """Every snapshot that carries our label (of one set, or all), each image's validity asked of the storage.
         Other tools' objects, and ours that have no readable record, are not listed. No effects."""
+
+    def of_slot(self, target: str, slot: str) -> Iterator[Snapshot]:
+        """Those of one scheduled time of one target. A store that is shared by a fleet asks for just these (by a label
+        that `create` wrote); default: looked for among all."""
+        return (each for each in self.snapshots() if (each.birth.target, each.birth.slot) == (target, slot))
 
     @abstractmethod
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:

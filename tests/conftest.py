@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -26,21 +29,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-MEASURED: list[str] = []
-
-
 @pytest.fixture
-def measured() -> Callable[[str], None]:
+def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Note a number for the summary: what a bar of an issue asks for, and what came out."""
-    return MEASURED.append
+    return lambda line: request.node.user_properties.append(("measured", line))
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    worker = getattr(config, "workerinput", None)
+    if worker is not None:  # pytest-xdist's own directory is one deeper: too long for the paths of some tests
+        of_user = Path(tempfile.gettempdir()) / f"pytest-of-{getpass.getuser()}"
+        of_user.mkdir(mode=0o700, exist_ok=True)
+        config.option.basetemp = of_user / f"{worker['testrunuid'][:4]}-{worker['workerid']}"
     if "root" in config.getoption("--require") and os.geteuid() != 0:
         raise pytest.UsageError("--require root: not root")
     for kind, module in (("lvm", "dm_thin_pool"), ("zfs", "zfs")):
         if kind in config.getoption("--require") and not (IN_LAB and os.path.isdir(f"/sys/module/{module}")):
             raise pytest.UsageError(f"--require {kind}: this kernel has none of it; run by scripts/lab or scripts/test")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        shutil.rmtree(config.option.basetemp, ignore_errors=True)
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
@@ -80,8 +90,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line("nothing was skipped")
     if not IN_LAB:
         terminalreporter.line("tests/lab was left out: scripts/lab runs it in a virtual machine with LVM and ZFS")
-    for line in MEASURED:
-        terminalreporter.line(f"measured: {line}")
-    terminalreporter.line(
-        "not had here: a running Besu (a RocksDB shaped like Besu's stands in), systemd, a real cloud account"
-    )
+    ended = [report for reports in terminalreporter.stats.values() for report in reports if hasattr(report, "when")]
+    for report in ended:
+        for name, line in report.user_properties if report.when == "teardown" else ():
+            if name == "measured":
+                terminalreporter.line(f"measured: {line}")
+    terminalreporter.line("not had here: a running Besu (a RocksDB shaped like Besu's stands in), a real cloud account")

@@ -235,6 +235,9 @@ class LvmProvider(Provider):
             detail[f"{row.vg} metadata area bytes free"] = row.mda_free
             if pool is not None and pool.metadata is not None:
                 detail[f"{where} metadata percent"] = round(pool.metadata)
+            for cow in rows:  # a classic snapshot is lost once its table is full
+                if not row.thin and cow.vg == row.vg and cow.origin == row.name and cow.data is not None:
+                    detail[f"{cow.id} copy-on-write percent"] = round(cow.data)
         return Space(total_bytes=total, free_bytes=free, detail=detail)
 
     # -- making ---------------------------------------------------------------------------------------------------

@@ -114,6 +114,15 @@ class Volume(Struct, frozen=True):
         return f"{self.provider}:{self.id}"
 
 
+class Tagged(Struct, frozen=True):
+    """A node of a fleet as its resources' own tags name it: volumes that are one node's, seen from outside."""
+
+    node: str
+    type: str  # as the tag says it; '' if none does
+    volumes: tuple[Volume, ...]
+    instance: str = ""  # what they are attached to, where the storage knows such a thing
+
+
 class Root(Struct, frozen=True):
     """A directory that belongs to the node. `path` is canonical and absolute; `inside` is where it lies
     below its volume's top ('' for the top itself); `member` is the index of its volume in the set."""
@@ -222,7 +231,8 @@ class Elsewhere(Struct, frozen=True):
 
 
 class Space(Struct, frozen=True):
-    """Room where a snapshot of some volumes would live. Bytes; None where the storage can't tell."""
+    """Room where a snapshot of some volumes would live. Bytes; None where the storage can't tell. In `detail` a name
+    that ends in ` percent` says how full (0 to 100) a part is that must not be: its metadata, a copy-on-write table."""
 
     total_bytes: int | None
     free_bytes: int | None

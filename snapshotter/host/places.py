@@ -34,6 +34,31 @@ def private_directory(path: str) -> str:
     return path
 
 
+def replace_file(path: str, content: bytes, mode: int) -> None:
+    """`path` holds `content` from one instant to the next, with this mode whatever the umask, and keeps it over a
+    power cut. A link there is replaced, never written through. Raises PreconditionError."""
+    temporary = f"{path}.{os.urandom(4).hex()}.new"
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with open(fd, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fchmod(fd, mode)
+                os.fsync(fd)
+            os.rename(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        above = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(above)
+        finally:
+            os.close(above)
+    except OSError as error:
+        raise PreconditionError(f"can't write it: {error.strerror}", object=path) from None
+
+
 def run_directory() -> str:
     """For the records of a running quiesce: void after a reboot, as is every pause and freeze. One place per user,
     whatever the environment: what cron's run left held, a login shell's `reap` must find."""

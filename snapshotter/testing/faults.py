@@ -22,6 +22,7 @@ from snapshotter.core.model import (
     Purpose,
     Snapshot,
     Space,
+    Tagged,
     Tree,
     Volume,
 )
@@ -33,6 +34,7 @@ When = Literal["before", "after"]
 
 #: The calls that change storage, and so are counted.
 MUTATING = (
+    "advance",
     "prepare",
     "create",
     "mark",
@@ -72,6 +74,12 @@ class Proxy(Provider):
     def find(self, select: Mapping[str, object]) -> list[Volume]:
         return self.inner.find(select)
 
+    def tagged(self) -> list[Tagged]:
+        return self.inner.tagged()
+
+    def advance(self) -> list[str]:
+        return self.mutate("advance", self.inner.advance)
+
     def one_instant(self, volumes: Sequence[Volume]) -> bool:
         return self.inner.one_instant(volumes)
 
@@ -86,6 +94,9 @@ class Proxy(Provider):
 
     def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
         return self.inner.snapshots(set_id)
+
+    def of_slot(self, target: str, slot: str) -> Iterator[Snapshot]:
+        return self.inner.of_slot(target, slot)
 
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         self.mutate("mark", lambda: self.inner.mark(set_id, changes))

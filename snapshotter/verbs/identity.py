@@ -129,7 +129,7 @@ def restore(
             )
         state = os.path.realpath(private_directory(session.config.state))
         keep = os.path.join(state, f"replaced-{node.name}-{compact_time(utc_now())}")
-        paths = identity.install(data, contents, profile, node.key_file, _owner(node, data), keep)
+        paths = identity.install(data, contents, profile, node.key_file, owner_of(node, data), keep)
     return _document(path=data, profile=profile.name) | {
         "address": header["address"],
         "replaced": before if before != header["address"] else None,
@@ -175,7 +175,7 @@ def _standing(data: str, profile: Profile, key_file: str | None) -> str | None:
     return f"{len(contents)} files" if contents else None
 
 
-def _owner(node: Node, data: str) -> tuple[int, int]:
+def owner_of(node: Node, data: str) -> tuple[int, int]:
     """(uid, gid) of the config's `owner`, else of the data path itself."""
     like = os.stat(data)
     if not node.owner:

@@ -122,6 +122,16 @@ def nearest(session: Session, node: Node, path: str, mount: mounts.Mount) -> tup
     return provider, volume
 
 
+def claimed(session: Session, node: Node, layout: Layout) -> list[Claim]:
+    """Who snapshots each root, and what lies apart below it. Raises as `nearest`."""
+    claims = [Claim(found.path, *nearest(session, node, found.path, found.mount)) for found in layout.roots]
+    for nested in layout.subvolumes:
+        holder = max((c for c in claims if mounts.is_under(nested.path, c.root)), key=lambda c: len(c.root))
+        if holder.provider.traits.subvolumes_apart:
+            claims.append(Claim(nested.path, *nearest(session, node, nested.path, nested.mount)))
+    return claims
+
+
 def make(
     session: Session,
     node: Node,
@@ -136,11 +146,7 @@ def make(
     """Decide everything. Raises PreconditionError (grade, skew, providers), UsageError."""
     profile = profile_of(session, node)[0]
     layout = roots(node, profile)
-    claims = [Claim(found.path, *nearest(session, node, found.path, found.mount)) for found in layout.roots]
-    for nested in layout.subvolumes:
-        holder = max((c for c in claims if mounts.is_under(nested.path, c.root)), key=lambda c: len(c.root))
-        if holder.provider.traits.subvolumes_apart:
-            claims.append(Claim(nested.path, *nearest(session, node, nested.path, nested.mount)))
+    claims = claimed(session, node, layout)
     volumes: list[Volume] = []
     owners: list[Provider] = []
     for claim in claims:

@@ -26,6 +26,7 @@ class Session(Struct):
     options: Mapping[str, object] = {}
     report: Report = no_report
     _made: dict[tuple[str, str], Provider] = {}
+    _everywhere: tuple[list[Provider], list[catalog.Unavailable]] | None = None
 
     def provider(self, name: str, node: Node | None = None, *, chosen: bool = True) -> Provider:
         """The instance for this node's options (the command line's go above them). Where it isn't the `chosen` one but
@@ -40,18 +41,22 @@ class Session(Struct):
             options.update({key: value for key, value in own.items() if node.provider or key in kind.OPTIONS})
         if self.provider_name in (None, name):
             options.update({key: value for key, value in self.options.items() if chosen or key in kind.OPTIONS})
-        if node is None and not options:
+        floor = node.floor if node is not None else None
+        paths: tuple[str, ...] = ()
+        if not kind.traits.needs_host:  # one for a whole fleet: it knows no path, and has room without end
+            floor = None
+        elif node is None and not options:
             paths = tuple(sorted(canonical(other.path) for other in self.config.nodes.values()))
-        else:
-            paths = (canonical(node.path),) if node is not None else ()
-        key = (name, repr((sorted(options.items(), key=str), paths, node.floor if node else None)))
+        elif node is not None:
+            paths = (canonical(node.path),)
+        key = (name, repr((sorted(options.items(), key=str), paths, floor)))
         if key not in self._made:
             settings = Settings(
                 state=self.config.state,
                 options=provider.parse_options(kind, options),
                 paths=paths,
                 report=self.report,
-                **({"floor": node.floor} if node is not None else {}),
+                **({"floor": floor} if floor is not None else {}),
             )
             self._made[key] = kind(settings)
         return self._made[key]
@@ -59,6 +64,8 @@ class Session(Struct):
     def everywhere(self, node: Node | None = None) -> tuple[list[Provider], list[catalog.Unavailable]]:
         """One instance of every provider in every way that the config uses it, for the catalog; and those that
         can't be asked, with the reason."""
+        if node is None and self._everywhere is not None:
+            return self._everywhere
         wanted: list[tuple[str, Node | None]] = [(name, None) for name in provider.names()]
         for other in [*self.config.nodes.values(), *([node] if node is not None else [])]:
             wanted += [(name, other) for name in ([other.provider] if other.provider else ["copy"])]
@@ -71,7 +78,10 @@ class Session(Struct):
                 gone[(name, error.line())] = catalog.Unavailable(name, error.line())
                 continue
             made[id(instance)] = instance
-        return list(made.values()), list(gone.values())
+        answer = list(made.values()), list(gone.values())
+        if node is None:
+            self._everywhere = answer
+        return answer
 
     def node_of(self, target: str) -> Node | None:
         """The config's node of this target's identity, if it has one."""
@@ -82,19 +92,33 @@ class Session(Struct):
         providers, gone = self.everywhere(node)
         return catalog.read(providers, gone, set_id)
 
+    def again(self, found: SnapshotSet) -> SnapshotSet | None:
+        """The set as it is now, asked of the providers that it names; None if it is gone."""
+        names = {member.provider for member in found.birth.members}
+        providers, gone = self.everywhere()
+        now = catalog.read(
+            [instance for instance in providers if instance.name in names],
+            [entry for entry in gone if entry.provider in names],
+            found.set_id,
+        )
+        if not now.sets and now.unavailable:
+            raise PreconditionError(f"can't be asked now: {now.unavailable[0].reason}", object=found.set_id)
+        return next((entry for entry in now.sets if entry.set_id == found.set_id), None)
+
     def providers_of(self, found: SnapshotSet) -> list[Provider]:
         """The instances that hold members of this set. Raises PreconditionError if one can't be asked."""
         holding: list[Provider] = []
         providers, _ = self.everywhere()
         for name in sorted({member.provider for member in found.birth.members}):
-            here = [
-                instance
-                for instance in providers
-                if instance.name == name and next(iter(instance.snapshots(found.set_id)), None) is not None
-            ]
+            listed = any(snapshot.provider == name for snapshot in found.snapshots)
+            able = [instance for instance in providers if instance.name == name]
+            if listed and len(able) == 1:
+                holding += able
+                continue
+            here = [instance for instance in able if next(iter(instance.snapshots(found.set_id)), None) is not None]
             if here:
                 holding.append(here[0])
-            elif any(snapshot.provider == name for snapshot in found.snapshots):
+            elif listed:
                 raise PreconditionError("its provider can't be asked now", object=f"{found.set_id} ({name})")
         return holding
 

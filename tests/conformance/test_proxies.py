@@ -19,6 +19,8 @@ READING = {
     "availability",
     "claim",
     "find",
+    "tagged",
+    "of_slot",
     "one_instant",
     "check",
     "snapshots",

@@ -283,7 +283,7 @@ CALLS = (
     ("providers.btrfs", "BtrfsProvider.swap"),
     ("providers.btrfs", "BtrfsProvider.swap_back"),
     ("providers.btrfs", "BtrfsProvider.swap_commit"),
-    ("providers.btrfs", "_exchange"),
+    ("providers.btrfs.swaps", "exchange"),
     ("providers.copy", "CopyProvider.attach"),
     ("providers.copy", "CopyProvider.detach"),
 )

@@ -13,9 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import google.auth.compute_engine._metadata as metadata
-from tests.twins.gce import Clock as TwinClock
-from tests.twins.gce import Disks, Limits, Twin
-from tests.twins.gce.disks import bytes_of_disks
 
 from providers.gce import GceProvider, api, here
 from snapshotter.core.model import Hold, Snapshot, Volume
@@ -23,6 +20,9 @@ from snapshotter.core.remote import Clock
 from snapshotter.host import mounts
 from snapshotter.provider import Settings
 from snapshotter.testing.harness import Harness
+from tests.twins.gce import Clock as TwinClock
+from tests.twins.gce import Disks, Limits, Twin
+from tests.twins.gce.disks import bytes_of_disks
 from tests.unit.gce_command import DisksHere
 
 ZONE = "europe-west3-a"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from providers import btrfs as driver
+from providers.btrfs import swaps as driver
 from snapshotter.core.errors import BusyError, PreconditionError
 from snapshotter.core.model import Access, Birth, ImageState, Root, Volume, new_attachment_id, utc_now
 from snapshotter.host import btrfs, mounts

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,44 +16,13 @@ import pytest
 
 from snapshotter.core.errors import BusyError, PreconditionError, StorageError
 from snapshotter.host import service
-from tests.support import CHECKOUT
+from tests.systemd_kit import Systemd, booted
 
-SYSTEMD = "/usr/lib/systemd/systemd"
-BOOT = """
-set -e
-mount --make-rprivate /
-umount -R /sys/fs/cgroup 2>/dev/null || true
-mkdir -p /sys/fs/cgroup
-mount -t cgroup2 none /sys/fs/cgroup
-mount -t tmpfs tmpfs /run
-mkdir -p /run/systemd/system /run/lock
-mount -t tmpfs tmpfs /etc/systemd/system
-printf '[Unit]\\nDefaultDependencies=no\\n' >/etc/systemd/system/bare.target
-for place in /etc/systemd/system /run/systemd/system; do
-    name=in-$(echo $place | cut -d/ -f2).service
-    printf '[Unit]\\nDefaultDependencies=no\\n[Service]\\nExecStart=/bin/sleep 9999\\nRestart=always\\n' >$place/$name
-done
-ln -s in-etc.service /etc/systemd/system/alias.service
-export container=snapshotter-test
-exec %s --system --unit=bare.target --log-target=null --show-status=no
-"""
+SLEEPS = "[Unit]\nDefaultDependencies=no\n[Service]\nExecStart=/bin/sleep 9999\nRestart=always\n"
 
 
-class Systemd:
+class Asked(Systemd):
     """Runs Python inside, where `systemctl` reaches it."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-
-    def enter(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            ["nsenter", "-t", str(self.pid), "-p", "-m", "-C", "--", *words],
-            capture_output=True,
-            text=True,
-            check=check,
-            timeout=120,
-            env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-        )
 
     def python(self, program: str) -> Any:
         """The value that the program's `answer(...)` is given, or the error's class and line."""
@@ -69,56 +37,17 @@ class Systemd:
 
 
 @pytest.fixture(scope="module")
-def systemd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Systemd]:
-    """systemd as pid 1, with nothing but what the tests start; its /run and /etc/systemd/system are its own."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root: namespaces")
-    if not os.path.exists(SYSTEMD):
-        pytest.skip("needs systemd's program")
-    top = service.cgroup2()
-    if top is None:
-        pytest.skip("needs the unified cgroup hierarchy")
-    script = tmp_path_factory.mktemp("systemd") / "boot"
-    script.write_text(BOOT % SYSTEMD)
-    group = Path(top) / f"snapshotter-test-{uuid.uuid4().hex[:8]}"
-    group.mkdir()
-    process = subprocess.Popen(
-        ["sh", "-c", f'echo $$ >{group}/cgroup.procs && exec unshare --pid --mount --cgroup --fork --mount-proc '
-         '--kill-child=SIGKILL sh "$0"', str(script)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        made = Systemd(inside_of(process.pid))
-        give_up = time.monotonic() + 120
-        while made.enter("systemctl", "is-active", "bare.target", check=False).stdout.strip() != "active":
-            assert process.poll() is None and time.monotonic() < give_up, "systemd did not start"
-            time.sleep(0.2)
-        yield made
-    finally:
-        process.kill()  # and its child with it: that is pid 1 of all others
-        process.wait(30)
-        give_up = time.monotonic() + 60
-        while group.exists() and time.monotonic() < give_up:
-            for directory, _, _ in os.walk(group, topdown=False):
-                try:
-                    os.rmdir(directory)
-                except OSError:
-                    time.sleep(0.1)
-
-
-def inside_of(pid: int) -> int:
-    """The child of unshare, which is pid 1 in there."""
-    give_up = time.monotonic() + 60
-    while time.monotonic() < give_up:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        if children:
-            return int(children[0])
-        time.sleep(0.05)
-    raise AssertionError("unshare has no child")
+def systemd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asked]:
+    with booted(tmp_path_factory.mktemp("systemd")) as made:
+        made.write("/etc/systemd/system/in-etc.service", SLEEPS)
+        made.write("/run/systemd/system/in-run.service", SLEEPS)
+        made.enter("ln", "-s", "in-etc.service", "/etc/systemd/system/alias.service")
+        made.enter("systemctl", "daemon-reload")
+        yield Asked(made.pid)
 
 
 @pytest.mark.root
-def test_it_runs_stops_and_starts(systemd: Systemd) -> None:
+def test_it_runs_stops_and_starts(systemd: Asked) -> None:
     said = systemd.python(
         "unit = service.SystemdUnit('in-etc.service')\n"
         "seen = [unit.running()]\n"
@@ -132,7 +61,7 @@ def test_it_runs_stops_and_starts(systemd: Systemd) -> None:
 
 @pytest.mark.root
 @pytest.mark.parametrize("unit", ["in-etc.service", "in-run.service", "in-etc"])
-def test_a_masked_unit_can_not_be_started_wherever_it_is_defined(systemd: Systemd, unit: str) -> None:
+def test_a_masked_unit_can_not_be_started_wherever_it_is_defined(systemd: Asked, unit: str) -> None:
     """`systemctl mask --runtime` exits 0 for a unit in /etc/systemd/system, and it can be started all the same."""
     said = systemd.python(
         f"unit = service.SystemdUnit({unit!r})\n"
@@ -156,14 +85,14 @@ def test_a_masked_unit_can_not_be_started_wherever_it_is_defined(systemd: System
 
 
 @pytest.mark.root
-def test_an_alias_is_refused_by_its_own_name(systemd: Systemd) -> None:
+def test_an_alias_is_refused_by_its_own_name(systemd: Asked) -> None:
     """Masked by either name alone, the other can still be started, or says that nothing runs."""
     kind, line = systemd.python("service.SystemdUnit('alias.service').mask()")
     assert kind == "PreconditionError" and "in-etc.service" in line
 
 
 @pytest.mark.root
-def test_control_what_systemctl_calls_a_runtime_mask_is_none_for_a_unit_in_etc(systemd: Systemd) -> None:
+def test_control_what_systemctl_calls_a_runtime_mask_is_none_for_a_unit_in_etc(systemd: Asked) -> None:
     assert systemd.enter("systemctl", "mask", "--runtime", "in-etc.service").returncode == 0
     try:
         assert systemd.python("answer(service.SystemdUnit('in-etc.service').masked())") is False
@@ -174,7 +103,7 @@ def test_control_what_systemctl_calls_a_runtime_mask_is_none_for_a_unit_in_etc(s
 
 
 @pytest.mark.root
-def test_the_operators_own_mask_is_told_and_stays(systemd: Systemd) -> None:
+def test_the_operators_own_mask_is_told_and_stays(systemd: Asked) -> None:
     systemd.enter("sh", "-c", "ln -s /dev/null /etc/systemd/system/retired.service; systemctl daemon-reload")
     said = systemd.python(
         "unit = service.SystemdUnit('retired.service')\n"
@@ -184,12 +113,12 @@ def test_the_operators_own_mask_is_told_and_stays(systemd: Systemd) -> None:
 
 
 @pytest.mark.root
-def test_an_unknown_unit_is_an_error(systemd: Systemd) -> None:
+def test_an_unknown_unit_is_an_error(systemd: Asked) -> None:
     assert systemd.python("service.SystemdUnit('nothing.service').running()")[0] == "PreconditionError"
 
 
 @pytest.mark.root
-def test_a_unit_that_was_started_too_often_is_started_all_the_same(systemd: Systemd) -> None:
+def test_a_unit_that_was_started_too_often_is_started_all_the_same(systemd: Asked) -> None:
     systemd.enter(
         "sh", "-c", "for i in 1 2 3 4 5 6 7 8; do systemctl start in-run; systemctl stop in-run; done", check=False
     )

@@ -59,7 +59,8 @@ apt-get clean
 rm -rf /var/lib/apt/lists/* /usr/sbin/policy-rc.d /tmp/modules /usr/share/doc /usr/share/man /boot/initrd* /var/lib/dkms
 # They still start, without what was thrown away.
 /opt/peers/snapm/bin/snapm --version
-/opt/peers/zfs-autobackup/bin/zfs-autobackup --version
+said=$(/opt/peers/zfs-autobackup/bin/zfs-autobackup --version || true) # it exits 255
+[[ $said == zfs-autobackup* ]]
 
 # Daemons and scans that would act by themselves on the tests' storage: no automatic activation, no import, no assembly.
 rm -f /lib/udev/rules.d/*zvol-persist* /etc/cron.*/* /etc/cron.d/*

@@ -17,16 +17,14 @@ Ours are (`host.btrfs_store`), in the subvolume .snapshotter-btrfs at the top le
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import stat
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from typing import Any
 
+from providers.btrfs import images
 from snapshotter.core.errors import (
     BusyError,
     NotFoundError,
@@ -35,7 +33,7 @@ from snapshotter.core.errors import (
     SnapshotterError,
     StorageError,
 )
-from snapshotter.core.labels import MARK_NAMES, LabelLimits, apply_marks, check_marks, decode_birth, encode_birth
+from snapshotter.core.labels import LabelLimits, apply_marks, check_marks, encode_birth
 from snapshotter.core.model import (
     ATTACHMENT_ID,
     SET_ID,
@@ -53,12 +51,10 @@ from snapshotter.core.model import (
     Volume,
 )
 from snapshotter.host import btrfs, mounts
-from snapshotter.host.btrfs import DIRECTORY, STORE, FileSystem, Subvolume
+from snapshotter.host.btrfs import DIRECTORY, STORE, FileSystem
 from snapshotter.host.btrfs_store import (
     Store,
     as_object,
-    open_directory,
-    read_object,
     read_only,
     read_record,
     subvolume_at,
@@ -68,8 +64,6 @@ from snapshotter.host.btrfs_store import (
 from snapshotter.host.mounts import Mount, is_under
 from snapshotter.provider import Provider, Settings, Traits
 
-FSTAB = "/etc/fstab"
-_UUID_PART = 13
 _BELIEVED_S = 0.5  # how long a file system's answer to "do you take changes?" is
 _PATIENCE_S = 3.0
 _SWAP_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
@@ -78,7 +72,7 @@ _SWAP_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 class BtrfsProvider(Provider):
     """See the module."""
 
-    name = "btrfs"
+    name = images.NAME
     traits = Traits(
         atomic_across_volumes=False,
         quiesce=Quiesce.NONE,
@@ -108,7 +102,7 @@ class BtrfsProvider(Provider):
                 top = os.path.dirname(top)
             fd = os.open(top, DIRECTORY)
             try:
-                key = btrfs.file_system_id(fd)[:_UUID_PART]
+                key = images.key_of(btrfs.file_system_id(fd))
             finally:
                 os.close(fd)
         except OSError as error:
@@ -123,7 +117,7 @@ class BtrfsProvider(Provider):
         """Every file system here that has a store of ours, open for the time of the loop's body; or those `of` these
         volumes, store or not. One that can't be opened hides no other: its error comes last."""
         keys = None if of is None else {volume.partition(":")[0] for volume in of}
-        here = [fs for fs in self._file_systems() if keys is None or _key(fs) in keys]
+        here = [fs for fs in self._file_systems() if keys is None or images.key(fs) in keys]
         if here and (reasons := btrfs.needs()):
             message, _, cure = reasons[0].partition(": ")
             raise PreconditionError(message, object="btrfs", cure=cure)
@@ -180,7 +174,7 @@ class BtrfsProvider(Provider):
                 )
 
     def _check_subvolume(self, store: Store, volume: Volume, birth: Birth) -> None:
-        path = _path(volume.id)
+        path = images.path(volume.id)
         what = volume.path or volume.id
         if is_under(path, f"/{STORE}") and not is_under(path, f"/{STORE}/attachments"):
             raise PreconditionError(
@@ -199,7 +193,7 @@ class BtrfsProvider(Provider):
                 continue
             for below in inside:
                 # A snapshot has an empty directory in its place.
-                if _within(below, root.inside) and f"{_key(store.fs)}:{_join(path, below)}" not in covered:
+                if _within(below, root.inside) and f"{images.key(store.fs)}:{_join(path, below)}" not in covered:
                     raise PreconditionError(
                         f"{below!r} in it is a subvolume of its own, which its snapshot would not hold",
                         object=what,
@@ -215,6 +209,8 @@ class BtrfsProvider(Provider):
                 total, free = total + room[0], free + room[1]
                 for name, number in btrfs.usage(store.top).items():
                     detail[name] = detail.get(name, 0) + number
+                could_be = detail["metadata_total"] + detail["unallocated"]
+                detail["metadata percent"] = round(100 * detail["metadata_used"] / max(1, could_be))
         return Space(total_bytes=total, free_bytes=free, detail=detail)
 
     # -- making ---------------------------------------------------------------------------------------------------
@@ -247,12 +243,12 @@ class BtrfsProvider(Provider):
                 with ExitStack() as stack:
                     store = self._store_of(stack, volume.id)
                     stack.enter_context(told(volume.path or volume.id))
-                    made[_member(birth, volume)] = self._shoot(store, volume, birth, hold)
+                    made[images.member(birth, volume)] = self._shoot(store, volume, birth, hold)
         except BaseException:
             self._withdraw(birth.set_id)
             raise
         del self._prepared[birth.set_id]
-        return tuple(made[_member(birth, volume)] for volume in volumes)
+        return tuple(made[images.member(birth, volume)] for volume in volumes)
 
     def _withdraw(self, set_id: str) -> None:
         """Only the rename: the writers may be held, and the core calls `delete` when they aren't any more."""
@@ -273,22 +269,24 @@ class BtrfsProvider(Provider):
                 raise QuiesceError("the time for which the writers may be held is over", object=volume.id)
             # Whoever holds the writers may have frozen the file system itself.
             self._writable(store, patience_s=min(_PATIENCE_S, left / 2), now=True)
-        number = _member(birth, volume)
+        number = images.member(birth, volume)
         with ExitStack() as stack:
-            source = store.subvolume(_path(volume.id))
+            source = store.subvolume(images.path(volume.id))
             stack.callback(os.close, source)
             at = stack.enter_context(store.locked(f"sets/{birth.set_id}", wait_s=0.2))
             if at is None:
                 raise StorageError("was deleted while it was being made", object=birth.set_id, cure="take another set")
             btrfs.snapshot(source, at, str(number), read_only=True)
-            return next(each for each in _of_set(_key(store.fs), at, birth.set_id) if each.birth.member == number)
+            return next(
+                each for each in images.of_set(images.key(store.fs), at, birth.set_id) if each.birth.member == number
+            )
 
     # -- afterwards -----------------------------------------------------------------------------------------------
 
     def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
         for store in self._stores():
             with told(store.name):
-                yield from _snapshots(store, set_id)
+                yield from images.snapshots(store, set_id)
 
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         check_marks(changes)
@@ -304,7 +302,7 @@ class BtrfsProvider(Provider):
     def _mark_in(self, store: Store, set_id: str, changes: Mapping[str, str | None], *, write: bool) -> bool:
         self._writable(store)
         with store.locked(f"sets/{set_id}") as fd:
-            found = list(_snapshots(store, set_id)) if fd is not None else []
+            found = list(images.snapshots(store, set_id)) if fd is not None else []
             if fd is None or not found:
                 return False
             for member in found:
@@ -329,7 +327,7 @@ class BtrfsProvider(Provider):
         with store.locked(f"sets/{set_id}", wait_s=0.2) as fd:
             if fd is None:
                 return
-            for _, record in _attachments(store):
+            for _, record in images.attachments(store):
                 if record.get("set_id") == set_id:
                     where = record.get("path")
                     raise BusyError(
@@ -382,7 +380,7 @@ class BtrfsProvider(Provider):
         with ExitStack() as stack:
             store = self._store_of(stack, snapshot.volume)
             stack.enter_context(told(store.name))
-            source = _open_image(store, snapshot, stack)
+            source = images.open_image(store, snapshot, stack)
             self._writable(store)
             name = f"{attachment_id}.{number}"
             fd = store.born("attachments", name, {"attachment": as_object(record, destination)})
@@ -403,7 +401,7 @@ class BtrfsProvider(Provider):
         stamp = {"since": since.astimezone(UTC).isoformat(), "maker": None}
         for store in self._stores():
             with told(store.name):
-                for path, record in list(_attachments(store)):
+                for path, record in list(images.attachments(store)):
                     if record.get("id") != attachment_id:
                         continue
                     self._writable(store)
@@ -418,9 +416,9 @@ class BtrfsProvider(Provider):
     def attachments(self) -> Iterator[Attachment]:
         for store in self._stores():
             with told(store.name):
-                for _, record in _attachments(store):
+                for _, record in images.attachments(store):
                     try:
-                        yield _attachment(record)
+                        yield images.attachment(record)
                     except (KeyError, ValueError, TypeError, IndexError):
                         continue
 
@@ -441,21 +439,23 @@ class BtrfsProvider(Provider):
     # -- taking the origin's place --------------------------------------------------------------------------------
 
     def swap(self, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:
+        from providers.btrfs import swaps  # nothing that a take needs
+
         _check_id(_SWAP_ID, swap_id)
-        path = _path(volume.id)
+        path = images.path(volume.id)
         with ExitStack() as stack:
             store = self._store_of(stack, volume.id)
             stack.enter_context(told(volume.path or volume.id))
-            if not snapshot.volume.startswith(_key(store.fs) + ":"):
+            if not snapshot.volume.startswith(images.key(store.fs) + ":"):
                 raise PreconditionError(
                     "is on another file system than the set", object=volume.id, cure="restore with --to, and copy"
                 )
-            source = _open_image(store, snapshot, stack)
+            source = images.open_image(store, snapshot, stack)
             self._writable(store)
             for other in store.names("swaps"):
                 if other == swap_id or (store.object(f"swaps/{other}", "swap") or {}).get("volume") == path:
                     raise BusyError(f"swap {other} is open", object=volume.id, cure="take it back or commit it")
-            origin = self._check_swappable(store, volume)
+            origin = swaps.check_swappable(store, volume)
             record = {"volume": path, "origin": origin.uuid, "clone": None}
             fd = store.born("swaps", swap_id, {"swap": as_object(record, path)})
             stack.callback(os.close, fd)
@@ -464,38 +464,11 @@ class BtrfsProvider(Provider):
             if clone is None:
                 raise StorageError("the clone is gone as soon as it was made", object=swap_id, cure="try again")
             write_record(fd, "swap", as_object({**record, "clone": clone.uuid}, path))
-            _exchange(store, swap_id, path)
-
-    def _check_swappable(self, store: Store, volume: Volume) -> Subvolume:
-        """The origin, if another can take its place now. Raises PreconditionError, BusyError."""
-        path = _path(volume.id)
-        if path == "/":
-            raise PreconditionError(
-                "is the top level of its file system, so nothing can take its place",
-                object=volume.id,
-                cure="restore with --to, and copy",
-            )
-        fd = store.subvolume(path)
-        try:
-            origin = btrfs.subvolume(fd)
-            _refuse_in_use(store, path, fd)
-        finally:
-            os.close(fd)
-        if btrfs.default_subvolume(store.top) == origin.id:
-            raise PreconditionError(
-                "is the file system's default subvolume, which would stay what is set aside",
-                object=volume.id,
-                cure=f"mount it by subvol={path}, then: btrfs subvolume set-default 5 {store.name}",
-            )
-        for number, line in by_number(store.fs, origin.id):
-            raise PreconditionError(
-                f"{FSTAB}, line {number}, would mount what is set aside: {line}",
-                object=volume.id,
-                cure=f"write subvol={path} there instead of subvolid={origin.id}",
-            )
-        return origin
+            swaps.exchange(store, swap_id, path)
 
     def swap_back(self, swap_id: str) -> None:
+        from providers.btrfs import swaps
+
         _check_id(_SWAP_ID, swap_id)
         for store in self._stores():
             with told(store.name):
@@ -503,11 +476,13 @@ class BtrfsProvider(Provider):
                     self._writable(store)
                     with store.locked(f"swaps/{swap_id}") as fd:
                         if fd is not None:
-                            _take_back(store, swap_id, fd)
+                            swaps.take_back(store, swap_id, fd)
                             store.destroy(store.discard(f"swaps/{swap_id}"))
                 store.clear_trash(swap_id)
 
     def swap_commit(self, swap_id: str) -> None:
+        from providers.btrfs import swaps
+
         _check_id(_SWAP_ID, swap_id)
         for store in self._stores():
             with told(store.name):
@@ -515,7 +490,7 @@ class BtrfsProvider(Provider):
                     self._writable(store)
                     with store.locked(f"swaps/{swap_id}") as fd:
                         if fd is not None:
-                            _forget_origin(store, swap_id, fd)
+                            swaps.forget_origin(store, swap_id, fd)
                 store.clear_trash(swap_id)
 
     def swaps(self) -> Iterator[str]:
@@ -524,35 +499,12 @@ class BtrfsProvider(Provider):
                 yield from sorted(store.names("swaps"))
 
 
-# ------------------------------------------------------------------------------------------------- sets in a store
-
-
-def _key(fs: FileSystem) -> str:
-    return fs.uuid[:_UUID_PART]
-
-
-def _path(volume: str) -> str:
-    return volume.partition(":")[2]
-
-
 def _join(path: str, below: str) -> str:
     return f"{path.rstrip('/')}/{below}"
 
 
 def _within(path: str, top: str) -> bool:
     return is_under(f"/{path}", f"/{top}" if top else "/")
-
-
-def _check_id(pattern: re.Pattern[str], given: str) -> None:
-    if not pattern.fullmatch(given):
-        raise ValueError(f"{given!r} is no id")
-
-
-def _member(birth: Birth, volume: Volume) -> int:
-    for number, member in enumerate(birth.members):
-        if (member.provider, member.volume) == (BtrfsProvider.name, volume.id):
-            return number
-    raise PreconditionError("is no member of the set", object=volume.id)
 
 
 def _room(fd: int) -> tuple[int, int]:
@@ -572,180 +524,6 @@ def _next_order(store: Store) -> int:
         return number
 
 
-def _snapshots(store: Store, set_id: str | None = None) -> Iterator[Snapshot]:
-    for name in [set_id] if set_id is not None else store.names("sets"):
-        fd = open_directory(f"sets/{name}", store.fd) if store.fd >= 0 and SET_ID.fullmatch(name) else None
-        if fd is not None:
-            try:
-                yield from _of_set(_key(store.fs), fd, name)
-            finally:
-                os.close(fd)
-
-
-def _of_set(key: str, fd: int, set_id: str) -> Iterator[Snapshot]:
-    birth = decode_birth((read_record(fd, "birth") or b"").decode("ascii", "replace"))
-    if birth is None or birth.set_id != set_id:
-        return
-    read = (read_object(fd, "marks") or {}).get("marks", {})
-    marks = {name: value for name, value in read.items() if name in MARK_NAMES and isinstance(value, str)}
-    order = read_record(fd, "order") or b""
-    for number, member in enumerate(birth.members):
-        if member.provider != BtrfsProvider.name or member.volume.partition(":")[0] != key:
-            continue
-        why = _lacks(fd, str(number))
-        yield Snapshot(
-            provider=BtrfsProvider.name,
-            id=f"{key}:/{STORE}/sets/{set_id}/{number}",
-            birth=birth.of_member(number),
-            state=ImageState.INVALID if why else ImageState.READY,
-            marks=marks,
-            order=int(order) if order.isdigit() else 0,
-            why=why,
-        )
-
-
-def _lacks(at: int, name: str) -> str:
-    """Why this is no image, for a person; '' if it is one. The kernel's word."""
-    found = subvolume_at(at, name)
-    if found is None:
-        return "its snapshot is gone"
-    if not found.read_only:
-        return "its snapshot was made writable, so it may have been changed"
-    return "" if found.origin else "its snapshot is a snapshot of nothing"
-
-
-def _open_image(store: Store, snapshot: Snapshot, stack: ExitStack) -> int:
-    """Raises NotFoundError, StorageError (no valid image)."""
-    set_id, number = snapshot.birth.set_id, snapshot.birth.member
-    found = next((each for each in _snapshots(store, set_id) if each.birth.member == number), None)
-    if found is None:
-        raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all")
-    if found.state is not ImageState.READY:
-        raise StorageError(f"has no valid image: {found.why}", object=set_id, cure="restore another set")
-    fd = os.open(f"sets/{set_id}/{number}", DIRECTORY, dir_fd=store.fd)
-    stack.callback(os.close, fd)
-    return fd
-
-
-def _attachments(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(directory, record) of each attachment's part here."""
-    for name in store.names("attachments"):
-        record = store.object(f"attachments/{name}", "attachment")
-        if record is not None and record.get("id") == name.partition(".")[0]:
-            yield f"attachments/{name}", record
-
-
-def _attachment(record: Mapping[str, Any]) -> Attachment:
-    maker, since = record["maker"], record["since"]
-    held = False
-    if maker is not None:
-        from snapshotter.host import processes
-
-        held = processes.alive((maker[0], maker[1]))
-    return Attachment(
-        id=str(record["id"]),
-        provider=BtrfsProvider.name,
-        set_id=str(record["set_id"]),
-        member=int(record["member"]),
-        path=str(record["path"]),
-        access=Access(record["access"]),
-        purpose=Purpose(record["purpose"]),
-        since=datetime.fromisoformat(since) if since else None,
-        held=held,
-    )
-
-
-# -------------------------------------------------------------------------------------------------- steps of a swap
-
-
-def _exchange(store: Store, swap_id: str, path: str) -> None:
-    """What is at `path` and the swap's `other` change places, and that is on the disk."""
-    try:
-        btrfs.rename(store.fd, f"swaps/{swap_id}/other", store.top, path.lstrip("/"), exchange=True)
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            raise BusyError("something is mounted over it", object=f"{path} of {store.name}", cure="umount") from None
-        raise
-    btrfs.commit(store.top)
-
-
-def _take_back(store: Store, swap_id: str, fd: int) -> None:
-    """The origin is in its place again, whichever step the swap had come to: who is who is known by UUID."""
-    record = read_object(fd, "swap") or {}
-    path, origin = str(record.get("volume")), record.get("origin")
-    other, there = subvolume_at(fd, "other"), subvolume_at(store.top, path.lstrip("/"))
-    if other is None or other.uuid != origin:
-        if there is None or there.uuid != origin:
-            raise StorageError("what it set aside is gone", object=swap_id, cure="commit it, to keep what is there")
-    elif there is None or there.uuid != record.get("clone"):
-        try:
-            btrfs.rename(store.fd, f"swaps/{swap_id}/other", store.top, path.lstrip("/"))
-        except FileExistsError:
-            raise BusyError(
-                "something else was put there since the swap", object=f"{path} of {store.name}", cure="move it away"
-            ) from None
-        btrfs.commit(store.top)
-    else:
-        live = store.subvolume(path)
-        try:
-            _refuse_in_use(store, path, live)
-        finally:
-            os.close(live)
-        _exchange(store, swap_id, path)
-
-
-def _forget_origin(store: Store, swap_id: str, fd: int) -> None:
-    other = subvolume_at(fd, "other")
-    if other is not None:
-        if other.uuid != (read_object(fd, "swap") or {}).get("origin"):
-            raise StorageError("the swap was never finished", object=swap_id, cure="take it back")
-        aside = os.open("other", DIRECTORY, dir_fd=fd)
-        try:
-            _refuse_in_use(store, f"/{STORE}/swaps/{swap_id}/other", aside)
-        finally:
-            os.close(aside)
-    store.destroy(store.discard(f"swaps/{swap_id}"))
-
-
-def _refuse_in_use(store: Store, path: str, fd: int) -> None:
-    what = f"{path} of {store.name}"
-    for point in store.mounted_at(path):
-        raise BusyError(f"is mounted at {point}, which would go on to show it", object=what, cure=f"umount {point}")
-    for below, _ in btrfs.nested(fd):
-        raise BusyError(
-            f"holds another subvolume, {below!r}, which would go where it goes",
-            object=what,
-            cure="move that away, or restore with --to, and copy",
-        )
-
-
-def by_number(fs: FileSystem, number: int) -> Iterator[tuple[int, str]]:
-    """(line number, line) of each line of fstab that mounts this subvolume by its number, as far as can be told."""
-    try:
-        with open(FSTAB, encoding="utf-8", errors="surrogateescape") as file:
-            lines = file.read().splitlines()
-    except OSError:
-        return
-    for count, line in enumerate(lines, 1):
-        words = line.split()
-        if len(words) < 4 or words[0].startswith("#") or words[2] != "btrfs" or not _may_be(fs, words[0]):
-            continue
-        for option in words[3].split(","):
-            name, _, value = option.partition("=")
-            if name != "subvolid" or not re.fullmatch(r"0x[0-9a-fA-F]+|[0-9]+", value):
-                continue
-            if int(value, 16 if value[:2] == "0x" else 8 if value[0] == "0" else 10) == number:
-                yield count, line.strip()
-
-
-def _may_be(fs: FileSystem, spec: str) -> bool:
-    """False only where fstab's first field certainly names another file system."""
-    if spec.upper().startswith("UUID="):
-        return spec[5:].strip('"').lower() == fs.uuid
-    try:
-        found = os.stat(spec)
-    except OSError:
-        return True
-    if not stat.S_ISBLK(found.st_mode):
-        return True
-    return f"{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}" in fs.devices()
+def _check_id(pattern: re.Pattern[str], given: str) -> None:
+    if not pattern.fullmatch(given):
+        raise ValueError(f"{given!r} is no id")

@@ -1,0 +1,102 @@
+"""`unit =` against a live systemd: the node is a service of its, with a child, and Restart=always."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hot.besu_shaped import acknowledged
+from tests.support import CHECKOUT, Command, check_database
+from tests.systemd_kit import Systemd, booted
+
+pytestmark = pytest.mark.root
+UNIT = """[Service]
+WorkingDirectory=/
+Environment=PYTHONPATH={checkout} PYTHONDONTWRITEBYTECODE=1
+ExecStart={python} -m tests.hot.besu_shaped run {data} {acks}
+Restart=always
+"""
+
+
+class Inside(Command):
+    """The command, run where systemctl reaches that systemd."""
+
+    systemd: Systemd
+
+    def run(self, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        variables = [f"{name}={value}" for name, value in self.environment().items()]
+        return self.systemd.enter("env", "-i", *variables, *self.argv(*words), check=False)
+
+
+@pytest.fixture
+def inside(tmp_path: Path) -> Iterator[Inside]:
+    data, acks = tmp_path / "node", tmp_path / "acks"
+    data.mkdir()
+    with booted(tmp_path) as systemd:
+        text = UNIT.format(checkout=CHECKOUT, python=sys.executable, data=data, acks=acks)
+        systemd.unit("chain.service", text)
+        systemd.enter("systemctl", "start", "chain.service")
+        give_up = time.monotonic() + 120
+        while acknowledged(acks) < 3:
+            assert time.monotonic() < give_up
+            time.sleep(0.1)
+        made = Inside(tmp_path / "etc", config=f'[node.chain]\npath = "{data}"\nunit = "chain.service"\n')
+        made.systemd = systemd
+        yield made
+
+
+def taken(inside: Inside, *words: str) -> dict[str, Any]:
+    done = inside.run("take", "chain", *words, "--json")
+    assert done.returncode == 0, done.stderr
+    document: dict[str, Any] = json.loads(done.stdout)
+    assert document["good"]
+    return document
+
+
+def test_a_take_freezes_the_units_cgroup_and_lets_it_go(inside: Inside, tmp_path: Path) -> None:
+    pid = inside.systemd.show("chain.service", "MainPID")
+    document = taken(inside)
+    assert document["quiesce"] == "pause" and document["freeze_ms"] >= 1
+    assert inside.systemd.show("chain.service", "MainPID") == pid
+    assert inside.systemd.read("/sys/fs/cgroup/system.slice/chain.service/cgroup.freeze").strip() == "0"
+    written = acknowledged(tmp_path / "acks")
+    give_up = time.monotonic() + 60
+    while acknowledged(tmp_path / "acks") <= written:
+        assert time.monotonic() < give_up, "it doesn't write again"
+        time.sleep(0.05)
+    clone = tmp_path / "clone"
+    assert inside.run("restore", document["set_id"], "--to", str(clone)).returncode == 0
+    check_database(clone)
+
+
+def test_a_take_stops_it_against_its_restart_policy_and_starts_it(inside: Inside) -> None:
+    pid = inside.systemd.show("chain.service", "MainPID")
+    document = taken(inside, "--quiesce", "stop")
+    assert document["grade"] == "application"
+    assert inside.systemd.show("chain.service", "ActiveState") == "active"
+    assert inside.systemd.show("chain.service", "MainPID") != pid
+    assert inside.systemd.show("chain.service", "LoadState") == "loaded", "not left masked"
+
+
+def test_one_that_was_stopped_stays_stopped(inside: Inside) -> None:
+    inside.systemd.enter("systemctl", "stop", "chain.service")
+    taken(inside, "--quiesce", "stop")
+    assert inside.systemd.show("chain.service", "ActiveState") == "inactive"
+
+
+def test_in_place_stops_masks_and_starts_it(inside: Inside, tmp_path: Path) -> None:
+    document = taken(inside)
+    (tmp_path / "node" / "database" / "CURRENT").write_text("damaged")
+    done = inside.run("restore", document["set_id"], "--in-place", "--yes", "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["outcome"] == "restored" and answer["service"] == "chain.service"
+    assert inside.systemd.show("chain.service", "ActiveState") == "active"
+    assert inside.systemd.show("chain.service", "LoadState") == "loaded"
