@@ -1,7 +1,7 @@
 """A live systemd for tests: pid 1 of namespaces of its own (pid, mount, cgroup, uts, ipc), on this machine or in the
 lab's.
 
-Nothing of the host is in its reach: /run, /etc/systemd/system, /var/lib/systemd and /etc/cron.d are empty and its own,
+Nothing of the host is in its reach: /run, /etc/systemd, /var/lib/systemd and /etc/cron.d are empty and its own,
 no generator runs, and of the distribution's units it sees only the few targets that timers and services need.
 """
 
@@ -41,7 +41,9 @@ cp basic.target sysinit.target sockets.target timers.target paths.target slices.
 cd /
 mount --bind /run/units /usr/lib/systemd/system
 mkdir -p /var/lib/systemd /etc/cron.d
-for place in /etc/systemd/system /usr/lib/systemd/system-generators /var/lib/systemd /etc/cron.d; do
+mkdir -p "$1/system"
+mount --bind "$1" /etc/systemd
+for place in /usr/lib/systemd/system-generators /var/lib/systemd /etc/cron.d; do
     mount -t tmpfs -o mode=755 tmpfs $place
 done
 export container=snapshotter-test
@@ -84,7 +86,8 @@ class Systemd:
 
 @contextlib.contextmanager
 def booted(work: Path) -> Iterator[Systemd]:
-    """systemd as pid 1 until the end of the `with`; then all that it started is gone, and its cgroup."""
+    """systemd as pid 1 until the end of the `with`; then all that it started is gone, and its cgroup. What is in its
+    /etc/systemd stays in `work`, and is there again at the next boot."""
     if os.geteuid() != 0:
         pytest.skip("needs root: namespaces")
     if not os.path.exists(SYSTEMD):
@@ -99,7 +102,7 @@ def booted(work: Path) -> Iterator[Systemd]:
     with open(work / "boot.log", "wb") as log:
         process = subprocess.Popen(
             ["sh", "-c", f'echo $$ >{group}/cgroup.procs && exec unshare --pid --mount --cgroup --uts --ipc --fork '
-             '--mount-proc --kill-child=SIGKILL sh "$0"', str(script)],
+             '--mount-proc --kill-child=SIGKILL sh "$0" "$1"', str(script), str(work / "etc-systemd")],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         )  # fmt: skip
     try:

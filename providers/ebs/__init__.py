@@ -28,6 +28,7 @@ from snapshotter.core.model import (
     Access,
     Attachment,
     Birth,
+    Elsewhere,
     Hold,
     ImageState,
     MountSpec,
@@ -71,7 +72,8 @@ class EbsProvider(Provider):
         "region": Option(str, "AWS region (default: this instance's, or the profile's)"),
         "profile": Option(str, "AWS profile to log in with"),
         "role_arn": Option(str, "role to assume"),
-        "zone": Option(str, "availability zone of restored volumes"),
+        "instance": Option(str, "the instance that `restore --away` attaches the volumes to"),
+        "zone": Option(str, "availability zone of volumes restored with --away"),
         "volume_type": Option(str, "type of restored volumes (default: gp3)"),
         "iops": Option(int, "IOPS of restored volumes"),
         "throughput": Option(int, "MiB/s of restored volumes (gp3)"),
@@ -374,13 +376,12 @@ class EbsProvider(Provider):
     # -- attachments --------------------------------------------------------------------------------------------
 
     def _clones(self) -> Clones | None:
-        """None off an instance: what is attached is attached to one."""
-        here = self._here()
-        if here is None or not self._used():
+        """None where there can be nothing of ours."""
+        if not self._used():
             return None
         from providers.ebs.clones import Clones
 
-        return Clones(self._api(), here, self.disks, self.settings)
+        return Clones(self._api(), self._here(), self.disks, self.settings)
 
     def attach(
         self,
@@ -390,10 +391,15 @@ class EbsProvider(Provider):
         destination: str,
         purpose: Purpose = Purpose.RESTORE,
     ) -> MountSpec | Tree:
-        clones = self._clones()
-        if clones is None:
+        return self._clones_for(snapshot).attach(snapshot, attachment_id, access, destination, purpose)
+
+    def attach_away(self, snapshot: Snapshot, attachment_id: str) -> Elsewhere:
+        return self._clones_for(snapshot).away(snapshot, attachment_id)
+
+    def _clones_for(self, snapshot: Snapshot) -> Clones:
+        if (clones := self._clones()) is None:
             raise PreconditionError("this is no EC2 instance", object=snapshot.id, cure="restore it on an instance")
-        return clones.attach(snapshot, attachment_id, access, destination, purpose)
+        return clones
 
     def settle(self, attachment_id: str, since: datetime) -> None:
         if (clones := self._clones()) is None:

@@ -23,6 +23,7 @@ OPERATION = PREFIX + "operation"
 FILE_SYSTEM = PREFIX + "fs"
 ATTACHMENT = PREFIX + "attachment"
 INSTANCE = PREFIX + "instance"
+AWAY = PREFIX + "away"  # on a volume made for another machine: the host that asked for it
 SINCE = PREFIX + "since"
 MAKER = PREFIX + "maker"
 SWAP = PREFIX + "swap"

@@ -6,6 +6,7 @@ path at their relative place in it, roots outside it at `DIR.roots/<n>`. Nothing
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,6 @@ from snapshotter.core.model import (
     MountSpec,
     Purpose,
     Root,
-    Snapshot,
     SnapshotSet,
     State,
     Tree,
@@ -213,30 +213,20 @@ def attach_all(
     access: Access,
     purpose: Purpose,
 ) -> None:
-    """Attach the set so that each root is seen at its place (`layout`); inverses are on the stack before."""
+    """Attach the set so that each root is seen at its place (`layout`); inverses are on the stack before. Each
+    provider's is there once, below all its mounts: it detaches all volumes, and none may be mounted then."""
     made: dict[int, MountSpec | Tree] = {}  # several roots may lie in one volume: it is attached once
+    detached: set[str] = set()
     for index, (root, place) in enumerate(places):
         make_parents(undo, place)
         if root.member not in made:
             snapshot = next(member for member in found.snapshots if member.birth.member == root.member)
-            made[root.member] = attach(
-                undo, holding[snapshot.provider], snapshot, attachment_id, access, place, purpose
-            )
+            provider = holding[snapshot.provider]
+            if provider.name not in detached:
+                detached.add(provider.name)
+                undo.push(f"attachment {attachment_id}", functools.partial(provider.detach, attachment_id))
+            made[root.member] = provider.attach(snapshot, attachment_id, access, place, purpose)
         bring(undo, made[root.member], root.inside, place, f"{attachment_id}-{index}")
-
-
-def attach(
-    undo: Undo,
-    provider: Provider,
-    snapshot: Snapshot,
-    attachment_id: str,
-    access: Access,
-    place: str,
-    purpose: Purpose,
-) -> MountSpec | Tree:
-    """Attach one volume's snapshot; the inverse is on the stack before."""
-    undo.push(f"attachment {attachment_id}", lambda: provider.detach(attachment_id))
-    return provider.attach(snapshot, attachment_id, access, place, purpose)
 
 
 def staging_directory() -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.in_place_kit import Story, difference, picture, run_here, story
 
-WAYS = ["copy", *(pytest.param(kind, marks=pytest.mark.root) for kind in ("btrfs", "entries"))]
+WAYS = ["copy", *(pytest.param(kind, marks=pytest.mark.root) for kind in ("btrfs", "entries", "away"))]
 
 
 def ok(node: Story, *words: str) -> list[str]:
@@ -25,10 +25,11 @@ def ok(node: Story, *words: str) -> list[str]:
 def check(node: Story, way: str) -> None:
     """The end of every path."""
     wanted = node.of_set if way == "restored" else node.old
-    now = {name: what for name, what in picture(node.data).items() if not name.startswith(".corrupted-")}
+    now = {name: what for name, what in picture(node.data).items() if not name.startswith((".corrupted-", "made"))}
     assert not difference(now, wanted), f"not {way}: {difference(now, wanted)}"
     assert node.service.running(), f"{way}, and the service doesn't run: {node.service.did()}"
     if way == "old":
+        assert not (node.data / "made-by-the-new-run").exists()
         assert not node.leftovers(), node.leftovers()
         assert not list((node.command.home / "state" / "restores").iterdir())
 
@@ -39,12 +40,12 @@ def test_killed_at_every_step(
 ) -> None:
     chance = random.Random(kind)
     with story(kind, tmp_path) as node:
-        node.begin()
+        node.begin(blocks=20)
         node.service.do("start")
         node.service.do("stop")
         node.damage()
         node.service.do("start")
-        restore = ("restore", node.set_id, "--in-place", "--yes")
+        restore = ("restore", node.set_id, *node.in_place)
         calls = ok(node, *restore)
         check(node, "restored")
         undoing = ok(node, "restore", "--undo", "ours")
@@ -80,6 +81,7 @@ def test_killed_at_every_step(
         points = range(1, len(undoing) + 1)
         for turn, point in enumerate(points if full else sorted(chance.sample(points, 2))):
             ok(node, *restore)
+            (node.data / "made-by-the-new-run").write_text("x")
             killed, said, seen = run_here(node.command, "restore", "--undo", "ours", kill_at=point)
             code, said, _ = run_here(node.command, "restore", ("--continue", "--undo")[turn % 2], "ours")
             if code == 4:  # the journal had gone: all was done
@@ -89,4 +91,7 @@ def test_killed_at_every_step(
             if list((node.command.home / "state" / "restores").iterdir()):  # --continue of one that was not begun
                 ok(node, "restore", "--undo", "ours")
             check(node, "old")
-        measured(f"restore in place by {kind}, killed at {sum(ended.values())} of {len(calls)} points: {ended}")
+        measured(
+            f"restore in place by {kind}, killed at {sum(ended.values())} of {len(calls)} points: {ended}; "
+            f"its undo at {len(points) if full else 2} of {len(undoing)}"
+        )
