@@ -453,6 +453,12 @@ class EbsProvider(Provider):
         if (swaps := self._swaps()) is not None:
             swaps.commit(swap_id)
 
+    def source_of(self, volume: str, known: str) -> str:
+        from snapshotter.host.disks import Part, partition_in
+
+        found = swaps.device_of(volume) if (swaps := self._swaps()) is not None else None
+        return (self.disks.device(Part(found, partition_in(known))) if found else None) or known
+
     def swaps(self) -> Iterator[str]:
         if (swaps := self._swaps()) is not None:
             yield from swaps.listed()

@@ -93,6 +93,7 @@ class GceHarness(Harness):
         self.clock = QuickClock(twin.clock)
         self.instance = twin.here = twin.world.run_instance(ZONE)
         self.origins: set[str] = set(twin.world.disks)
+        self.regional: list[str] = []  # the zones of disks that are made from now on
         self.points: dict[Path, str] = {}  # mount point -> device name
         self._made = 0
 
@@ -106,7 +107,8 @@ class GceHarness(Harness):
     def volume(self) -> Volume:
         self._made += 1
         name, device_name = f"d{self._made}", f"dev-{self._made}"
-        made = self.twin.world.add_disk(name, self.instance, device_name=device_name)
+        where = {"place": "regions/europe-west3", "replica_zones": self.regional} if self.regional else {}
+        made = self.twin.world.add_disk(name, self.instance, device_name=device_name, **where)
         if self.grouped:
             group(self.twin, [name])
         self.origins.add(made.path)
