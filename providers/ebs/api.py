@@ -127,7 +127,7 @@ class Api:
 
     @property
     def region(self) -> str:
-        return str(self._boto().region_name)
+        return str(self.boto().region_name)
 
     def warm(self, seconds: float) -> None:
         """Make the client that a call within so many seconds will use: it takes its time, and soon there is none."""
