@@ -23,7 +23,7 @@ from snapshotter.core.errors import (
     SnapshotterError,
     StorageError,
 )
-from snapshotter.core.labels import check_marks, encode_birth, pack
+from snapshotter.core.labels import check_marks, encode_birth, pack, slot_value
 from snapshotter.core.model import (
     Access,
     Attachment,
@@ -174,7 +174,7 @@ class EbsProvider(Provider):
         return fleet.ask(self._api().boto(), instance, argv)
 
     def of_slot(self, target: str, slot: str) -> Iterator[Snapshot]:
-        filters = [{"Name": f"tag:{tags.SLOT}", "Values": [tags.slot(target, slot)]}]
+        filters = [{"Name": f"tag:{tags.SLOT}", "Values": [slot_value(target, slot)]}]
         api = self._api()
         within = api.deadline(f"the slot {slot}")
         listed = api.pages("describe_snapshots", "Snapshots", within, OwnerIds=["self"], Filters=filters)

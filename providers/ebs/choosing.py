@@ -4,7 +4,6 @@ know no tag but ours on volumes, and change nothing.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -132,7 +131,7 @@ def room(api: Api, plan: Plan, set_id: str) -> float:
         if item["VolumeId"] in pending:
             pending[item["VolumeId"]] += item["State"] == "pending"
             # Never longer than that: the two clocks may disagree.
-            wait = max(wait, min(SPACING_S, SPACING_S - (time.time() - item["StartTime"].timestamp())))
+            wait = max(wait, min(SPACING_S, SPACING_S - (api.clock.wall() - item["StartTime"].timestamp())))
     for name, kind in zip(plan.volumes, plan.kinds, strict=True):
         if pending[name] >= (most := _MOST_PENDING.get(kind, _USUALLY)):
             raise PreconditionError(

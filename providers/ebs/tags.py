@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from snapshotter.core.labels import MARK_NAMES, LabelLimits, pack, unpack
+from snapshotter.core.labels import MARK_NAMES, LabelLimits, pack, slot_value, unpack
 from snapshotter.core.model import Access, Attachment, Birth, Purpose
 
 PREFIX = "snapshotter:"
@@ -80,7 +80,7 @@ def of_set(birth: Birth, operation: str, file_systems: Mapping[str, str], copy_t
         OPERATION: operation,
         FILE_SYSTEM: " ".join(kind or "-" for kind in kinds),
         **({COPY_TO: copy_to} if copy_to else {}),
-        **({SLOT: slot(birth.target, birth.slot)} if birth.slot else {}),
+        **({SLOT: slot_value(birth.target, birth.slot)} if birth.slot else {}),
         **{PREFIX + key: value for key, value in record.items()},
     }
 
@@ -90,11 +90,6 @@ def of_copy(labels: Mapping[str, str], source: str, member: int, operation: str)
     kept = {key: value for key, value in labels.items() if key in (MANAGED, SET, FILE_SYSTEM)}
     record = {key: value for key, value in labels.items() if key.startswith(PREFIX + "birth")}
     return {**kept, **record, OPERATION: operation, SOURCE: source, _MEMBER: str(member)}
-
-
-def slot(target: str, name: str) -> str:
-    """As SLOT has it."""
-    return f"{target}-{name}"
 
 
 def birth_of(tags: Mapping[str, str], volume: str) -> Birth | None:

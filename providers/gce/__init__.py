@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from providers.gce import labels, names
 from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, SnapshotterError, StorageError
-from snapshotter.core.labels import check_marks, encode_birth, pack
+from snapshotter.core.labels import check_marks, encode_birth, pack, slot_value
 from snapshotter.core.model import (
     Access,
     Attachment,
@@ -307,9 +307,19 @@ class GceProvider(Provider):
             if (found := self._snapshot(item)) is not None:
                 yield found
 
+    def of_slot(self, target: str, slot: str) -> Iterator[Snapshot]:
+        api = self._api()
+        for item in self._labelled(api, labels.SLOT, slot_value(target, slot), api.deadline(f"the slot {slot}")):
+            found = self._snapshot(item)
+            if found is not None and (found.birth.target, found.birth.slot) == (target, slot):
+                yield found
+
     def _items(self, api: Api, set_id: str | None, within: Deadline) -> Iterator[Any]:
-        """As they are listed: those that carry our label, and aren't being deleted."""
         name, value = (labels.MANAGED, "true") if set_id is None else (labels.SET, set_id)
+        yield from self._labelled(api, name, value, within)
+
+    def _labelled(self, api: Api, name: str, value: str, within: Deadline) -> Iterator[Any]:
+        """As they are listed: those that carry our label, and aren't being deleted."""
         for item in api.pages("Snapshots.list", within, filter=f'labels.{name}="{value}"'):
             if item.status != "DELETING" and labels.birth_of(item) is not None:
                 yield item

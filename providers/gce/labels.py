@@ -16,7 +16,7 @@ from typing import Any
 
 from providers.gce.names import NAME, disk_of, member_name
 from snapshotter.core.errors import PreconditionError
-from snapshotter.core.labels import MARK_NAMES, LabelLimits, decode_birth, encode_birth
+from snapshotter.core.labels import MARK_NAMES, LabelLimits, decode_birth, encode_birth, slot_value
 from snapshotter.core.model import Access, Attachment, Birth, Purpose
 
 PREFIX = "snapshotter-"
@@ -32,6 +32,7 @@ SWAP = PREFIX + "swap"
 COMMITTED = PREFIX + "committed"
 ASIDE = PREFIX + "set-aside"
 NODE, TYPE = PREFIX + "node", PREFIX + "type"  # a person's: of a fleet
+SLOT = PREFIX + "slot"
 _MARK = PREFIX + "mark-"
 _MOST = 2048  # characters of a description
 
@@ -42,6 +43,8 @@ def of_set(birth: Birth, file_system: str) -> dict[str, Any]:
     """Description and labels of a member's snapshot. `file_system`: what lies on its disk, `ext4`, `ext4/1` on a
     partition, '' where it isn't known."""
     labels = {MANAGED: "true", SET: birth.set_id}
+    if birth.slot:
+        labels[SLOT] = slot_value(birth.target, birth.slot)
     if file_system:
         labels[FILE_SYSTEM] = file_system.replace("/", "-")
     return {"description": encode_birth(birth), "labels": labels}

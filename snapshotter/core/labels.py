@@ -234,6 +234,11 @@ def unpack_hash(value: str) -> str | None:
     return "0x" + raw.hex() if len(raw) == 32 else None
 
 
+def slot_value(target: str, slot: str) -> str:
+    """A slot of a target as a label's value that every store takes: to be looked for by."""
+    return f"{target}-{slot}" if re.fullmatch(r"[a-z0-9-]{1,40}", slot) else f"{target}-{_hashed(slot)[1:]}"
+
+
 def path_hash(path: str) -> str:
     """What stands in a record for a path that had no room."""
     return _hashed(path)
