@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -16,8 +18,9 @@ from typing import Any
 import pytest
 
 from tests.support import CHECKOUT
+from tests.twins import gce
 from tests.twins.ec2 import Twin
-from tests.unit.functions_kit import lambda_function
+from tests.unit.functions_kit import google_function, lambda_function
 
 DAILY = "[node.n0]\npath = '/data'\nevery = '24h'\nkeep = {daily = 1}\n"
 
@@ -185,3 +188,48 @@ def test_cold_start(twin: Twin, measured: Callable[[str], None]) -> None:
         f"lambda: cold start, import to first call: {min(times):.2f} s (of {len(times)}, worst {max(times):.2f} s)"
     )
     assert min(times) <= 1.0
+
+
+def post(url: str, log: Path, headers: dict[str, str], patience_s: float = 60) -> tuple[int, bytes]:
+    """Ask the function, once it listens."""
+    give_up = time.monotonic() + patience_s
+    while True:
+        request = urllib.request.Request(url, data=b"{}", headers={"Content-Type": "application/json", **headers})
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+        except (urllib.error.URLError, ConnectionError):
+            assert time.monotonic() < give_up, log.read_text()
+            time.sleep(0.2)
+
+
+CLOUD_EVENT = {
+    "ce-id": "1",
+    "ce-source": "//cloudscheduler.googleapis.com/x",
+    "ce-specversion": "1.0",
+    "ce-type": "google.cloud.scheduler.job.v1.executed",
+}
+
+
+@pytest.mark.parametrize(("kind", "headers"), [("http", {}), ("cloudevent", CLOUD_EVENT)])
+def test_google_takes_the_fleet_once(tmp_path: Path, kind: str, headers: dict[str, str]) -> None:
+    with gce.Twin() as twin:
+        for number in range(3):
+            instance = twin.world.run_instance()
+            disk = twin.world.add_disk(f"data-{number}", instance, with_bytes=False)
+            disk.labels = {"snapshotter-node": f"n{number}", "snapshotter-type": "validator"}
+        log = tmp_path / "log"
+        with google_function(twin.environment(), kind, log) as url:
+            status, answer = post(url, log, headers)
+            assert status == 200, (answer, log.read_text()[-3000:])
+            made = list(twin.world.snapshots.values())
+            assert len(made) == 3 and all("snapshotter-mark-sealed" in each.labels for each in made)
+            if kind == "http":
+                assert len(json.loads(answer)["taken"]) == 3
+            assert post(url, log, headers)[0] == 200 and len(twin.world.snapshots) == 3, "twice is once"
+            odd = twin.world.add_disk("odd", twin.world.run_instance(), with_bytes=False)
+            odd.labels = {"snapshotter-node": "n-odd", "snapshotter-type": "nonsense"}
+            assert post(url, log, headers)[0] == 500
+            assert "nonsense" in log.read_text()

@@ -14,8 +14,8 @@ from tests.support import CHECKOUT
 
 
 def test_a_fleet_within_a_function(request: pytest.FixtureRequest, measured: Callable[[str], None]) -> None:
-    """Four days, a tick each: takes, level 0 of what was taken before, and on the fourth removals: two of a node stay until
-    one is verified, and what is taken in a tick is counted in the next."""
+    """Four days, a tick each: takes, level 0 of what was taken before, and on the fourth removals: two of a node stay
+    until one is verified, and what is taken in a tick is counted in the next."""
     nodes = 1000 if request.config.getoption("--full") else 100
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults.tick_fleet", str(nodes), "4"],
