@@ -1,5 +1,5 @@
-"""A tick over a fleet, by the function's own code, as a process of its own: `python -m tests.faults.tick_fleet N DAYS`
-ticks once a day over N nodes and prints what each took. Time is the twin's (`ebs_fleet`): it goes on when all threads
+"""A tick over a fleet, by the function's own code, as a process of its own: `python -m
+tests.faults.tick_fleet ebs|gce N DAYS` ticks once a day over N nodes and prints what each took. Time is the twin's (`ebs_fleet`): it goes on when all threads
 sleep. Memory is that of the function and the twin together.
 """
 
@@ -75,47 +75,92 @@ class Pool:
         return done
 
 
-def run(nodes: int, days: int) -> list[dict[str, Any]]:
+class EbsFleet:
+    """`nodes` instances with a volume each, in a twin of EC2 with its buckets."""
+
+    provider = "ebs"
+
+    def __init__(self, clock: Clock, nodes: int) -> None:
+        limits = Limits(buckets={"*": (BURST, PER_SECOND)}, spacing_s=15.0, upload_s=30.0)
+        self.twin = Twin(None, limits, ItsClock(clock))
+        make = Api._make
+
+        def slow(api: Api, timeout: float) -> Any:
+            client = make(api, timeout)
+            client.meta.events.register("before-send.ec2", lambda **_: clock.sleep(LATENCY_S))
+            return client
+
+        Api._make = slow  # type: ignore[method-assign]
+        EbsProvider.clock = clock
+        fleet(self.twin, nodes)
+
+    def slots(self) -> list[str]:
+        world = self.twin.world
+        return [each.tags["snapshotter:slot"] for each in world.snapshots.values() if each.gone is None]
+
+
+class GceFleet:
+    """`nodes` instances with a disk each, in a twin of Compute Engine with its quotas a minute."""
+
+    provider = "gce"
+
+    def __init__(self, clock: Clock, nodes: int) -> None:
+        from google.auth.transport.requests import AuthorizedSession
+
+        from providers.gce import GceProvider
+        from tests.twins import gce
+
+        limits = gce.Limits(per_minute={"get": 1500, "list": 1500, "change": 1500, "operation": 1500}, upload_s=30.0)
+        self.twin = gce.Twin(None, limits, ItsClock(clock))
+        request = AuthorizedSession.request
+
+        def slow(session: AuthorizedSession, *words: Any, **named: Any) -> Any:
+            clock.sleep(LATENCY_S)
+            return request(session, *words, **named)
+
+        AuthorizedSession.request = slow  # type: ignore[method-assign]
+        GceProvider.clock = clock
+        for number in range(nodes):
+            disk = self.twin.world.add_disk(f"data-{number}", self.twin.world.run_instance(), with_bytes=False)
+            disk.labels = {"snapshotter-node": f"n{number}"}
+
+    def slots(self) -> list[str]:
+        return [each.labels["snapshotter-slot"] for each in self.twin.world.snapshots.values()]
+
+
+def run(kind: str, nodes: int, days: int) -> list[dict[str, Any]]:
     clock = Clock()
-    limits = Limits(buckets={"*": (BURST, PER_SECOND)}, spacing_s=15.0, upload_s=30.0)
-    make = Api._make
-
-    def slow(self: Api, timeout: float) -> Any:
-        client = make(self, timeout)
-        client.meta.events.register("before-send.ec2", lambda **_: clock.sleep(LATENCY_S))
-        return client
-
-    Api._make = slow  # type: ignore[method-assign]
-    EbsProvider.clock = clock
+    made: EbsFleet | GceFleet = EbsFleet(clock, nodes) if kind == "ebs" else GceFleet(clock, nodes)
     found = []
-    with Twin(None, limits, ItsClock(clock)) as twin:
+    with made.twin as twin:
         os.environ.update({**twin.environment(), "AWS_REGION": "eu-central-1", "AWS_LAMBDA_FUNCTION_NAME": "tick"})
-        text = "".join(
-            f"[node.n{number}]\npath = '/data/{number}'\nevery = '24h'\nkeep = {{daily = 1}}\n"
-            for number in range(nodes)
+        policy = "every = '24h'\nkeep = {daily = 1}\n"
+        os.environ["SNAPSHOTTER_CONFIG_TOML"] = "".join(
+            f"[node.n{number}]\npath = '/data/{number}'\n{policy}" for number in range(nodes)
         )
-        os.environ["SNAPSHOTTER_CONFIG_TOML"] = text
-        fleet(twin, nodes)
-        now = lambda: datetime.fromtimestamp(clock.now(), UTC).replace(microsecond=0)  # noqa: E731
+
+        def now() -> datetime:
+            return datetime.fromtimestamp(clock.now(), UTC).replace(microsecond=0)
+
         with mock.patch("concurrent.futures.ThreadPoolExecutor", clock.pool):
             for patch in [mock.patch(name, now) for name in CLOCKS]:
                 patch.start()
             for _ in range(days):
                 twin.calls.clear()
                 started, cpu = clock.now(), time.process_time()
-                answer = functions.run("ebs", 870.0)
-                alive = [each for each in twin.world.snapshots.values() if each.gone is None]
+                answer = functions.run(made.provider, 870.0)
+                slots = made.slots()
                 found.append(
                     {
                         "taken": len(answer["taken"]),
                         "removed": len(answer["removed"]),
                         "left": len(answer["left"]) + len(answer["busy"]),
-                        "twice": sum(n > 1 for n in Counter(each.tags["snapshotter:slot"] for each in alive).values()),
-                        "alive": len(alive),
+                        "twice": sum(count > 1 for count in Counter(slots).values()),
+                        "alive": len(slots),
                         "seconds": clock.now() - started,
                         "cpu_seconds": time.process_time() - cpu,
                         "calls": len(twin.calls),
-                        "throttled": sum(outcome == "RequestLimitExceeded" for _, outcome in twin.calls),
+                        "throttled": sum(why in ("RequestLimitExceeded", "rateLimitExceeded") for _, why in twin.calls),
                         "by_action": dict(twin.count()),
                         "peak_mb": peak_mb(),
                     }
@@ -125,4 +170,4 @@ def run(nodes: int, days: int) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(int(sys.argv[1]), int(sys.argv[2]))))
+    print(json.dumps(run(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
