@@ -1,6 +1,6 @@
-"""A tick over a fleet, by the function's own code, as a process of its own: `python -m
-tests.faults.tick_fleet ebs|gce N DAYS` ticks once a day over N nodes and prints what each took. Time is the twin's (`ebs_fleet`): it goes on when all threads
-sleep. Memory is that of the function and the twin together.
+"""A tick over a fleet, by the function's own code, as a process of its own: `python -m tests.faults.tick_fleet ebs N D`
+(or `gce`) ticks once a day, for D days, over N nodes, and prints what each took. Time is the twin's (`ebs_fleet`): it
+goes on when all threads sleep. Memory is that of the function and the twin together.
 """
 
 from __future__ import annotations
