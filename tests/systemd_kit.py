@@ -1,4 +1,4 @@
-"""A live systemd for tests: pid 1 of namespaces of its own (pid, mount, cgroup, uts, ipc), on this machine or in the
+"""A live systemd for tests: pid 1 of namespaces of its own (pid, mount, cgroup, uts), on this machine or in the
 lab's.
 
 Nothing of the host is in its reach: /run, /etc/systemd, /var/lib/systemd and /etc/cron.d are empty and its own,
@@ -33,8 +33,11 @@ mount -o remount,bind,ro /proc/sys
 umount -R /sys/fs/cgroup 2>/dev/null || true
 mkdir -p /sys/fs/cgroup
 mount -t cgroup2 none /sys/fs/cgroup
+if [ -d /run/udev ]; then exec 9</run/udev; fi
 mount -t tmpfs -o mode=755 tmpfs /run
-mkdir -p /run/systemd/system /run/lock /run/units
+mkdir -p /run/systemd/system /run/lock /run/units /run/udev
+# LVM asks there whether there is an udev, and waits for it.
+if [ -e /proc/self/fd/9 ]; then mount --bind /proc/self/fd/9 /run/udev; exec 9<&-; fi
 cd /usr/lib/systemd/system
 cp basic.target sysinit.target sockets.target timers.target paths.target slices.target \\
     local-fs.target shutdown.target time-set.target time-sync.target network-online.target network.target /run/units/
@@ -59,7 +62,7 @@ class Systemd:
 
     def enter(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["nsenter", "-t", str(self.pid), "-p", "-m", "-C", "-u", "-i", "--wd=/", "--", *words],
+            ["nsenter", "-t", str(self.pid), "-p", "-m", "-C", "-u", "--wd=/", "--", *words],
             capture_output=True,
             text=True,
             check=check,
@@ -101,7 +104,7 @@ def booted(work: Path) -> Iterator[Systemd]:
     group.mkdir()
     with open(work / "boot.log", "wb") as log:
         process = subprocess.Popen(
-            ["sh", "-c", f'echo $$ >{group}/cgroup.procs && exec unshare --pid --mount --cgroup --uts --ipc --fork '
+            ["sh", "-c", f'echo $$ >{group}/cgroup.procs && exec unshare --pid --mount --cgroup --uts --fork '
              '--mount-proc --kill-child=SIGKILL sh "$0" "$1"', str(script), str(work / "etc-systemd")],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         )  # fmt: skip

@@ -36,6 +36,7 @@ from snapshotter.core.model import (
     Quiesce,
     Snapshot,
     Space,
+    Tagged,
     Tree,
     Volume,
 )
@@ -78,6 +79,7 @@ class EbsProvider(Provider):
         "iops": Option(int, "IOPS of restored volumes"),
         "throughput": Option(int, "MiB/s of restored volumes (gp3)"),
         "kms_key": Option(str, "KMS key of restored volumes (default: the snapshot's)"),
+        "copy_to": Option(str, "regions that each set is copied to, encrypted, once it is whole"),
         "initialization_rate": Option(int, "MiB/s, 100 to 300, at which a restored volume is filled (costs)"),
     }
     #: Tests have others.
@@ -161,6 +163,26 @@ class EbsProvider(Provider):
 
         return [Volume(self.name, name) for name in choosing.find(self._api(), self._seen, select)]
 
+    def tagged(self) -> list[Tagged]:
+        from providers.ebs import fleet
+
+        return fleet.tagged(self._api(), self._seen)
+
+    def ask(self, instance: str, argv: Sequence[str]) -> str:
+        from providers.ebs import fleet
+
+        return fleet.ask(self._api().boto(), instance, argv)
+
+    def of_slot(self, target: str, slot: str) -> Iterator[Snapshot]:
+        filters = [{"Name": f"tag:{tags.SLOT}", "Values": [tags.slot(target, slot)]}]
+        api = self._api()
+        within = api.deadline(f"the slot {slot}")
+        listed = api.pages("describe_snapshots", "Snapshots", within, OwnerIds=["self"], Filters=filters)
+        for item in api.memory.over(listed, "SnapshotId", "snap-"):
+            found = self._snapshot(item)
+            if found is not None and (found.birth.target, found.birth.slot) == (target, slot):
+                yield found
+
     def _plan(self, volumes: Sequence[Volume]) -> Plan:
         from providers.ebs import choosing
 
@@ -205,7 +227,7 @@ class EbsProvider(Provider):
         operation = operation_id("create", birth.set_id)
         seen = [volume for volume in volumes if volume.path is not None]
         kinds = {volume.id: self.disks.lies_on(mounts.mount_of(str(volume.path))) for volume in seen}
-        given = tags.of_set(birth, operation, kinds)
+        given = tags.of_set(birth, operation, kinds, self._copy_to())
         how: dict[str, Any] = {
             "Description": f"snapshotter: {birth.node}, {birth.set_id}",
             "TagSpecifications": [{"ResourceType": "snapshot", "Tags": tags.as_tags(given)}],
@@ -372,6 +394,20 @@ class EbsProvider(Provider):
 
         poll(attempt, within, first_s=0.5, most_s=5.0)
         api.memory.deleted(name)
+
+    def advance(self) -> list[str]:
+        if not self._used():
+            return []
+        from providers.ebs import copies
+        from providers.ebs.api import connect
+
+        api = self._api()
+        profile, role = self._option("profile"), self._option("role_arn")
+        return copies.advance(api, api.region, lambda region: connect(region, profile, role, self.clock))
+
+    def _copy_to(self) -> str:
+        """The regions that sets are copied to, a blank between two."""
+        return " ".join(sorted(set(str(self._option("copy_to") or "").replace(",", " ").split())))
 
     # -- attachments --------------------------------------------------------------------------------------------
 

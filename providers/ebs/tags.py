@@ -31,6 +31,13 @@ ORIGIN = PREFIX + "origin"
 DEVICE = PREFIX + "device"
 COMMITTED = PREFIX + "committed"
 ASIDE = PREFIX + "set-aside"
+COPY_TO = PREFIX + "copy-to"  # on a set: regions
+COPIED = PREFIX + "copied-"  # and a region, on a set: it is whole there
+COPYING = PREFIX + "copying-"  # and a region, on a set's snapshot: when its copy was last asked for (since 1970)
+SOURCE = PREFIX + "source"  # on a copy: region/snapshot
+SLOT = PREFIX + "slot"
+#: On volumes, by whoever runs the fleet: which node they are of, and which type it is.
+NODE, TYPE = PREFIX + "node", PREFIX + "type"
 _MEMBER, _ACCESS, _PURPOSE, _PATH = (PREFIX + name for name in ("member", "access", "purpose", "path"))
 _MARK = PREFIX + "mark-"
 _CHUNK = 250
@@ -62,8 +69,9 @@ def read(item: Mapping[str, Any]) -> dict[str, str]:
     return {tag["Key"]: tag["Value"] for tag in item.get("Tags", [])}
 
 
-def of_set(birth: Birth, operation: str, file_systems: Mapping[str, str]) -> dict[str, str]:
-    """The tags of a set's snapshots. `file_systems`: what lies on each volume, `ext4`, or `ext4/1` on a partition."""
+def of_set(birth: Birth, operation: str, file_systems: Mapping[str, str], copy_to: str = "") -> dict[str, str]:
+    """The tags of a set's snapshots. `file_systems`: what lies on each volume, `ext4`, or `ext4/1` on a partition.
+    `copy_to`: regions, a blank between two."""
     record = pack(birth.of_member(0), LIMITS)
     kinds = [file_systems.get(member.volume, "-") if member.provider == NAME else "-" for member in birth.members]
     return {
@@ -71,20 +79,38 @@ def of_set(birth: Birth, operation: str, file_systems: Mapping[str, str]) -> dic
         SET: birth.set_id,
         OPERATION: operation,
         FILE_SYSTEM: " ".join(kind or "-" for kind in kinds),
+        **({COPY_TO: copy_to} if copy_to else {}),
+        **({SLOT: slot(birth.target, birth.slot)} if birth.slot else {}),
         **{PREFIX + key: value for key, value in record.items()},
     }
 
 
+def of_copy(labels: Mapping[str, str], source: str, member: int, operation: str) -> dict[str, str]:
+    """The tags of a copy in another region of a set's snapshot that has these. Its marks come with its seal."""
+    kept = {key: value for key, value in labels.items() if key in (MANAGED, SET, FILE_SYSTEM)}
+    record = {key: value for key, value in labels.items() if key.startswith(PREFIX + "birth")}
+    return {**kept, **record, OPERATION: operation, SOURCE: source, _MEMBER: str(member)}
+
+
+def slot(target: str, name: str) -> str:
+    """As SLOT has it."""
+    return f"{target}-{name}"
+
+
 def birth_of(tags: Mapping[str, str], volume: str) -> Birth | None:
-    """The record of the snapshot of this volume; None if it is none of ours."""
+    """The record of the snapshot of this volume; None if it is none of ours, or a copy in the making."""
     if tags.get(MANAGED) != "true":
         return None
     birth = unpack({key.removeprefix(PREFIX): value for key, value in tags.items() if key.startswith(PREFIX)})
     if birth is None or birth.set_id != tags.get(SET):
         return None
-    for number, member in enumerate(birth.members):
+    if SOURCE in tags:
+        number = tags.get(_MEMBER, "")
+        known = number.isdigit() and int(number) < len(birth.members) and "sealed" in marks_of(tags)
+        return birth.of_member(int(number)) if known else None
+    for index, member in enumerate(birth.members):
         if (member.provider, member.volume) == (NAME, volume):
-            return birth.of_member(number)
+            return birth.of_member(index)
     return None
 
 

@@ -31,6 +31,7 @@ from snapshotter.nodes.target import resolve, target_id
 from snapshotter.verbs import in_place_back as back
 from snapshotter.verbs import in_place_plan as planning
 from snapshotter.verbs import open_restores
+from snapshotter.verbs.hooks import Around
 from snapshotter.verbs.in_place_plan import Plan
 from snapshotter.verbs.in_place_steps import Unhealthy, forward, healthy
 from snapshotter.verbs.in_place_work import Work
@@ -53,19 +54,27 @@ def carry_out(session: Session, plan: Plan) -> dict[str, Any]:
     with _locked(session, plan):
         open_restores.refuse(session, plan.target, finished=True)
         plan = planning.as_of_now(plan)  # a person was asked meanwhile
-        private_directory(open_restores.directory(session))
-        seen = health.look(plan.node) if plan.running else None
-        where = open_restores.path_of(session, plan.target)
-        journal = Journal.create(where, id=plan.id, path=plan.path, boot=boot_id(), plan=planning.dump(plan))
-        try:
-            work = Work(session, plan, journal)
-            if seen is not None:
-                journal.append("seen", enode_id=seen.enode_id, peers=seen.peers, height=seen.height)
-        except BaseException:
-            journal.remove()  # nothing was done yet
-            raise
-        _drive(work)
-    return _document(work, "restored")
+        with Around(plan.node, "restore", set=plan.set_id, destination=plan.path) as around:
+            work = _begin(session, plan)
+    document = _document(work, "restored")
+    document["warnings"] = [*document["warnings"], *around.notes]
+    return document
+
+
+def _begin(session: Session, plan: Plan) -> Work:
+    private_directory(open_restores.directory(session))
+    seen = health.look(plan.node) if plan.running else None
+    where = open_restores.path_of(session, plan.target)
+    journal = Journal.create(where, id=plan.id, path=plan.path, boot=boot_id(), plan=planning.dump(plan))
+    try:
+        work = Work(session, plan, journal)
+        if seen is not None:
+            journal.append("seen", enode_id=seen.enode_id, peers=seen.peers, height=seen.height)
+    except BaseException:
+        journal.remove()  # nothing was done yet
+        raise
+    _drive(work)
+    return work
 
 
 def _drive(work: Work) -> None:

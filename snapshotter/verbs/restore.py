@@ -40,6 +40,7 @@ from snapshotter.host.locks import Locks
 from snapshotter.host.places import private_directory, run_directory
 from snapshotter.nodes import repoint
 from snapshotter.provider import Provider
+from snapshotter.verbs.hooks import Around
 from snapshotter.verbs.session import Session
 
 
@@ -78,6 +79,23 @@ def restore(
     }
     if dry_run:
         return {**document, "attachment_id": None}
+    with Around(session.node_of(found.birth.target), "restore", set=found.set_id, destination=top) as around:
+        _bring_all(session, found, document, places, access, with_identity=with_identity)
+    warnings += around.notes
+    return document
+
+
+def _bring_all(
+    session: Session,
+    found: SnapshotSet,
+    document: dict[str, Any],
+    places: Sequence[tuple[Root, str]],
+    access: Access,
+    *,
+    with_identity: bool,
+) -> None:
+    """Carry out the plan that `document` is, and note in it what came of it."""
+    top, attachment_id, warnings = document["path"], document["attachment_id"], document["warnings"]
     holding = {provider.name: provider for provider in session.providers_of(found)}
     # Shared: two restores of one set may run at once; a delete may not.
     with Locks([f"set:{found.set_id}"], exclusive=False), Undo(undo_command=f"snapshotter release {top}") as undo:
@@ -110,7 +128,6 @@ def restore(
                 provider.settle(attachment_id, since)
             undo.commit()
     warnings += [f"{_shown(change)} led to {change.before}, and now to {change.after}" for change in changes]
-    return document
 
 
 def _withhold(session: Session, found: SnapshotSet, pairs: Sequence[tuple[str, str]], warnings: list[str]) -> list[str]:

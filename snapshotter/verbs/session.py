@@ -25,6 +25,7 @@ class Session(Struct):
     provider_name: str | None = None
     options: Mapping[str, object] = {}
     report: Report = no_report
+    only: str | None = None  # the one provider that there is: a function has no other
     _made: dict[tuple[str, str], Provider] = {}
     _everywhere: tuple[list[Provider], list[catalog.Unavailable]] | None = None
 
@@ -35,7 +36,8 @@ class Session(Struct):
         options: dict[str, object] = {}
         if kind.section:
             table = asdict(getattr(self.config, kind.section))
-            options.update({key: value for key, value in table.items() if value is not None and key in kind.OPTIONS})
+            given = {key: value for key, value in table.items() if value and key in kind.OPTIONS}
+            options.update({key: " ".join(each) if isinstance(each, tuple) else each for key, each in given.items()})
         if node is not None and node.provider in (None, name):
             own: dict[str, object] = {**node.options, **({"store": node.store} if node.store else {})}
             options.update({key: value for key, value in own.items() if node.provider or key in kind.OPTIONS})
@@ -71,9 +73,11 @@ class Session(Struct):
     def everywhere(self, node: Node | None = None) -> tuple[list[Provider], list[catalog.Unavailable]]:
         """One instance of every provider in every way that the config uses it, for the catalog; and those that
         can't be asked, with the reason."""
-        if node is None and self._everywhere is not None:
+        usual = node is None or self.config.nodes.get(node.name) is node
+        if usual and self._everywhere is not None:
             return self._everywhere
-        wanted: list[tuple[str, Node | None]] = [(name, None) for name in provider.names()]
+        every = provider.names() if self.only is None else (self.only,)
+        wanted: list[tuple[str, Node | None]] = [(name, None) for name in every]
         for other in [*self.config.nodes.values(), *([node] if node is not None else [])]:
             wanted += [(name, other) for name in ([other.provider] if other.provider else ["copy"])]
         made: dict[int, Provider] = {}
@@ -86,7 +90,7 @@ class Session(Struct):
                 continue
             made[id(instance)] = instance
         answer = list(made.values()), list(gone.values())
-        if node is None:
+        if usual:
             self._everywhere = answer
         return answer
 

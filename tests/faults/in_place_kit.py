@@ -175,6 +175,8 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 class Story:
     """A node with a service, and a set of it. `damage` destroys what the set can bring back."""
 
+    aside: Path | None = None
+
     def __init__(
         self,
         place: Path,
@@ -375,9 +377,9 @@ def ok(node: Story, *words: str, code: int = 0, before: Callable[[], None] | Non
 
 
 def journals(node: Story) -> list[Path]:
-    """Of the restores that are open, or wait to be discarded."""
+    """Of the restores that are open, or wait to be discarded. (An empty one was not begun.)"""
     restores = node.command.home / "state" / "restores"
-    return list(restores.iterdir()) if restores.exists() else []
+    return [path for path in restores.iterdir() if path.stat().st_size] if restores.exists() else []
 
 
 def point(calls: list[str], event: str, number: int = 1) -> int:

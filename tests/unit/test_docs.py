@@ -22,6 +22,7 @@ PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
 
 def commands(text: str) -> list[str]:
     """Every `snapshotter COMMAND ...`, in code spans and blocks."""
+    text = re.sub(r"```(yaml|json|toml|ts)\n.*?```", "", text, flags=re.DOTALL)
     joined = re.sub(r"\s*\\\n\s*", " ", text)
     blocks = re.findall(r"^(?:    |\$ )(?:.*[ /$])?(snapshotter [a-z].*)$", joined, re.MULTILINE)
     spans = [

@@ -56,6 +56,7 @@ def test_the_documents_of_a_tour(tmp_path: Path) -> None:
     command.json("providers", "n")
     command.json("prune", "--dry-run")
     command.json("prune", "--yes")
+    command.json("tick")
     command.json("reap")
     command.json("delete", identity, "--yes", "--last")
     command.error("show", "s1", exit_code=4)
