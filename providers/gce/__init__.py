@@ -279,8 +279,8 @@ class GceProvider(Provider):
         try:
             made = taking.take(api, plan, birth, resources, within)
         except SnapshotterError as error:
-            if errors.reason_of(error) and len(volumes) == 1:
-                del self._uncertain[birth.set_id]  # refused: nothing happened
+            if errors.had_no_effect(error) and len(volumes) == 1:
+                del self._uncertain[birth.set_id]
             else:
                 self._uncertain[birth.set_id] = api.deadline(birth.set_id, _SETTLE_S)
             with suppress(SnapshotterError):  # as far as there is time: `delete` does the rest
@@ -364,12 +364,11 @@ class GceProvider(Provider):
     def finish(self, set_id: str) -> None:
         from providers.gce import taking
 
-        plan = self._prepared.pop(set_id, None)
+        plan = self._prepared.get(set_id)
         if plan is not None and plan.group:
             api = self._api()
-            within = api.deadline(set_id, _DELETE_S)
-            for known, instants in taking.groups(api, within, set_id).items():
-                taking.instants_gone(api, known, instants, within)
+            taking.instants_gone(api, set_id, [names.Disk(plan.place, set_id)], api.deadline(set_id, _DELETE_S))
+        self._prepared.pop(set_id, None)
 
     def delete(self, set_id: str) -> None:
         from providers.gce import disks, taking
@@ -395,9 +394,10 @@ class GceProvider(Provider):
             for name in sealed if len(sealed) > 1 else ():  # half of a set is no backup
                 taking.relabel(api, "Snapshots", within, name, {labels.mark("sealed"): None})
             taking.all_of(lambda item: taking.delete(api, item.name, within), found)
-            groups = taking.groups(api, within, set_id)
-            for known, instants in groups.items():
-                taking.instants_gone(api, known, instants, within)
+            instants = taking.groups(api, within, set_id).get(set_id, [])
+            if (plan := self._prepared.get(set_id)) is not None and plan.group:
+                instants.append(names.Disk(plan.place, set_id))  # a group may have lost its instants
+            taking.instants_gone(api, set_id, instants, within)
             birth = labels.birth_of(found[0]) if found else None
             whole = birth is not None and len(found) >= sum(each.provider == self.name for each in birth.members)
             if whole or settling is None or settling.left() <= 0:

@@ -58,9 +58,11 @@ class Api:
         """One call, `Disks.get`, with the fields of its request. Raises what `errors` tells, StorageError at the
         deadline."""
         service, _, method = action.partition(".")
-        quota = self._quota(method)
+        quota = self._quota(action)
+        lost = False
 
         def attempt() -> Any:
+            nonlocal lost
             client, project = self.client(service), self.project
             quota.take(within)
             if (left := within.left()) <= 0:
@@ -69,7 +71,11 @@ class Api:
             try:
                 return getattr(client, method)(request=request, retry=None, timeout=min(_ANSWER_S, left))
             except Exception as error:
-                raise self._told(error, action, within, quota) from None
+                refusal = self._told(error, action, within, quota)
+                lost = lost or isinstance(refusal, Lost)
+                if isinstance(refusal, SnapshotterError) and lost:
+                    errors.after_loss(refusal)
+                raise refusal from None
 
         return persist(attempt, within, again_after_loss=True)
 
@@ -107,7 +113,7 @@ class Api:
             if errors.plain(failed.code) in errors.THROTTLED:
                 self._quota(operation.operation_type).throttled()
                 raise Temporary(failed.code, throttled=True)
-            raise errors.told(failed.code, failed.message, operation.operation_type, within.what)
+            raise errors.no_effect(errors.told(failed.code, failed.message, operation.operation_type, within.what))
         if operation.http_error_status_code:
             said = operation.http_error_message
             raise errors.told(str(operation.http_error_status_code), said, operation.operation_type, within.what)
@@ -125,9 +131,12 @@ class Api:
 
         persist(attempt, within, again_after_loss=False)
 
-    def _quota(self, method: str) -> MinuteQuota:
-        """Google counts looking, listing and changing apart. An operation's own type is `insert`, `setLabels`, ..."""
+    def _quota(self, action: str) -> MinuteQuota:
+        """Google counts looking, looking at operations, listing and changing apart. An operation's own type (`insert`)
+        is a change."""
+        service, _, method = action.rpartition(".")
         kind = {"get": "look", "list": "list", "aggregated_list": "list"}.get(method, "change")
+        kind = "operation" if service.endswith("Operations") else kind
         with self._lock:
             return self._quotas.setdefault(kind, MinuteQuota(self.clock))
 

@@ -162,7 +162,7 @@ def room(api: Api, seen: Seen, plan: Plan, set_id: str) -> float:
             raise PreconditionError(
                 f"{len(moments)} snapshots of it were made within the hour, and Compute Engine takes {BURST}",
                 object=links[link].id,
-                cure=f"take it again after {again:%H:%M} UTC; a snapshot every ten minutes is always possible",
+                cure=f"take it again after {again:%H:%M} UTC",
             )
     return _instants(api, plan, links, within) if plan.group else 0.0
 

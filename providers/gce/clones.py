@@ -53,7 +53,7 @@ class Clones:
             attachment_id, birth.set_id, birth.member, destination, access, purpose, self.number, maker
         )
         name = member_name(attachment_id, birth.member)
-        which, wanted = self.wanted(name, self.zone)
+        which, wanted = self.wanted(item, name, self.zone)
         report = self.settings.report
         disks.make(self.api, which, {**wanted, **born, "source_snapshot": source(self.api, snapshot)}, report)
         disks.attach(self.api, which, self.instance, {"device_name": name}, report)
@@ -69,7 +69,7 @@ class Clones:
         zone = zone or str(options.get("zone") or "") or self.zone
         if not zone:
             raise PreconditionError("is to be made in which zone?", object=snapshot.id, cure="-o zone=")
-        restorable(self.api, snapshot)
+        item = restorable(self.api, snapshot)
         number = "none"
         if name:
             within = self.api.deadline(f"{zone}/{name}")
@@ -80,7 +80,7 @@ class Clones:
         )
         born["labels"][labels.AWAY] = self._host()
         disk_name = member_name(attachment_id, birth.member)
-        which, wanted = self.wanted(disk_name, zone)
+        which, wanted = self.wanted(item, disk_name, zone)
         disks.make(self.api, which, {**wanted, **born, "source_snapshot": source(self.api, snapshot)}, report)
         if not name:
             return Elsewhere(which.id)
@@ -90,8 +90,8 @@ class Clones:
     def _host(self) -> str:
         return host_name().rpartition("-")[2]
 
-    def wanted(self, name: str, zone: str) -> tuple[Disk, dict[str, Any]]:
-        """Where a new disk is made, and what the options say of it."""
+    def wanted(self, item: Any, name: str, zone: str) -> tuple[Disk, dict[str, Any]]:
+        """Where a new disk of a snapshot is made, and what the options say of it."""
         options = self.settings.options
         zones = [each.strip() for each in str(options.get("replica_zones") or "").split(",") if each.strip()]
         if zones and zone not in zones:
@@ -106,7 +106,8 @@ class Clones:
         for option in ("provisioned_iops", "provisioned_throughput"):
             if option in options:
                 wanted[option] = options[option]
-        if key := options.get("kms_key"):
+        # A disk isn't promised its snapshot's key: without one it would be Google's.
+        if key := options.get("kms_key") or key_of(item.snapshot_encryption_key):
             wanted["disk_encryption_key"] = {"kms_key_name": key}
         return which, wanted
 
@@ -152,6 +153,11 @@ def origin_here(api: Api, host: Disks, which: Disk, instance: str) -> str | None
     """The kernel name of a disk that is attached to this instance; None if it isn't."""
     how = disks.attached_as(api, which, instance, api.deadline(which.id))
     return devices(host).get(how.device_name) if how is not None else None
+
+
+def key_of(encryption: Any) -> str:
+    """The Cloud KMS key, not the version of it that was used; '' if it is Google's own."""
+    return str(encryption.kms_key_name).partition("/cryptoKeyVersions/")[0]
 
 
 def source(api: Api, snapshot: Snapshot) -> str:

@@ -77,6 +77,21 @@ def reason_of(error: SnapshotterError) -> str:
     return str(vars(error).get("gce", ""))
 
 
+def no_effect(error: SnapshotterError) -> SnapshotterError:
+    """Marks what proves that the call (or the operation) it is of has changed nothing."""
+    vars(error)["no_effect"] = not vars(error).get("after_loss")
+    return error
+
+
+def after_loss(error: SnapshotterError) -> None:
+    """Marks a refusal that came when an earlier answer had been lost: it proves nothing about that one."""
+    vars(error)["after_loss"] = True
+
+
+def had_no_effect(error: SnapshotterError) -> bool:
+    return bool(vars(error).get("no_effect"))
+
+
 def told(reason: str, message: str, action: str, named: str) -> SnapshotterError:
     """Google's refusal of `action` as one of ours. `named`: the object that the call was about."""
     reason = plain(reason)

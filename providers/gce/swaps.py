@@ -13,7 +13,7 @@ from typing import Any
 
 from providers.gce import disks, labels, taking
 from providers.gce.api import Api
-from providers.gce.clones import origin_here, restorable, source
+from providers.gce.clones import key_of, origin_here, restorable, source
 from providers.gce.here import Here
 from providers.gce.names import Disk, disk, disk_of
 from snapshotter.core.errors import BusyError, PreconditionError, StorageError
@@ -68,8 +68,8 @@ class Swaps:
             "replica_zones": list(item.replica_zones),
             **{key: getattr(item, key) for key in ("provisioned_iops", "provisioned_throughput") if getattr(item, key)},
         }
-        if key := item.disk_encryption_key.kms_key_name:
-            wanted["disk_encryption_key"] = {"kms_key_name": key.partition("/cryptoKeyVersions/")[0]}
+        if key := key_of(item.disk_encryption_key):
+            wanted["disk_encryption_key"] = {"kms_key_name": key}
         disks.make(self.api, new, wanted, self.report)
         aside = {labels.MANAGED: "true", labels.ASIDE: swap_id}
         taking.relabel(self.api, "Disks", self.api.deadline(volume), volume, aside)

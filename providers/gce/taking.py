@@ -8,7 +8,6 @@ once.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -59,6 +58,8 @@ def begin(api: Api, resource: Mapping[str, Any], within: Deadline) -> Operation 
         return api.begin("Snapshots.insert", within, name, snapshot_resource=dict(resource))
     except SnapshotterError as error:
         if errors.reason_of(error) not in errors.EXISTS:
+            if errors.reason_of(error):
+                errors.no_effect(error)
             raise
         found = api.call("Snapshots.get", within, snapshot=name)
         if found.description != resource["description"] or found.labels.get(labels.MANAGED) != "true":
@@ -72,13 +73,15 @@ def _of_disk(api: Api, resource: Mapping[str, Any], within: Deadline) -> Made:
 
         def taken() -> Made | None:
             done = api.done(operation, within) if operation is not None else None
-            with contextlib.suppress(NotFoundError):
+            try:
                 found = api.call("Snapshots.get", within, snapshot=resource["name"])
-                if found.status == "FAILED":
-                    raise StorageError("Compute Engine could not take it", object=found.name, cure="take it again")
-                if done or found.status in _TAKEN:
-                    return found, None
-            return None
+            except NotFoundError:
+                if not done:
+                    return None
+                raise StorageError("was made, and is gone", object=resource["name"], cure="take it again") from None
+            if found.status == "FAILED":
+                raise StorageError("Compute Engine could not take it", object=found.name, cure="take it again")
+            return (found, None) if done or found.status in _TAKEN else None
 
         return poll(taken, within, first_s=0.1, most_s=1.0)
 
@@ -152,7 +155,11 @@ def settled(api: Api, name: str, operation: Operation | None, within: Deadline) 
     """Until a snapshot's instant is fixed. Raises StorageError where it never will be."""
 
     def look() -> bool | None:
-        done = api.done(operation, within) if operation is not None else None
+        try:
+            done = api.done(operation, within) if operation is not None else None
+        except Temporary as error:
+            why = f"can't be sealed: Compute Engine took no more calls in that minute ({error})"
+            raise StorageError(why, object=name, cure="take it again") from None
         try:
             found = api.call("Snapshots.get", within, snapshot=name)
         except NotFoundError:

@@ -256,6 +256,41 @@ def test_a_group_that_fails_in_one_disk_is_no_set(pair: Cloud) -> None:
     assert not pair.living() and not pair.instants()
 
 
+def test_a_copy_of_a_group_that_meets_the_minutes_quota_is_told(pair: Cloud) -> None:
+    """Inside its operation, when nobody is held any more: not sealed, one line, nothing left."""
+    pair.twin.fail("snapshots.insert", "operation", code="RATE_LIMIT_EXCEEDED", message="too many")
+    provider, birth = pair.provider(), make_birth(pair.volumes())
+    provider.prepare(pair.volumes(), birth, 5.0)
+    provider.create(pair.volumes(), birth, Hold())
+    with pytest.raises(StorageError) as refused:
+        provider.mark(birth.set_id, {"sealed": "20261122t100630z"})
+    told(refused.value, Exit.REFUSED, "minute")
+    provider.delete(birth.set_id)
+    assert not pair.living() and not pair.instants()
+
+
+def test_a_group_that_could_not_be_removed_is_removed_by_the_next_try(pair: Cloud) -> None:
+    provider = pair.provider()
+    set_id = pair.take(provider)
+    pair.twin.fail("instantSnapshotGroups.delete", "operation", code="INTERNAL_ERROR")
+    with pytest.raises(StorageError):
+        provider.finish(set_id)
+    provider.finish(set_id)
+    assert not pair.instants() and pair.living() == pair.each_once()
+
+
+def test_a_snapshot_that_is_gone_when_it_is_done_holds_nobody(cloud: Cloud) -> None:
+    cloud.twin.fail("snapshots.insert", "vanish")
+    provider, birth = cloud.provider(), make_birth(cloud.volumes())
+    provider.prepare(cloud.volumes(), birth, 60.0)
+    started = time.monotonic()
+    with pytest.raises(StorageError, match="is gone"):
+        provider.create(cloud.volumes(), birth, Hold(deadline=started + 60))
+    assert time.monotonic() - started < 20
+    provider.delete(birth.set_id)
+    assert not cloud.living()
+
+
 def test_an_upload_that_fails_is_invalid_and_says_why(cloud: Cloud) -> None:
     cloud.twin.limits.upload_s = 100.0
     cloud.twin.fail("snapshots.insert", "upload")

@@ -113,6 +113,11 @@ def test_what_the_options_say_is_made() -> None:
         assert (disk.type, disk.provisioned_iops, disk.provisioned_throughput) == ("hyperdisk-balanced", 5000, 200)
         assert disk.key == KEY
         provider.detach(attachment_id)
+        # Without a word its key is the snapshot's: never one of Google's for what was encrypted with one of ours.
+        plain, attachment_id = harness.provider(), new_attachment_id(utc_now())
+        plain.attach(found, attachment_id, Access.WRITABLE, harness.destination())
+        assert harness.twin.world.disks[f"zones/{harness.instance.zone}/disks/{attachment_id}-0"].key == KEY
+        plain.detach(attachment_id)
         provider.delete(birth.set_id)
         with pytest.raises(PreconditionError, match="no cold snapshots"):
             take(harness.provider(snapshot_type="cold"), harness, [volume])
@@ -191,12 +196,14 @@ def test_a_set_in_place_of_the_live_disk(tmp_path: Path) -> None:
     with gce_harness() as harness:
         volume = harness.volume()
         assert volume.path is not None
-        fill(volume.path)
+        for name in ("one", "two"):
+            Path(volume.path, name).write_bytes(name.encode() * 10_000)
         content = describe(volume.path)
         command = GceCommand(tmp_path / "home", harness)
         set_id = command.json("take", volume.path)["set_id"]
         before = harness.objects()
-        ruin(volume.path)
+        Path(volume.path, "one").unlink()
+        Path(volume.path, "two").write_bytes(b"ruined")
         ruined = describe(volume.path)
         plan = command.json("restore", set_id, "--in-place", "--dry-run")
         assert "gce:" in str(plan), plan

@@ -76,6 +76,8 @@ class Disks:
         if disk not in self._loops:
             return True
         loop, name = self._loops[disk]
+        if _points(loop):
+            return False
         link, ours = self.by_id / name, str(self.live / disk)
         # The link first: another test may get the loop device as soon as it is free.
         if linked := link.is_symlink() and os.readlink(link) == loop:  # not another's of the same name
@@ -94,9 +96,7 @@ class Disks:
 
     def close(self) -> None:
         for disk, (loop, _) in list(self._loops.items()):
-            with open("/proc/self/mounts", encoding="utf-8") as table:
-                points = [line.split()[1] for line in table if line.split()[0] == loop]
-            for point in reversed(points):
+            for point in reversed(_points(loop)):
                 subprocess.run(["umount", point], capture_output=True)
             for _ in range(100):
                 if self.detach(disk):
@@ -107,6 +107,12 @@ class Disks:
 def _clone(source: Path, target: Path) -> None:
     with open(source, "rb") as have, open(target, "wb") as want:
         fcntl.ioctl(want, _FICLONE, have.fileno())
+
+
+def _points(loop: str) -> list[str]:
+    """Where it is mounted."""
+    with open("/proc/self/mounts", encoding="utf-8") as table:
+        return [line.split()[1] for line in table if line.split()[0] == loop]
 
 
 def _backing(loop: str) -> str:
