@@ -176,6 +176,20 @@ def restored(document: Document, dry_run: bool) -> str:
     return "\n".join(lines)
 
 
+def restored_away(document: Document) -> str:
+    """What `restore --away` says."""
+    lines = [f"made the volumes of {document['set_id']}"]
+    for made in document["volumes"]:
+        where = f", attached to {made['instance']} as {made['device']}" if made["instance"] else ", attached to nothing"
+        lines.append(f"  {made['volume']}{where}")
+    lines += [
+        f"  {root['origin']} is {root['inside'] or 'the top'} of {document['volumes'][root['member']]['volume']}"
+        for root in document["roots"]
+    ]
+    lines.append(f"  end it with: snapshotter release {document['attachment_id']}")
+    return "\n".join(lines)
+
+
 def what_is_restored(document: Document) -> str:
     """`the database of s2026...`."""
     if document["only"] == "resync":

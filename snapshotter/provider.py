@@ -24,6 +24,7 @@ from snapshotter.core.model import (
     Access,
     Attachment,
     Birth,
+    Elsewhere,
     Hold,
     MountSpec,
     Purpose,
@@ -108,7 +109,7 @@ class Provider(ABC):
         return []
 
     def one_instant(self, volumes: Sequence[Volume]) -> bool:
-        """Would one `create` of these volumes be one instant? Default: what the traits say of several. No I/O."""
+        """Would one `create` of these volumes be one instant? Default: what the traits say of several. No effects."""
         return len(volumes) == 1 or self.traits.atomic_across_volumes
 
     @abstractmethod
@@ -148,6 +149,11 @@ class Provider(ABC):
         Raises
         NotFoundError."""
 
+    def finish(self, set_id: str) -> None:
+        """Every member of the sealed set is READY: remove what only the making of the images needed. Absent is done.
+        Where nobody waited for that, `reap` does it. Default: nothing."""
+        return None
+
     @abstractmethod
     def delete(self, set_id: str) -> None:
         """Remove every member of the set that is here. Inverse of `prepare` and `create`, so it works on half-made
@@ -169,6 +175,13 @@ class Provider(ABC):
         attachment
         twice is refused, or is the same again. One attachment id may span several snapshots, each with its destination.
         Raises PreconditionError (needs root, no such access), StorageError (invalid image, no space)."""
+
+    def attach_away(self, snapshot: Snapshot, attachment_id: str) -> Elsewhere:
+        """As `attach`, for another machine: the volume is made, and attached where the options say; nothing is mounted,
+        and the attachment's path is ''. Raises PreconditionError (the default: this storage is this machine's)."""
+        raise PreconditionError(
+            f"{self.name} can't make volumes of another machine", object=snapshot.id, cure="restore it with --to"
+        )
 
     @abstractmethod
     def settle(self, attachment_id: str, since: datetime) -> None:
@@ -207,8 +220,9 @@ class Provider(ABC):
         return iter(())
 
     def reap(self) -> list[str]:
-        """Remove what only this driver can see of dead runs (half-deleted objects, scratch); return their names.
-        Never a set with a record, an attachment, or anything that a live process holds. Default: nothing."""
+        """Remove what only this driver can see of dead runs (half-deleted objects, scratch), or of ended ones that
+        nobody waited for (`finish`); return their names. Never a set with a record, an attachment, or anything that a
+        live process holds. Default: nothing."""
         return []
 
     @abstractmethod
@@ -223,6 +237,7 @@ BUILT_IN: Mapping[str, tuple[str, str]] = {
     "lvm": ("providers.lvm:LvmProvider", ""),
     "zfs": ("providers.zfs:ZfsProvider", ""),
     "ebs": ("providers.ebs:EbsProvider", "aws"),
+    "gce": ("providers.gce:GceProvider", "gcp"),
 }
 #: Which claim wins, nearest to the file system first. `copy` serves only where nothing else claims, or on request.
 NEAREST_FIRST = ("zfs", "btrfs", "lvm", "ebs", "gce")

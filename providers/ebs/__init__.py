@@ -152,8 +152,7 @@ class EbsProvider(Provider):
                 object=mount.path,
                 cure="name the provider of what is between, or take the volumes from outside by `select`",
             )
-        top = _top(mount)
-        return Volume(self.name, volumes[0], top, mount.fstype)
+        return Volume(self.name, volumes[0], mounts.top_of(mount), mount.fstype)
 
     def find(self, select: Mapping[str, object]) -> list[Volume]:
         from providers.ebs import choosing
@@ -202,7 +201,9 @@ class EbsProvider(Provider):
         left = _CREATE_S if hold.deadline is None else hold.deadline - time.monotonic()
         within = api.deadline(", ".join(plan.volumes), min(left, _CREATE_S))
         operation = operation_id("create", birth.set_id)
-        given = tags.of_set(birth, operation, {volume.id: self._lies_on(volume) for volume in volumes})
+        seen = [volume for volume in volumes if volume.path is not None]
+        kinds = {volume.id: self.disks.lies_on(mounts.mount_of(str(volume.path))) for volume in seen}
+        given = tags.of_set(birth, operation, kinds)
         how: dict[str, Any] = {
             "Description": f"snapshotter: {birth.node}, {birth.set_id}",
             "TagSpecifications": [{"ResourceType": "snapshot", "Tags": tags.as_tags(given)}],
@@ -230,13 +231,6 @@ class EbsProvider(Provider):
             api.memory.made(item["SnapshotId"], {**item, "Tags": tags.as_tags(given)})
         self._fresh[birth.set_id] = self._checked(api, plan, birth, given, made, within)
         return self._fresh[birth.set_id]
-
-    def _lies_on(self, volume: Volume) -> str:
-        """The file system and its partition, for who mounts a copy: `ext4`, `xfs/1`; '' from outside."""
-        if volume.path is None:
-            return ""
-        parts = self.disks.below(mounts.mount_of(volume.path))
-        return volume.fstype + (f"/{parts[0].partition}" if parts and parts[0].partition else "")
 
     def _adopted(self, api: Api, operation: str, count: int, within: Deadline, why: str) -> list[dict[str, Any]]:
         """What a call made whose reply was lost. Raises StorageError when it isn't seen: `delete` goes on looking."""
@@ -441,13 +435,3 @@ class EbsProvider(Provider):
     def swaps(self) -> Iterator[str]:
         if (swaps := self._swaps()) is not None:
             yield from swaps.listed()
-
-
-def _top(mount: Mount) -> str:
-    """Where the top of the file system on `mount` is seen."""
-    for other in [mount, *mounts.table()]:
-        if other.device == mount.device and other.root == "/":
-            return other.path
-    raise PreconditionError(
-        "is a directory of a file system whose top is mounted nowhere", object=mount.path, cure="mount that"
-    )

@@ -18,8 +18,8 @@ from providers.ebs.here import Here
 from snapshotter.core.errors import NotFoundError, PreconditionError, StorageError
 from snapshotter.core.model import Access, Attachment, MountSpec, Purpose, Snapshot
 from snapshotter.core.remote import operation_id, poll
-from snapshotter.host import mounts, processes
-from snapshotter.host.disks import Disks, Part
+from snapshotter.host import processes
+from snapshotter.host.disks import Disks, Part, copy_mount
 from snapshotter.provider import Settings
 
 #: option -> parameter of CreateVolume
@@ -46,7 +46,8 @@ class Clones:
         item = restorable(self.api, snapshot)
         kind, partition = tags.file_system(tags.read(item), birth.member)
         if kind == "btrfs":
-            self._refuse_twin(snapshot)
+            # Two disks of one btrfs confuse the kernel as soon as it sees them.
+            self.disks.refuse_beside(self.disks.find(tags.serial(snapshot.volume), tags.BY_ID), snapshot.id)
         maker = processes.identity(os.getpid())
         born = tags.of_attachment(
             attachment_id, birth.set_id, birth.member, destination, access, purpose, self.here.instance, maker
@@ -67,22 +68,7 @@ class Clones:
         disk = volumes.appeared(self.api, self.disks, volume, report)
         within = self.api.deadline(f"partition {partition} of {volume}", _PARTITION_S)
         device = poll(lambda: self.disks.device(Part(disk, partition)), within, first_s=0.1, most_s=1.0)
-        kind = kind or _file_system(device)  # taken from outside, where nobody saw it
-        how = ("ro", "nosuid", "nodev") if access is Access.READ_ONLY else ()
-        # The copy of an XFS has its origin's UUID.
-        return MountSpec(device, kind, how + (("nouuid",) if kind == "xfs" else ()))
-
-    def _refuse_twin(self, snapshot: Snapshot) -> None:
-        """Two disks of one btrfs confuse the kernel as soon as it sees them."""
-        for mount in mounts.table():
-            if mount.fstype == "btrfs":
-                known = [self.disks.identity(part.disk, tags.BY_ID) for part in self.disks.below(mount)]
-                if tags.serial(snapshot.volume) in known:
-                    raise PreconditionError(
-                        f"is a btrfs that is mounted here, at {mount.path}: the kernel can't tell the two apart",
-                        object=snapshot.id,
-                        cure="restore it on another instance",
-                    )
+        return copy_mount(device, kind, access is Access.READ_ONLY)
 
     def _all(self) -> Iterator[tuple[dict[str, Any], Attachment]]:
         """Volumes that are attachments on this instance. Another instance's are its own."""
@@ -112,7 +98,7 @@ class Clones:
     def detach(self, attachment_id: str) -> None:
         ours = self._of(attachment_id)
         for volume in ours:
-            volumes.refuse_mounted(self.disks, volume)
+            self.disks.refuse_mounted(self.disks.find(tags.serial(volume), tags.BY_ID), volume)
         for volume in ours:
             volumes.remove(self.api, volume, self.settings.report)
 
@@ -128,10 +114,3 @@ def restorable(api: Api, snapshot: Snapshot) -> dict[str, Any]:
         why = f"EC2 still copies it ({item.get('Progress', '?')})"
         raise PreconditionError(why, object=snapshot.id, cure="wait until it is ready")
     return item
-
-
-def _file_system(device: str) -> str:
-    """What is on a device; '' lets `mount` find out."""
-    from snapshotter.core.command import run
-
-    return run(["blkid", "-p", "-o", "value", "-s", "TYPE", device], timeout=30).stdout.strip()

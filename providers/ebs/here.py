@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import http.client
 import json
 import os
 from urllib.parse import urlsplit
@@ -11,8 +10,8 @@ from urllib.parse import urlsplit
 from msgspec import Struct
 
 from snapshotter.core.errors import PreconditionError
+from snapshotter.host.metadata import ask
 
-_TIMEOUT_S = 2.0
 CURE = "allow IMDSv2 (in containers with a hop limit of 2), or name -o instance= and -o region="
 
 
@@ -32,31 +31,19 @@ def here() -> Here:
 
 @functools.cache
 def _ask(endpoint: str) -> Here:
-    address = urlsplit(endpoint)
+    host = urlsplit(endpoint).netloc
+    token = ask("ebs", host, "PUT", "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, CURE)
+    path = "/latest/dynamic/instance-identity/document"
+    document = ask("ebs", host, "GET", path, {"X-aws-ec2-metadata-token": token}, CURE)
     try:
-        token = _request(address.netloc, "PUT", "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
-        path = "/latest/dynamic/instance-identity/document"
-        found = json.loads(_request(address.netloc, "GET", path, {"X-aws-ec2-metadata-token": token}))
+        found = json.loads(document)
         return Here(
             instance=str(found["instanceId"]),
             region=str(found["region"]),
             zone=str(found["availabilityZone"]),
             account=str(found["accountId"]),
         )
-    except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise PreconditionError(
-            f"the instance metadata service doesn't answer: {error}", object="ebs", cure=CURE
+            f"the instance metadata service says nonsense: {error}", object="ebs", cure=CURE
         ) from None
-
-
-def _request(host: str, method: str, path: str, headers: dict[str, str]) -> str:
-    connection = http.client.HTTPConnection(host, timeout=_TIMEOUT_S)
-    try:
-        connection.request(method, path, headers=headers)
-        answer = connection.getresponse()
-        content = answer.read(65536).decode()
-        if answer.status != 200:
-            raise http.client.HTTPException(f"status {answer.status}")
-        return content
-    finally:
-        connection.close()

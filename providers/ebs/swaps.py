@@ -37,6 +37,9 @@ class Swaps:
             if labels.get(tags.INSTANCE) == self.instance and tags.SWAP in labels:
                 yield labels[tags.SWAP], item
 
+    def _refuse_mounted(self, volume: str) -> None:
+        self.disks.refuse_mounted(self.disks.find(tags.serial(volume), tags.BY_ID), volume)
+
     def _of(self, swap_id: str) -> dict[str, Any] | None:
         return next((item for known, item in self.open() if known == swap_id), None)
 
@@ -53,7 +56,7 @@ class Swaps:
         device = next((each["Device"] for each in (origin or {}).get("Attachments", [])), "")
         if origin is None or volumes.attached_to(origin)[0] != self.instance:
             raise PreconditionError("isn't attached to this instance", object=volume, cure="restore with --to")
-        volumes.refuse_mounted(self.disks, volume)
+        self._refuse_mounted(volume)
         theirs = {key: value for key, value in tags.read(origin).items() if not key.startswith(("aws:", tags.PREFIX))}
         wanted = {
             "SnapshotId": snapshot.id,
@@ -81,7 +84,7 @@ class Swaps:
         if tags.COMMITTED in labels:
             return self.commit(swap_id)
         origin, device = labels[tags.ORIGIN], labels[tags.DEVICE]
-        volumes.refuse_mounted(self.disks, new)
+        self._refuse_mounted(new)
         if volumes.look(self.api, origin, self.api.deadline(origin)) is None:
             raise StorageError("what it set aside is gone", object=swap_id, cure="commit it, to keep what is there")
         volumes.detach(self.api, new, self.report)

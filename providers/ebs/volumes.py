@@ -13,7 +13,6 @@ from providers.ebs.tags import BY_ID, as_tags, serial
 from snapshotter.core.errors import BusyError, NotFoundError, SnapshotterError, StorageError
 from snapshotter.core.model import Report
 from snapshotter.core.remote import Deadline, Lost, poll
-from snapshotter.host import mounts
 from snapshotter.host.disks import Disks
 
 #: After this long what was asked for is listed, or was never done: EC2's own word is "a few minutes" at the very worst.
@@ -206,12 +205,3 @@ def tag(api: Api, names: Sequence[str], changes: Mapping[str, str | None]) -> No
     poll(attempt, within, most_s=5.0)
     for name in names:
         api.memory.tagged(name, changes)
-
-
-def refuse_mounted(disks: Disks, volume: str) -> None:
-    """Raises BusyError if a file system on the volume is mounted here: EC2 would take the disk from under it."""
-    disk = disks.find(serial(volume), BY_ID)
-    mounted = {mount.device: mount.path for mount in mounts.table()}
-    for number in disks.number(disk) if disk else ():
-        if number in mounted:
-            raise BusyError(f"is mounted at {mounted[number]}", object=volume, cure=f"umount {mounted[number]}")

@@ -40,6 +40,7 @@ def in_place(function: Callable[..., None]) -> Callable[..., None]:
 @click.argument("set_id", metavar="[SET|TARGET]", required=False, shell_complete=complete_set_or_target)
 @click.option("--to", metavar="DIR", help="Make a writable clone at DIR (absent or empty).")
 @click.option("--mount", metavar="DIR", help="Mount the image read-only at DIR (absent or empty).")
+@click.option("--away", is_flag=True, help="Make its volumes for another machine (-o zone=, instance=).")
 @click.option("--in-place", "live", is_flag=True, help="Put it in place of the live data, which is set aside.")
 @click.option("--only", type=click.Choice(["database", "key"]), help="In place: only this part of the node.")
 @click.option("--identity", type=click.Choice(["set", "live"]), help="In place: whose key stands there afterwards.")
@@ -56,15 +57,15 @@ def restore(call: Call, set_id: str | None, **given: Any) -> None:
 
     --to and --mount don't touch the origin; `release DIR` ends them. --in-place proves the set, stops the node, sets
     the old data aside, puts the set's there, and starts the node; until --discard it can be undone."""
-    ways = [name for name in ("to", "mount", "live", "go_on", "undo", "discard") if given[name]]
+    ways = [name for name in ("to", "mount", "away", "live", "go_on", "undo", "discard") if given[name]]
     shown = {"live": "--in-place", "go_on": "--continue"}
     if len(ways) != 1:
-        cure = "one of --to DIR, --mount DIR, --in-place; to end one: --continue, --undo, --discard"
+        cure = "one of --to DIR, --mount DIR, --away, --in-place; to end one: --continue, --undo, --discard"
         raise UsageError("give one way to restore", object=set_id or "", cure=cure)
     way = ways[0]
     goes_with = {
         "only": "live", "aside": "live", "identity": "live", "alone": "live", "with_identity": "to",
-        "from_set": "live undo", "dry_run": "to mount live", "yes": "live discard", "from_host": "to mount live",
+        "from_set": "live undo", "dry_run": "to mount live", "yes": "live discard", "from_host": "to mount away live",
     }  # fmt: skip
     for name, those in goes_with.items():
         if given[name] and way not in those.split():
@@ -87,7 +88,12 @@ def restore(call: Call, set_id: str | None, **given: Any) -> None:
     from snapshotter import human
     from snapshotter.core.model import Access
     from snapshotter.verbs import restore as beside
+    from snapshotter.verbs import restore_away as away
 
+    if way == "away":
+        made = away.restore_away(call.session(), set_id, from_host=given["from_host"])
+        call.answer(made, lambda: human.restored_away(made))
+        return
     access = Access.WRITABLE if way == "to" else Access.READ_ONLY
     rest: dict[str, Any] = {name: given[name] for name in ("from_host", "dry_run", "with_identity")}
     document = beside.restore(call.session(), set_id, given[way], access, **rest)

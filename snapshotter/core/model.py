@@ -221,6 +221,15 @@ class Tree(Struct, frozen=True):
     path: str
 
 
+class Elsewhere(Struct, frozen=True):
+    """`attach_away` made a volume that isn't this machine's. `instance` is '' where it is attached to none; `device` is
+    what it is called there."""
+
+    volume: str
+    instance: str = ""
+    device: str = ""
+
+
 class Space(Struct, frozen=True):
     """Room where a snapshot of some volumes would live. Bytes; None where the storage can't tell. In `detail` a name
     that ends in ` percent` says how full (0 to 100) a part is that must not be: its metadata, a copy-on-write table."""

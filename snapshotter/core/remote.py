@@ -14,6 +14,10 @@ from snapshotter.core.errors import StorageError
 from snapshotter.core.model import Progress, Report, no_report
 
 T = TypeVar("T")
+_LITTLE = 0.01
+_FEW = 20.0  # calls a minute that we ask for however few there were: others may have taken the rest of that one
+_LAST_S = 0.5  # before a deadline the last attempt is made
+_LATE_S = 0.2  # after a whole minute: the other side's clock isn't ours
 _NAMESPACE = "6a4f0d8e-5f0b-4a5c-9a8b-2f0a1d3c7e55"
 
 
@@ -29,12 +33,20 @@ class Lost(Exception):
     """No answer came, or one that says nothing: the effect may have happened."""
 
 
+class Late(StorageError):
+    """The deadline is over."""
+
+
 class Clock:
     """Time as everything here sees it: tests drive one of their own."""
 
     def now(self) -> float:
         """Monotonic."""
         return time.monotonic()
+
+    def wall(self) -> float:
+        """Since 1970: what a cloud's time stamps, and its whole minutes, are compared with."""
+        return time.time()
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -50,10 +62,10 @@ class Deadline:
     def left(self) -> float:
         return max(0.0, self._end - self.clock.now())
 
-    def over(self, why: str = "") -> StorageError:
+    def over(self, why: str = "") -> Late:
         """The error to raise when nothing is left. `why`: what was heard last."""
         said = f" ({why})" if why else ""
-        return StorageError(f"was not done within {self.seconds:.0f} s{said}", object=self.what, cure="try again later")
+        return Late(f"was not done within {self.seconds:.0f} s{said}", object=self.what, cure="try again later")
 
 
 class TokenBucket:
@@ -94,6 +106,48 @@ class TokenBucket:
         self._rate = min(self.per_second, self._rate + self.per_second * passed / 60)
 
 
+class MinuteQuota:
+    """Calls that the other side takes between two whole minutes, all at once if one likes, and then none until the
+    next. How many isn't known before: a refusal (`throttled`) ends the minute for all, and what it has taken until then
+    is what we ask of the minutes after it, and ever more of each until it refuses again. Threads may share one."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self._minute, self._taken, self._refused = -1, 0, 0
+        self._most: float | None = None
+        self._more = _LITTLE
+        import threading  # slow to import, and nobody needs it who asks no cloud
+
+        self._lock = threading.Lock()
+
+    def take(self, deadline: Deadline) -> None:
+        """Wait for one's turn. Raises StorageError, at once, if that would be after the deadline."""
+        while True:
+            with self._lock:
+                now = self.clock.wall()
+                self._turn(int(now // 60))
+                if not self._refused and (self._most is None or self._taken < self._most):
+                    self._taken += 1
+                    return
+                wait = 60 - now % 60 + _LATE_S
+                if wait > deadline.left():
+                    raise deadline.over("waiting for the next minute: the API takes only so many calls in each")
+            self.clock.sleep(wait)
+
+    def throttled(self) -> None:
+        with self._lock:
+            self._turn(int(self.clock.wall() // 60))
+            self._refused += 1
+            self._most, self._more = max(_FEW, self._taken - self._refused), _LITTLE
+
+    def _turn(self, minute: int) -> None:
+        if minute != self._minute:
+            if self._most is not None and not self._refused:
+                self._most += max(1.0, self._most * self._more)
+                self._more = min(1.0, self._more * 2)
+            self._minute, self._taken, self._refused = minute, 0, 0
+
+
 def operation_id(*parts: str) -> str:
     """The same for the same operation, whoever repeats it: a client token, a tag to find its effect by."""
     import uuid  # slow to import, and nobody needs it who asks no cloud
@@ -106,18 +160,34 @@ def persist(attempt: Callable[[], T], deadline: Deadline, *, again_after_loss: b
     may be made twice, else it gets out. Raises StorageError at the deadline."""
     from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
-    def give_up(state: RetryCallState) -> bool:
-        return deadline.left() <= state.upcoming_sleep
+    heard = ""
+
+    def noted() -> T:
+        nonlocal heard
+        try:
+            return attempt()
+        except (Temporary, Lost) as error:
+            heard = str(error)
+            raise
+
+    longer = wait_random_exponential(multiplier=0.25, max=10)
+
+    def pause(state: RetryCallState) -> float:
+        return max(0.0, min(longer(state), deadline.left() - _LAST_S))
 
     retrying = Retrying(
         retry=retry_if_exception_type((Temporary, Lost) if again_after_loss else Temporary),
-        wait=wait_random_exponential(multiplier=0.25, max=10),
-        stop=give_up,
+        wait=pause,
+        stop=lambda _: deadline.left() <= _LAST_S,
         sleep=deadline.clock.sleep,
         reraise=True,
     )
     try:
-        return retrying(attempt)
+        return retrying(noted)
+    except Late:
+        if not heard:
+            raise
+        raise deadline.over(heard) from None
     except Temporary as error:
         raise deadline.over(str(error)) from None
     except Lost as error:

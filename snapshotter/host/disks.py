@@ -11,6 +11,9 @@ import re
 
 from msgspec import Struct
 
+from snapshotter.core.errors import BusyError, PreconditionError
+from snapshotter.core.model import MountSpec
+from snapshotter.host import mounts
 from snapshotter.host.mounts import Mount
 
 
@@ -80,7 +83,11 @@ class Disks(Struct, frozen=True):
         """A whole disk's serial, as it says it itself (NVMe), or as udev wrote it after `prefix`. '' if unknown."""
         if serial := _read(f"{self.sysfs}/block/{disk}/device/serial"):
             return serial
-        return next((name for name, known in self._links(prefix).items() if known == disk), "")
+        return next((name for name, known in self.linked(prefix).items() if known == disk), "")
+
+    def model(self, disk: str) -> str:
+        """What a whole disk says that it is, '' if nothing."""
+        return _read(f"{self.sysfs}/block/{disk}/device/model")
 
     def find(self, identity: str, prefix: str) -> str | None:
         """The kernel name of the disk with this identity, None while there is none."""
@@ -88,7 +95,7 @@ class Disks(Struct, frozen=True):
         for disk in os.listdir(blocks) if os.path.isdir(blocks) else []:
             if _read(f"{blocks}/{disk}/device/serial") == identity:
                 return disk
-        return self._links(prefix).get(identity)
+        return self.linked(prefix).get(identity)
 
     def device(self, part: Part) -> str | None:
         """Its node in /dev, None while there is no such partition."""
@@ -107,10 +114,48 @@ class Disks(Struct, frozen=True):
         found = {_read(f"{top}/dev"), *(_read(f"{top}/{n}/dev") for n in names if _read(f"{top}/{n}/partition"))}
         return found - {""}
 
-    def _links(self, prefix: str) -> dict[str, str]:
-        """identity -> kernel name, of whole disks. A namespace has a second link (`..._1`), sorted behind."""
+    def lies_on(self, mount: Mount) -> str:
+        """The file system and its partition, for who mounts a copy of the disk: `ext4`, `xfs/1`."""
+        parts = self.below(mount)
+        return mount.fstype + (f"/{parts[0].partition}" if parts and parts[0].partition else "")
+
+    def refuse_mounted(self, disk: str | None, volume: str) -> None:
+        """Raises BusyError if a file system on the disk is mounted here: the cloud would take it from under it."""
+        mounted = {mount.device: mount.path for mount in mounts.table()}
+        for number in self.number(disk) if disk else ():
+            if number in mounted:
+                raise BusyError(f"is mounted at {mounted[number]}", object=volume, cure=f"umount {mounted[number]}")
+
+    def refuse_beside(self, disk: str | None, copy: str) -> None:
+        """Raises PreconditionError if the disk is (part of) a btrfs that is mounted here: two disks of one btrfs
+        confuse the kernel as soon as it sees them."""
+        for mount in mounts.table():
+            if disk and mount.fstype == "btrfs" and disk in [part.disk for part in self.below(mount)]:
+                raise PreconditionError(
+                    f"is a btrfs that is mounted here, at {mount.path}: the kernel can't tell the two apart",
+                    object=copy,
+                    cure="restore it on another instance",
+                )
+
+    def linked(self, prefix: str) -> dict[str, str]:
+        """identity -> kernel name, of whole disks, as udev's links say it after `prefix`. A namespace has a second link
+        (`..._1`), sorted behind."""
         found = {}
         for name in sorted(os.listdir(self.by_id)) if os.path.isdir(self.by_id) else []:
             if name.startswith(prefix) and not re.search(r"-part\d+$", name):
                 found[name.removeprefix(prefix)] = os.path.basename(os.path.realpath(f"{self.by_id}/{name}"))
         return found
+
+
+def file_system(device: str) -> str:
+    """What is on a device; '' lets `mount` find out."""
+    from snapshotter.core.command import run
+
+    return run(["blkid", "-p", "-o", "value", "-s", "TYPE", device], timeout=30).stdout.strip()
+
+
+def copy_mount(device: str, kind: str, read_only: bool) -> MountSpec:
+    """How the copy of a mounted file system is mounted beside it: a copy of an XFS has its origin's UUID."""
+    kind = kind or file_system(device)
+    how = ("ro", "nosuid", "nodev") if read_only else ()
+    return MountSpec(device, kind, how + (("nouuid",) if kind == "xfs" else ()))

@@ -109,6 +109,16 @@ def mounts_below(path: str, mounts: Sequence[Mount] | None = None) -> list[Mount
     return [mount for mount in below if mount_of(mount.path, mounts) == mount]
 
 
+def top_of(mount: Mount) -> str:
+    """Where the top of the file system on `mount` is seen. Raises PreconditionError if that is nowhere."""
+    for other in [mount, *table()]:
+        if other.device == mount.device and other.root == "/":
+            return other.path
+    raise PreconditionError(
+        "is a directory of a file system whose top is mounted nowhere", object=mount.path, cure="mount that"
+    )
+
+
 def inside(path: str, mount: Mount) -> str:
     """Where `path` lies in the file system that is mounted there: absolute, seen from that file system's top.
     Two paths with the same (device, inside) are the same directory, bind mounts or not."""

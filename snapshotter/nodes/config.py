@@ -192,6 +192,7 @@ class Aws(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Gcp(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     project: str | None = None
     impersonate: str | None = None  # a service account's address
+    endpoint: str | None = None  # the API's address, where it isn't the public one
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -16,6 +16,7 @@ from snapshotter.core.model import (
     Access,
     Attachment,
     Birth,
+    Elsewhere,
     Hold,
     MountSpec,
     Purpose,
@@ -37,8 +38,10 @@ MUTATING = (
     "prepare",
     "create",
     "mark",
+    "finish",
     "delete",
     "attach",
+    "attach_away",
     "settle",
     "detach",
     "swap",
@@ -46,7 +49,7 @@ MUTATING = (
     "swap_commit",
 )
 #: Those that may be made twice with no other effect than once.
-IDEMPOTENT = frozenset({"mark", "delete", "settle", "detach", "swap_back", "swap_commit"})
+IDEMPOTENT = frozenset({"mark", "finish", "delete", "settle", "detach", "swap_back", "swap_commit"})
 
 
 class Proxy(Provider):
@@ -98,6 +101,9 @@ class Proxy(Provider):
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         self.mutate("mark", lambda: self.inner.mark(set_id, changes))
 
+    def finish(self, set_id: str) -> None:
+        self.mutate("finish", lambda: self.inner.finish(set_id))
+
     def delete(self, set_id: str) -> None:
         self.mutate("delete", lambda: self.inner.delete(set_id))
 
@@ -110,6 +116,9 @@ class Proxy(Provider):
         purpose: Purpose = Purpose.RESTORE,
     ) -> MountSpec | Tree:
         return self.mutate("attach", lambda: self.inner.attach(snapshot, attachment_id, access, destination, purpose))
+
+    def attach_away(self, snapshot: Snapshot, attachment_id: str) -> Elsewhere:
+        return self.mutate("attach_away", lambda: self.inner.attach_away(snapshot, attachment_id))
 
     def settle(self, attachment_id: str, since: datetime) -> None:
         self.mutate("settle", lambda: self.inner.settle(attachment_id, since))

@@ -274,6 +274,8 @@ def _quiesce(node: Node, asked: str | None, owners: Sequence[Provider], volumes:
             )
         return chosen
     needs = {owner.traits.quiesce for owner in owners}
+    if needs == {Quiesce.FREEZE}:
+        return Quiesce.FREEZE  # all of them together, so it needn't be one instant
     if Quiesce.PAUSE in needs or not _one_instant(owners, volumes):
         return Quiesce.PAUSE
     return Quiesce.FREEZE if Quiesce.FREEZE in needs else Quiesce.NONE

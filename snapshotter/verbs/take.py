@@ -210,4 +210,7 @@ def _wait_until_ready(session: Session, plan: Plan, patience_s: float) -> dict[s
         raise
     if found.state is State.DAMAGED:
         raise StorageError(f"the storage lost the image: {found.why}", object=plan.set_id)
+    if found.state is State.READY:
+        for provider, _ in plan.by_provider():
+            provider.finish(plan.set_id)
     return set_document(found)

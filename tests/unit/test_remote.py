@@ -8,7 +8,17 @@ import threading
 import pytest
 
 from snapshotter.core.errors import StorageError
-from snapshotter.core.remote import Clock, Deadline, Lost, Temporary, TokenBucket, operation_id, persist, poll
+from snapshotter.core.remote import (
+    Clock,
+    Deadline,
+    Lost,
+    MinuteQuota,
+    Temporary,
+    TokenBucket,
+    operation_id,
+    persist,
+    poll,
+)
 
 
 class DrivenClock(Clock):
@@ -17,6 +27,9 @@ class DrivenClock(Clock):
 
     def now(self) -> float:
         return self.time
+
+    def wall(self) -> float:
+        return 1_800_000_000.0 + self.time
 
     def sleep(self, seconds: float) -> None:
         assert seconds >= 0
@@ -137,6 +150,63 @@ def test_threads_share_a_bucket(clock: DrivenClock) -> None:
     for thread in threads:
         thread.join(60)
     assert len(taken) == 10
+
+
+class ByTheMinute:
+    """The other side: so many calls between two whole minutes."""
+
+    def __init__(self, clock: DrivenClock, most: int) -> None:
+        self.clock, self.most, self.minute = clock, most, -1
+        self.passed = self.refused = self.taken = 0
+
+    def call(self) -> bool:
+        if (minute := int(self.clock.wall() // 60)) != self.minute:
+            self.minute, self.taken = minute, 0
+        self.taken += 1
+        if self.taken > self.most:
+            self.refused += 1
+            return False
+        self.passed += 1
+        return True
+
+
+def test_a_refusal_ends_the_minute_and_the_next_is_asked_for_no_more(clock: DrivenClock) -> None:
+    other, quota, deadline = ByTheMinute(clock, 100), MinuteQuota(clock), Deadline(36000, clock, "x")
+    started = clock.wall()
+    while other.passed < 1000:
+        quota.take(deadline)
+        if not other.call():
+            quota.throttled()
+    assert other.refused <= 10, "one a minute finds out that there is no more"
+    assert clock.wall() // 60 - started // 60 <= 10, "ten minutes' worth in ten minutes"
+
+
+def test_after_a_refusal_nobody_asks_before_the_whole_minute(clock: DrivenClock) -> None:
+    quota = MinuteQuota(clock)
+    for second in (0, 1, 59):
+        clock.time += 60 - clock.wall() % 60 + second
+        quota.take(Deadline(600, clock, "x"))
+        quota.throttled()
+        before = clock.wall()
+        quota.take(Deadline(600, clock, "x"))
+        assert 0 < clock.wall() - before <= 61 and clock.wall() % 60 < 1
+    quota.throttled()
+    with pytest.raises(StorageError, match="minute"):
+        quota.take(Deadline(5, clock, "x"))
+
+
+def test_a_quota_that_grew_is_found(clock: DrivenClock) -> None:
+    other, quota, deadline = ByTheMinute(clock, 10), MinuteQuota(clock), Deadline(1e6, clock, "x")
+    for _ in range(100):
+        quota.take(deadline)
+        if not other.call():
+            quota.throttled()
+    other.most = 10_000
+    started = clock.wall()
+    for _ in range(10_000):
+        quota.take(deadline)
+        assert other.call()
+    assert clock.wall() - started < 30 * 60
 
 
 def test_operation_ids_are_of_the_operation() -> None:

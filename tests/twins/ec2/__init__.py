@@ -10,6 +10,7 @@ paging), and what it ignores passes silently, while here a parameter that EC2 do
 
 from tests.twins.ec2.disks import Disks
 from tests.twins.ec2.server import Twin
-from tests.twins.ec2.world import Clock, Fault, Limits
+from tests.twins.ec2.world import Limits
+from tests.twins.knobs import Clock, Fault
 
 __all__ = ["Clock", "Disks", "Fault", "Limits", "Twin"]

@@ -14,7 +14,6 @@ from tests.twins.ec2.wire import Refusal
 from tests.twins.ec2.world import (
     ACCOUNT,
     Attached,
-    Fault,
     Instance,
     Resource,
     Snapshot,
@@ -23,6 +22,7 @@ from tests.twins.ec2.world import (
     moment,
     new_id,
 )
+from tests.twins.knobs import Fault
 
 Params = dict[str, Any]
 Answer = dict[str, Any]

@@ -1,8 +1,5 @@
 """The twin's two faces on one loopback port: EC2 (POST /) and the instance metadata service, version 2 alone
 (/latest/...). Throttling, credentials and faults are here, before and after an action.
-
-Requests are answered one after another in the order in which they came: what a killed client had sent is done, or is
-not, before anybody else looks.
 """
 
 from __future__ import annotations
@@ -16,14 +13,15 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from tests.twins.ec2 import wire
 from tests.twins.ec2.actions import ACTIONS, Call
 from tests.twins.ec2.disks import Disks
 from tests.twins.ec2.wire import Refusal
-from tests.twins.ec2.world import ACCOUNT, Clock, Fault, Instance, Limits, World
+from tests.twins.ec2.world import ACCOUNT, Instance, Limits, World
+from tests.twins.knobs import Clock, Fault, Server, due
 
 _SCOPE = re.compile(r"Credential=([^/]+)/\d{8}/([a-z0-9-]+)/ec2/aws4_request")
 REGION = "eu-central-1"
@@ -44,9 +42,8 @@ class Twin:
         self.calls: list[tuple[str, str]] = []  # action, outcome: "ok" or the error's code
         self._buckets: dict[str, tuple[float, float]] = {}
         self._tokens: dict[str, float] = {}
-        self.hanging: list[Any] = []
-        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"twin": self}))
-        self._server.hanging = self.hanging
+        self._server = Server(type("Handler", (_Handler,), {"twin": self}))
+        self.hanging = self._server.hanging
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
     def __enter__(self) -> Twin:
@@ -56,8 +53,6 @@ class Twin:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
-        for connection in self.hanging:
-            connection.close()
         self._thread.join()
 
     @property
@@ -100,7 +95,7 @@ class Twin:
             if scope[1] not in ("AKIATWIN", "ASIAROLE"):
                 raise Refusal("AuthFailure", "AWS was not able to validate the provided access credentials", 401)
             self._throttle(action, scope[2])
-            fault = self._fault(action)
+            fault = due(self.faults, action)
             if fault is not None and fault.kind == "refuse":
                 raise Refusal(fault.code, fault.message or "on purpose", fault.status)
             if fault is not None and fault.kind == "hang":
@@ -122,15 +117,6 @@ class Twin:
         if fault is not None and fault.kind == "kill-after":
             os.kill(fault.pid, signal.SIGKILL)
         return "lost" if fault is not None and fault.kind in ("lost", "kill-after") else answer
-
-    def _fault(self, action: str) -> Fault | None:
-        for fault in self.faults:
-            if fault.action in (action, "*"):
-                fault.nth -= 1
-                if fault.nth == 0:
-                    self.faults.remove(fault)
-                    return fault
-        return None
 
     def _throttle(self, action: str, region: str) -> None:
         bucket = self.limits.buckets.get(action, self.limits.buckets.get("*"))
@@ -178,21 +164,6 @@ class Twin:
             role: "snapshotter",
             f"{role}snapshotter": json.dumps(keys),
         }.get(path)
-
-
-class _Server(HTTPServer):
-    request_queue_size = 128
-    hanging: list[Any]
-
-    def shutdown_request(self, request: Any) -> None:
-        if request not in self.hanging:
-            super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        import sys
-
-        if not isinstance(sys.exception(), ConnectionError):  # a killed client is no error of the twin's
-            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -15,21 +15,9 @@ from typing import Any, TypeVar
 
 from tests.twins.ec2.disks import Disks
 from tests.twins.ec2.wire import Refusal
+from tests.twins.knobs import Clock
 
 ACCOUNT = "123456789012"
-
-
-class Clock:
-    """The twin's time, seconds UTC: the machine's, and what tests put on top."""
-
-    def __init__(self) -> None:
-        self.offset = 0.0
-
-    def now(self) -> float:
-        return time.time() + self.offset
-
-    def advance(self, seconds: float) -> None:
-        self.offset += seconds
 
 
 @dataclass
@@ -46,22 +34,6 @@ class Limits:
     buckets: dict[str, tuple[float, float]] = field(default_factory=dict)  # action, or "*": capacity, per second
     busy_s: float = 30.0  # detaching -> busy, where the disk is in use: real seconds
     keys_denied: set[str] = field(default_factory=set)  # KMS keys that the caller may not use
-
-
-@dataclass
-class Fault:
-    """What goes wrong at the `nth` call (from now) of `action`. Of `kind`: `refuse` (with `code`, no effect), `lost`
-    (the effect, no reply), `broken` (the effect, and a 500), `hang` (no effect, no reply), `upload` (its snapshots end
-    in error), `partial` (one snapshot of the set is missing), `kill` and `kill-after` (process `pid` gets SIGKILL
-    before or after the effect, no reply)."""
-
-    action: str
-    kind: str
-    code: str = "InternalError"
-    message: str = ""
-    status: int = 400
-    nth: int = 1
-    pid: int = 0
 
 
 @dataclass(kw_only=True)

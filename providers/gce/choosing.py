@@ -1,0 +1,168 @@
+"""Which disks, how they can be taken at one instant, and whether Compute Engine would take them now: all that is asked
+before anybody is held still. Must change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from msgspec import Struct
+
+from providers.gce import labels
+from providers.gce.api import Api
+from providers.gce.names import Disk, disk, disk_of, last, milliseconds, path_of, region_of
+from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError
+from snapshotter.core.remote import Deadline
+
+#: "At most once every 10 minutes. If you want to issue a burst, at most 6 requests in 60 minutes": the guide to
+#: snapshots.
+BURST, WITHIN_S = 6, 3600.0
+#: The guide to instant snapshots.
+INSTANTS, INSTANT_SPACING_S = 32, 30.0
+_SEEN_S = 60.0
+
+
+class Plan(Struct, frozen=True):
+    """How the disks of a set are taken: by their consistency group, at one instant; else (`group` is '') one by one."""
+
+    disks: tuple[Disk, ...]
+    group: str = ""  # the link of the policy
+
+    @property
+    def place(self) -> str:
+        return self.disks[0].place
+
+
+#: What was said of disks and instances, and when: they are selected first and checked then, and each look costs a call.
+Seen = dict[str, tuple[float, Any]]
+
+
+def look(api: Api, seen: Seen, which: Disk, within: Deadline) -> Any:
+    """What is known of a disk, or was a moment ago. Raises NotFoundError."""
+    at, item = seen.get(which.id, (0.0, None))
+    if item is None or api.clock.now() - at > _SEEN_S:
+        item = api.call(f"{which.service}.get", within, disk=which.name, **which.where)
+        seen[which.id] = (api.clock.now(), item)
+    return item
+
+
+def instance(api: Api, seen: Seen, zone: str, name: str, within: Deadline) -> Any:
+    """The same of an instance."""
+    at, item = seen.get(f"{zone}/instance/{name}", (0.0, None))
+    if item is None or api.clock.now() - at > _SEEN_S:
+        item = api.call("Instances.get", within, zone=zone, instance=name)
+        seen[f"{zone}/instance/{name}"] = (api.clock.now(), item)
+    return item
+
+
+def find(api: Api, seen: Seen, select: Mapping[str, object], zone: str) -> list[str]:
+    """Ids of the disks that `select` means. `instance`: all of its disks but the one it boots from; `volumes`: by id,
+    or by name in `zone`; `tags`: by labels. Raises NotFoundError where there is none, PreconditionError where nothing
+    is selected."""
+    within = api.deadline("the disks selected")
+    if isinstance(named := select.get("instance"), str) and named:
+        where, _, name = named.rpartition("/")
+        if not (where or zone):
+            raise PreconditionError("is in a zone that isn't known", object=named, cure="write ZONE/NAME, or -o zone=")
+        about = instance(api, seen, where or zone, name, within)
+        wanted = [disk_of(each.source) for each in about.disks if not each.boot and each.source]
+        items = [(each, look(api, seen, each, within)) for each in wanted if each is not None]
+    elif isinstance(volumes := select.get("volumes"), list | tuple) and volumes:
+        ids = [str(each) if "/" in str(each) else f"{zone}/{each}" for each in volumes]
+        items = [(disk(each), look(api, seen, disk(each), within)) for each in ids]
+    elif isinstance(tags := select.get("tags"), Mapping) and tags:
+        given = " ".join(f'(labels.{key}="{value}")' for key, value in tags.items())
+        items = []
+        for item in api.pages("Disks.aggregated_list", within, filter=given):
+            if (found := disk_of(item.self_link)) is not None:
+                items.append((found, item))
+                seen[found.id] = (api.clock.now(), item)
+    else:
+        raise PreconditionError("selects nothing", object="select", cure="give instance, volumes or tags")
+    found_ids = [which.id for which, item in items if not {labels.ATTACHMENT, labels.ASIDE} & set(item.labels)]
+    if not found_ids:
+        raise NotFoundError("there is no such disk", object=str(dict(select)), cure="see the config's `select`")
+    return sorted(found_ids)
+
+
+def plan(api: Api, seen: Seen, ids: Sequence[str], here: Any | None) -> Plan:
+    """`here`: the instance that the disks' mounts were seen on. Raises NotFoundError, PreconditionError."""
+    within = api.deadline(", ".join(ids))
+    if here is not None:
+        attached = {path_of(each.source) for each in here.disks}
+        for each in ids:
+            if disk(each).link(api.project) not in attached:
+                raise PreconditionError(
+                    f"Compute Engine says that it isn't attached to {here.name}",
+                    object=each,
+                    cure="is the project another? -o project=",
+                )
+    items = [look(api, seen, disk(each), within) for each in ids]
+    for each, item in zip(ids, items, strict=True):
+        if item.status not in ("READY", "RESTORING"):
+            raise PreconditionError(f"is in state {item.status}", object=each, cure="see the disk in the console")
+    return Plan(tuple(map(disk, ids)), _group(api, items, within) if len(ids) > 1 else "")
+
+
+def _group(api: Api, items: Sequence[Any], within: Deadline) -> str:
+    """The consistency group that all of these disks are in; '' if there is none."""
+    places = {item.zone or item.region for item in items}
+    common = set.intersection(*({path_of(link) for link in item.resource_policies} for item in items))
+    if len(places) != 1:
+        return ""
+    for link in sorted(common):
+        try:
+            where = region_of(last(next(iter(places))))
+            policy = api.call("ResourcePolicies.get", within, region=where, resource_policy=last(link))
+        except NotFoundError:
+            continue
+        if "disk_consistency_group_policy" in policy:
+            return link
+    return ""
+
+
+def room(api: Api, seen: Seen, plan: Plan, set_id: str) -> float:
+    """Seconds until Compute Engine takes these disks, a few. Raises PreconditionError where that is long, BusyError
+    where the set exists."""
+    within = api.deadline(", ".join(each.id for each in plan.disks))
+    links = {path_of(look(api, seen, each, within).self_link): each for each in plan.disks}
+    taken: dict[str, list[float]] = {link: [] for link in links}
+    given = " OR ".join(f'(sourceDisk="{look(api, seen, each, within).self_link}")' for each in plan.disks)
+    now = api.clock.wall()
+    for item in api.pages("Snapshots.list", within, filter=given):
+        if item.labels.get(labels.SET) == set_id:
+            raise BusyError("exists already", object=set_id, cure="take another set")
+        at = milliseconds(item.creation_timestamp) / 1000
+        if path_of(item.source_disk) in taken and now - at < WITHIN_S:
+            taken[path_of(item.source_disk)].append(at)
+    for link, moments in taken.items():
+        if len(moments) >= BURST:
+            again = datetime.fromtimestamp(sorted(moments)[-BURST] + WITHIN_S, UTC)
+            raise PreconditionError(
+                f"{len(moments)} snapshots of it were made within the hour, and Compute Engine takes {BURST}",
+                object=links[link].id,
+                cure=f"take it again after {again:%H:%M} UTC; a snapshot every ten minutes is always possible",
+            )
+    return _instants(api, plan, links, within) if plan.group else 0.0
+
+
+def _instants(api: Api, plan: Plan, links: Mapping[str, Disk], within: Deadline) -> float:
+    """The same for the instant snapshots that a group is taken by."""
+    wait, count = 0.0, dict.fromkeys(links, 0)
+    service = "RegionInstantSnapshots" if plan.disks[0].regional else "InstantSnapshots"
+    for item in api.pages(f"{service}.list", within, **plan.disks[0].where):
+        if path_of(item.source_disk) in count:
+            count[path_of(item.source_disk)] += 1
+            age = api.clock.wall() - milliseconds(item.creation_timestamp) / 1000
+            # Never longer than that: the two clocks may disagree.
+            wait = max(wait, min(INSTANT_SPACING_S, INSTANT_SPACING_S - age))
+    for link, many in count.items():
+        if many >= INSTANTS:
+            raise PreconditionError(
+                f"has {many} instant snapshots, and can have {INSTANTS}",
+                object=links[link].id,
+                cure="delete some; `snapshotter reap` removes those that dead runs of ours left",
+            )
+    return wait

@@ -1,0 +1,155 @@
+"""What is written on snapshots and disks: the gce provider's one codec. Must know no call, and load nothing that takes
+time.
+
+What never changes is in the `description`, which Compute Engine takes at birth alone: the birth record, an attachment's
+record. What does change, and what is looked for, are labels; each of their keys begins with `snapshotter-`, and their
+values are of `[a-z0-9_-]`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from providers.gce.names import NAME, disk_of, member_name
+from snapshotter.core.errors import PreconditionError
+from snapshotter.core.labels import MARK_NAMES, LabelLimits, decode_birth, encode_birth
+from snapshotter.core.model import Access, Attachment, Birth, Purpose
+
+PREFIX = "snapshotter-"
+MANAGED = PREFIX + "managed"
+SET = PREFIX + "set"
+FILE_SYSTEM = PREFIX + "fs"
+ATTACHMENT = PREFIX + "attachment"
+INSTANCE = PREFIX + "instance"
+SINCE = PREFIX + "since"
+MAKER = PREFIX + "maker"
+AWAY = PREFIX + "away"  # the host that made it for another machine
+SWAP = PREFIX + "swap"
+COMMITTED = PREFIX + "committed"
+ASIDE = PREFIX + "set-aside"
+_MARK = PREFIX + "mark-"
+_MOST = 2048  # characters of a description
+
+LIMITS = LabelLimits(max_value=_MOST, value_pattern=r"[ -~]*")
+
+
+def of_set(birth: Birth, file_system: str) -> dict[str, Any]:
+    """Description and labels of a member's snapshot. `file_system`: what lies on its disk, `ext4`, `ext4/1` on a
+    partition, '' where it isn't known."""
+    labels = {MANAGED: "true", SET: birth.set_id}
+    if file_system:
+        labels[FILE_SYSTEM] = file_system.replace("/", "-")
+    return {"description": encode_birth(birth), "labels": labels}
+
+
+def birth_of(item: Any) -> Birth | None:
+    """The record of a snapshot; None if it is none of ours: a copy of our labels on another's snapshot is not."""
+    labels = item.labels
+    if labels.get(MANAGED) != "true":
+        return None
+    birth = decode_birth(item.description)
+    if birth is None or birth.set_id != labels.get(SET) or item.name != member_name(birth.set_id, birth.member):
+        return None
+    member = birth.members[birth.member]
+    disk = disk_of(item.source_disk)
+    return birth if member.provider == NAME and disk is not None and disk.id == member.volume else None
+
+
+def file_system(item: Any) -> tuple[str, int]:
+    """(type, partition) of what lies on a snapshot's disk; ('', 0) where it wasn't known."""
+    kind, _, partition = item.labels.get(FILE_SYSTEM, "").partition("-")
+    return kind, int(partition) if partition.isdigit() else 0
+
+
+def marks_of(labels: Mapping[str, str]) -> dict[str, str]:
+    found = {key.removeprefix(_MARK): value for key, value in labels.items() if key.startswith(_MARK)}
+    return {name: value for name, value in found.items() if name in MARK_NAMES}
+
+
+def mark(name: str) -> str:
+    return _MARK + name
+
+
+def of_attachment(
+    attachment_id: str,
+    set_id: str,
+    member: int,
+    destination: str,
+    access: Access,
+    purpose: Purpose,
+    instance: str,
+    maker: tuple[int, int] | None,
+) -> dict[str, Any]:
+    """Description and labels of a disk made from a snapshot. `instance`: the number of the one that it is for."""
+    record = {"member": member, "path": destination, "access": str(access), "purpose": str(purpose)}
+    description = json.dumps(record)  # ASCII: a path that isn't UTF-8 has its bytes escaped
+    if len(description) > _MOST:
+        raise PreconditionError("is too long a path", object=destination, cure="restore to a shorter one")
+    labels = {MANAGED: "true", SET: set_id, ATTACHMENT: attachment_id, INSTANCE: instance}
+    if maker:
+        labels[MAKER] = f"{maker[0]}-{maker[1]}"
+    return {"description": description, "labels": labels}
+
+
+def attachment_of(item: Any) -> Attachment | None:
+    """The attachment that a disk is (a part of); None if it is none of ours. `held` is not known here."""
+    labels = item.labels
+    try:
+        record = json.loads(item.description)
+        if labels.get(MANAGED) != "true":
+            return None
+        return Attachment(
+            id=labels[ATTACHMENT],
+            provider=NAME,
+            set_id=labels[SET],
+            member=int(record["member"]),
+            path=str(record["path"]),
+            access=Access(record["access"]),
+            purpose=Purpose(record["purpose"]),
+            since=_moment(labels[SINCE]) if labels.get(SINCE) else None,
+        )
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def since(moment: datetime) -> str:
+    return moment.astimezone(UTC).strftime("%Y%m%dt%H%M%S-%f")
+
+
+def _moment(text: str) -> datetime:
+    return datetime.strptime(text, "%Y%m%dt%H%M%S-%f").replace(tzinfo=UTC)
+
+
+def maker_of(labels: Mapping[str, str]) -> tuple[int, int] | None:
+    """The process that was making the attachment."""
+    found = re.fullmatch(r"(\d+)-(\d+)", labels.get(MAKER, ""))
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def of_swap(swap_id: str, origin: str, device: str, auto_delete: bool, instance: str) -> dict[str, Any]:
+    """Description and labels of a disk that takes the place of `origin` (a volume's id), attached as `device`."""
+    record = {"origin": origin, "device": device, "auto_delete": auto_delete}
+    labels = {MANAGED: "true", SWAP: swap_id, INSTANCE: instance}
+    return {"description": json.dumps(record), "labels": labels}
+
+
+def swap_of(item: Any) -> tuple[str, str, bool] | None:
+    """(origin, device, auto-delete) of a disk that is in another's place; None if it is none of ours."""
+    try:
+        record = json.loads(item.description)
+        if item.labels.get(MANAGED) != "true" or SWAP not in item.labels:
+            return None
+        return str(record["origin"]), str(record["device"]), bool(record["auto_delete"])
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def group_of(item: Any) -> Birth | None:
+    """The record of an instant snapshot group; None if it is none of ours. It can't have labels: its name is the set's
+    id, and its description the set's record."""
+    birth = decode_birth(item.description)
+    return birth if birth is not None and birth.set_id == item.name else None

@@ -1,0 +1,123 @@
+"""A disk made from a snapshot takes its origin's place: the origin is detached, the other attached under its device's
+name. Must know no mount's path: nothing of either is mounted meanwhile.
+
+The record is in what the new disk is born with; the origin is labelled as set aside before it is touched. A step that
+is done already is done, so `swap_back` ends as it began, wherever the swap was killed. After a commit the new disk is
+an ordinary one, with the origin's own labels and policies: its name is another, and the mount must be claimed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from providers.gce import disks, labels, taking
+from providers.gce.api import Api
+from providers.gce.clones import origin_here, restorable, source
+from providers.gce.here import Here
+from providers.gce.names import Disk, disk, disk_of
+from snapshotter.core.errors import BusyError, PreconditionError, StorageError
+from snapshotter.core.model import Report, Snapshot
+from snapshotter.host.disks import Disks
+
+
+class Swaps:
+    """On one instance, for one call."""
+
+    def __init__(self, api: Api, here: Here, host: Disks, report: Report) -> None:
+        self.api, self.here, self.host, self.report = api, here, host, report
+        self.instance = f"{here.zone}/{here.instance}"
+
+    def open(self) -> Iterator[tuple[str, Disk, Any]]:
+        """(swap id, the new disk, what is said of it) of every swap here, committed ones that aren't through
+        included."""
+        within = self.api.deadline("the list of swaps")
+        for item in disks.labelled(self.api, within, f'labels.{labels.INSTANCE}="{self.here.number}"'):
+            which = disk_of(item.self_link)
+            if which is not None and labels.swap_of(item) and item.labels.get(labels.INSTANCE) == self.here.number:
+                yield item.labels[labels.SWAP], which, item
+
+    def _of(self, swap_id: str) -> tuple[Disk, Any] | None:
+        return next(((which, item) for known, which, item in self.open() if known == swap_id), None)
+
+    def swap(self, swap_id: str, snapshot: Snapshot, volume: str) -> None:
+        if labels.file_system(restorable(self.api, snapshot))[0] == "btrfs":
+            why = "is a btrfs: the kernel may not see it beside its origin"
+            raise PreconditionError(why, object=snapshot.id, cure="restore it on another instance")
+        for other, which, item in self.open():
+            record = labels.swap_of(item)
+            if other == swap_id or which.id == volume or (record and record[0] == volume):
+                raise BusyError(f"swap {other} is open", object=volume, cure="take it back or commit it")
+        origin = disk(volume)
+        within = self.api.deadline(volume)
+        item = disks.look(self.api, origin, within)
+        how = disks.attached_as(self.api, origin, self.instance, within)
+        if item is None or how is None:
+            raise PreconditionError("isn't attached to this instance", object=volume, cure="restore with --to")
+        self.host.refuse_mounted(origin_here(self.api, self.host, origin, self.instance), volume)
+        theirs = {key: value for key, value in item.labels.items() if not key.startswith(labels.PREFIX)}
+        born = labels.of_swap(swap_id, volume, how.device_name, how.auto_delete, self.here.number)
+        new = Disk(origin.place, f"{swap_id}-{snapshot.birth.member}")
+        wanted: dict[str, Any] = {
+            **born,
+            "labels": {**theirs, **born["labels"]},
+            "source_snapshot": source(self.api, snapshot),
+            "type_": disks.type_link(self.api.project, origin, item.type_),
+            "size_gb": item.size_gb,
+            "resource_policies": list(item.resource_policies),
+            "replica_zones": list(item.replica_zones),
+            **{key: getattr(item, key) for key in ("provisioned_iops", "provisioned_throughput") if getattr(item, key)},
+        }
+        if key := item.disk_encryption_key.kms_key_name:
+            wanted["disk_encryption_key"] = {"kms_key_name": key.partition("/cryptoKeyVersions/")[0]}
+        disks.make(self.api, new, wanted, self.report)
+        aside = {labels.MANAGED: "true", labels.ASIDE: swap_id}
+        taking.relabel(self.api, "Disks", self.api.deadline(volume), volume, aside)
+        disks.detach(self.api, origin, self.report)
+        self._attach(new, how.device_name, how.auto_delete)
+
+    def _attach(self, which: Disk, device: str, auto_delete: bool) -> None:
+        body = {"device_name": device, "auto_delete": auto_delete}
+        disks.attach(self.api, which, self.instance, body, self.report)
+        disks.appeared(self.api, self.host, device, self.report)
+
+    def back(self, swap_id: str) -> None:
+        found = self._of(swap_id)
+        record = labels.swap_of(found[1]) if found else None
+        if found is None or record is None:
+            return
+        (new, item), (volume, device, auto_delete) = found, record
+        if labels.COMMITTED in item.labels:
+            return self.commit(swap_id)
+        origin = disk(volume)
+        self.host.refuse_mounted(origin_here(self.api, self.host, new, self.instance), new.id)
+        if disks.look(self.api, origin, self.api.deadline(volume)) is None:
+            raise StorageError("what it set aside is gone", object=swap_id, cure="commit it, to keep what is there")
+        disks.detach(self.api, new, self.report)
+        self._attach(origin, device, auto_delete)
+        none = {labels.MANAGED: None, labels.ASIDE: None}
+        taking.relabel(self.api, "Disks", self.api.deadline(volume), volume, none)
+        disks.remove(self.api, new, self.report)
+
+    def commit(self, swap_id: str) -> None:
+        found = self._of(swap_id)
+        record = labels.swap_of(found[1]) if found else None
+        if found is None or record is None:
+            return
+        (new, item), (volume, _, _) = found, record
+        if self.instance not in [disks.user_of(link) for link in item.users]:
+            raise StorageError("the swap was never finished", object=swap_id, cure="take it back")
+        within = self.api.deadline(swap_id)
+        origin = disks.look(self.api, disk(volume), within)
+        if origin is not None:
+            if origin.labels.get(labels.ASIDE) != swap_id or origin.users:
+                raise StorageError(f"{volume} isn't what it set aside", object=swap_id, cure="take it back")
+            # From here on there is no way back.
+            taking.relabel(self.api, "Disks", within, new.id, {labels.COMMITTED: "true"})
+            disks.remove(self.api, disk(volume), self.report)
+        ours = {key: None for key in item.labels if key.startswith(labels.PREFIX)}
+        taking.relabel(self.api, "Disks", within, new.id, {**ours, labels.COMMITTED: None})
+
+    def listed(self) -> Iterator[str]:
+        """Those neither taken back nor committed."""
+        yield from sorted(swap_id for swap_id, _, item in self.open() if labels.COMMITTED not in item.labels)

@@ -1,0 +1,551 @@
+"""The gce provider when Compute Engine fails it: answers lost after the effect, operations that end in an error, quotas
+of a minute, hangs, stale fingerprints, a full project.
+
+What must be true afterwards is asked of the twin itself, never of the provider.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from tests.twins.gce import Twin
+
+from providers.gce import GceProvider
+from snapshotter.core.errors import (
+    BusyError,
+    Exit,
+    NotFoundError,
+    PreconditionError,
+    SnapshotterError,
+    StorageError,
+)
+from snapshotter.core.model import Access, Hold, ImageState, Volume, new_attachment_id, utc_now
+from snapshotter.host.disks import Disks
+from snapshotter.provider import Settings
+from snapshotter.testing.conformance.steps import ready, seal, take
+from snapshotter.testing.conformance.undoing import Life
+from snapshotter.testing.harness import describe, fill, make_birth
+from tests.unit.gce_kit import GceHarness, QuickClock, environment, gce_harness, group
+
+MUTATING = (
+    "snapshots.insert",
+    "snapshots.setLabels",
+    "snapshots.delete",
+    "disks.insert",
+    "disks.setLabels",
+    "instances.attachDisk",
+    "instances.detachDisk",
+    "disks.delete",
+    "instantSnapshotGroups.insert",
+    "instantSnapshotGroups.delete",
+)
+
+
+class Cloud:
+    """A twin without bytes, seen from outside: an instance of so many disks."""
+
+    def __init__(self, twin: Twin, disks: int = 1, grouped: bool = False) -> None:
+        self.twin = twin
+        self.clock = QuickClock(twin.clock)
+        self.instance = twin.world.run_instance()
+        self.names = [f"data-{k}" for k in range(disks)]
+        for name in self.names:
+            twin.world.add_disk(name, self.instance, device_name=f"dev-{name}", with_bytes=False)
+        if grouped:
+            group(twin, self.names)
+
+    def provider(self, **options: object) -> GceProvider:
+        provider = GceProvider(Settings("/nonexistent", options={"project": self.twin.world.project, **options}))
+        provider.clock = self.clock
+        provider.disks = Disks(sysfs="/nonexistent")
+        return provider
+
+    @property
+    def zone(self) -> str:
+        return self.instance.zone
+
+    def volumes(self) -> list[Volume]:
+        return [Volume("gce", f"{self.zone}/{name}") for name in self.names]
+
+    def living(self) -> Counter[str]:
+        """Snapshots that there are, by disk."""
+        return Counter(each.source.rpartition("/")[2] for each in self.twin.world.snapshots.values())
+
+    def instants(self) -> int:
+        return len(self.twin.world.instants) + len(self.twin.world.groups)
+
+    def take(self, provider: GceProvider | None = None, hold: Hold | None = None) -> str:
+        provider = provider or self.provider()
+        birth = make_birth(self.volumes())
+        provider.check(self.volumes(), birth)
+        provider.prepare(self.volumes(), birth, 5.0)
+        provider.create(self.volumes(), birth, hold or Hold())
+        provider.mark(birth.set_id, {"sealed": "20261122t100630z", "grade": "crash"})
+        return birth.set_id
+
+    def each_once(self) -> Counter[str]:
+        return Counter(dict.fromkeys(self.names, 1))
+
+
+@pytest.fixture
+def cloud() -> Iterator[Cloud]:
+    with Twin() as twin, environment(twin.environment(keys=False)):
+        yield Cloud(twin)
+
+
+@pytest.fixture
+def pair() -> Iterator[Cloud]:
+    """Two disks of one consistency group."""
+    with Twin() as twin, environment(twin.environment(keys=False)):
+        yield Cloud(twin, disks=2, grouped=True)
+
+
+# -- answers lost ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lost", "broken"])
+@pytest.mark.parametrize("action", ["snapshots.insert", "snapshots.setLabels", "globalOperations.get"])
+def test_a_lost_answer_makes_no_second_snapshot(cloud: Cloud, kind: str, action: str) -> None:
+    cloud.twin.fail(action, kind)
+    set_id = cloud.take()
+    assert cloud.living() == cloud.each_once()
+    (found,) = cloud.provider().snapshots(set_id)
+    assert found.marks["sealed"]
+    cloud.provider().delete(set_id)
+    assert not cloud.living()
+
+
+@pytest.mark.parametrize("action", ["instantSnapshotGroups.insert", "instantSnapshotGroups.delete", "snapshots.insert"])
+def test_a_lost_answer_makes_no_second_instant(pair: Cloud, action: str) -> None:
+    pair.twin.fail(action, "lost")
+    provider = pair.provider()
+    set_id = pair.take(provider)
+    assert pair.living() == pair.each_once()
+    assert {found.birth.member for found in pair.provider().snapshots(set_id)} == {0, 1}
+    provider.finish(set_id)
+    assert not pair.instants()
+
+
+def test_an_answer_that_is_lost_for_good_is_undone(cloud: Cloud) -> None:
+    """The writers can't be held until it comes: the take fails, and its undo finds what there may be."""
+    for _ in range(40):
+        cloud.twin.fail("snapshots.insert", "lost")
+    provider, birth = cloud.provider(), make_birth(cloud.volumes())
+    provider.prepare(cloud.volumes(), birth, 5.0)
+    with pytest.raises(StorageError) as failed:
+        provider.create(cloud.volumes(), birth, Hold(deadline=time.monotonic() + 3))
+    assert failed.value.cure
+    provider.delete(birth.set_id)
+    assert not cloud.living()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("action", MUTATING)
+def test_a_lost_answer_of_any_call_leaves_one_object_and_no_orphan(action: str, request: pytest.FixtureRequest) -> None:
+    """A set's whole life with each call of the action losing its answer once. It succeeds, or its inverses clean up."""
+    grouped = action.startswith("instant")
+    with gce_harness(grouped=grouped) as harness:
+        volumes = [harness.volume(), *([harness.volume()] if grouped else [])]
+        top = str(volumes[0].path)
+        fill(top)
+        content, before = describe(top), harness.objects()
+        whole = bool(request.config.getoption("--full"))
+        for nth in range(1, 9 if whole else 2):
+            fault = harness.twin.fail(action, "lost", nth=nth)
+            life = Life.new(harness)
+            with contextlib.suppress(StorageError):
+                _life(harness, volumes, life)
+            made = Counter(each.source for each in harness.twin.world.snapshots.values())
+            assert all(count == 1 for count in made.values()), f"two of {made} after call {nth} of {action}"
+            provider = harness.provider()
+            provider.swap_back(life.swap_id)
+            provider.detach(life.attachment_id)
+            provider.delete(life.set_id)
+            assert harness.objects() == before, f"left after call {nth} of {action}"
+            assert describe(top) == content
+            if fault in harness.twin.faults:
+                harness.twin.faults.remove(fault)
+                break  # there are no more calls of it
+
+
+def _life(harness: GceHarness, volumes: list[Volume], life: Life) -> None:
+    provider = harness.provider()
+    birth = take(provider, harness, volumes, make_birth(volumes, set_id=life.set_id))
+    seal(provider, birth)
+    provider.mark(birth.set_id, {"pinned": "1"})
+    provider.mark(birth.set_id, {"pinned": None})
+    found = ready(provider, harness, birth.set_id)[0]
+    provider.finish(birth.set_id)
+    provider.attach(found, life.attachment_id, Access.WRITABLE, life.destination)
+    provider.settle(life.attachment_id, datetime.now(UTC))
+    provider.detach(life.attachment_id)
+    provider.swap(life.swap_id, found, volumes[0])
+    provider.swap_back(life.swap_id)
+    provider.delete(birth.set_id)
+
+
+# -- sets of a group ---------------------------------------------------------------------------------------------
+
+
+def test_a_group_is_one_instant_and_leaves_nothing_but_its_snapshots(pair: Cloud) -> None:
+    provider = pair.provider()
+    assert provider.one_instant(pair.volumes())
+    pair.twin.limits.upload_s = 100.0
+    set_id = pair.take(provider)
+    assert pair.instants() == 3, "the group, and an instant of each disk, for as long as it is copied"
+    assert {found.state for found in pair.provider().snapshots(set_id)} == {ImageState.PENDING}
+    assert not pair.provider().reap()
+    pair.twin.clock.advance(101)
+    assert {found.state for found in pair.provider().snapshots(set_id)} == {ImageState.READY}
+    provider.finish(set_id)
+    assert pair.instants() == 0 and pair.living() == pair.each_once()
+
+
+def test_a_group_that_nobody_waited_for_is_reaped(pair: Cloud) -> None:
+    set_id = pair.take()
+    other = pair.provider()
+    assert pair.instants() == 3
+    gone: list[str] = []
+    give_up = time.monotonic() + 30
+    while not gone and time.monotonic() < give_up:  # the record's deadline is the machine's time
+        with _later(3600):
+            gone = other.reap()
+    assert gone == [f"instant snapshots of {set_id}"] and pair.instants() == 0
+    assert pair.living() == pair.each_once()
+
+
+@contextlib.contextmanager
+def _later(seconds: float) -> Iterator[None]:
+    """The provider's look at the machine's clock, so much later."""
+    from datetime import timedelta
+
+    import providers.gce as module
+
+    now = module.utc_now
+    module.utc_now = lambda: now() + timedelta(seconds=seconds)
+    try:
+        yield
+    finally:
+        module.utc_now = now
+
+
+def test_disks_in_no_group_are_several_instants(cloud: Cloud) -> None:
+    cloud.twin.world.add_disk("other", cloud.instance, device_name="other", with_bytes=False)
+    cloud.names.append("other")
+    assert not cloud.provider().one_instant(cloud.volumes())
+    cloud.take()
+    assert cloud.living() == cloud.each_once() and not cloud.instants()
+
+
+def test_a_group_that_fails_in_one_disk_is_no_set(pair: Cloud) -> None:
+    """Taken, but one member's copy is refused inside its operation: it is never sealed."""
+    provider, birth = pair.provider(), make_birth(pair.volumes())
+    pair.twin.fail("snapshots.insert", "operation", code="QUOTA_EXCEEDED", message="Quota 'SNAPSHOTS' exceeded.", nth=2)
+    provider.prepare(pair.volumes(), birth, 5.0)
+    with pytest.raises(StorageError, match="SNAPSHOTS"):
+        provider.create(pair.volumes(), birth, Hold())
+        provider.mark(birth.set_id, {"sealed": "20261122t100630z"})
+    provider.delete(birth.set_id)
+    assert not pair.living() and not pair.instants()
+
+
+def test_an_upload_that_fails_is_invalid_and_says_why(cloud: Cloud) -> None:
+    cloud.twin.limits.upload_s = 100.0
+    cloud.twin.fail("snapshots.insert", "upload")
+    set_id = cloud.take()
+    assert {found.state for found in cloud.provider().snapshots(set_id)} == {ImageState.PENDING}
+    cloud.twin.clock.advance(101)
+    for found in cloud.provider().snapshots(set_id):
+        assert found.state is ImageState.INVALID and found.why
+
+
+def test_a_snapshot_that_vanished_is_missed(pair: Cloud) -> None:
+    provider = pair.provider()
+    set_id = pair.take(provider)
+    del pair.twin.world.snapshots[f"{set_id}-0"]
+    assert [found.id for found in pair.provider().snapshots(set_id)] == [f"{set_id}-1"]
+    with pytest.raises(StorageError, match="can't be sealed"):
+        pair.provider().mark(set_id, {"sealed": "20261122t100630z"})
+    pair.provider().delete(set_id)
+    assert not pair.living()
+
+
+# -- limits ------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_was_taken_six_times_in_an_hour_is_refused_before_anybody_is_held(cloud: Cloud) -> None:
+    for _ in range(6):
+        cloud.take()
+        cloud.twin.clock.advance(60)
+    volumes = cloud.volumes()
+    with pytest.raises(PreconditionError) as refused:
+        cloud.provider().check(volumes, make_birth(volumes))
+    told(refused.value, Exit.PRECONDITION, cloud.names[0], "within the hour", "UTC")
+    assert sum(cloud.living().values()) == 6
+    cloud.twin.clock.advance(3600 - 5 * 60)
+    cloud.take()
+
+
+def test_too_many_calls_wait_for_the_whole_minute_and_go_on(cloud: Cloud) -> None:
+    """Driven clock: not before the minute is over, and then at once."""
+    cloud.take()
+    for action in ("snapshots.insert", "disks.get", "snapshots.list"):
+        started = cloud.clock.wall()
+        cloud.twin.fail(action, "refuse", code="rateLimitExceeded", status=403)
+        seen: list[float] = []
+        record, provider = cloud.twin.calls, cloud.provider()
+        before = len(record)
+        cloud.take(provider)
+        assert cloud.clock.wall() // 60 == started // 60 + 1, "in the next minute"
+        assert cloud.clock.wall() % 60 < 20, seen
+        assert [outcome for each, outcome in record[before:] if each == action].count("rateLimitExceeded") == 1
+    assert sum(cloud.living().values()) == 4
+
+
+def test_quotas_of_a_minute_are_kept_by_threads_together(cloud: Cloud) -> None:
+    cloud.twin.fail("snapshots.insert", "operation", code="RATE_LIMIT_EXCEEDED", message="too many")
+    started = cloud.clock.wall()
+    cloud.take()
+    assert cloud.clock.wall() // 60 > started // 60, "an operation that ended so is begun again in the next minute"
+    assert cloud.living() == cloud.each_once()
+
+
+def test_labels_that_others_change_are_read_again(cloud: Cloud) -> None:
+    set_id = cloud.take()
+    cloud.twin.fail("snapshots.setLabels", "stale")
+    cloud.provider().mark(set_id, {"pinned": "1"})
+    (found,) = cloud.provider().snapshots(set_id)
+    assert found.marks["pinned"] == "1" and found.marks["sealed"]
+    labels = cloud.twin.world.snapshots[found.id].labels
+    assert labels["someone-else"], "what another wrote in between is still there"
+
+
+# -- deadlines ---------------------------------------------------------------------------------------------------
+
+
+def test_a_look_that_is_answered_503_for_ever_ends_at_its_deadline(cloud: Cloud) -> None:
+    provider = cloud.provider()
+    provider.clock = type(GceProvider.clock)()  # real time
+    api = provider._api()
+    api.call("Disks.get", api.deadline("a first look"), zone=cloud.zone, disk=cloud.names[0])
+    for _ in range(200):
+        cloud.twin.fail("disks.get", "refuse", code="backendError", status=503)
+    started = time.monotonic()
+    with pytest.raises(StorageError) as failed:
+        api.call("Disks.get", api.deadline("the look", 6.0), zone=cloud.zone, disk=cloud.names[0])
+    assert abs(time.monotonic() - started - 6.0) <= 1.0
+    told(failed.value, Exit.REFUSED, "the look", "503")
+
+
+def test_an_answer_that_never_comes_ends_before_the_hold_does(cloud: Cloud) -> None:
+    cloud.twin.fail("snapshots.insert", "hang")
+    provider, birth = cloud.provider(), make_birth(cloud.volumes())
+    provider.prepare(cloud.volumes(), birth, 3.0)
+    started = time.monotonic()
+    with pytest.raises(StorageError) as failed:
+        provider.create(cloud.volumes(), birth, Hold(deadline=started + 3))
+    assert time.monotonic() - started < 3.5
+    assert failed.value.cure
+    assert not cloud.living()
+
+
+def test_every_call_goes_to_the_configured_endpoint(pair: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With everything but loopback blocked, by name and by address, a whole life of a set goes through."""
+    asked: list[object] = []
+    resolve, connect = socket.getaddrinfo, socket.socket.connect
+
+    def local(host: object) -> bool:
+        return host in ("127.0.0.1", "localhost", b"127.0.0.1")
+
+    def guarded(host: object, *more: object, **others: object) -> object:
+        asked.append(host)
+        assert local(host), f"asked for {host!r}"
+        return resolve(host, *more, **others)  # type: ignore[arg-type]
+
+    def guarded_connect(self: socket.socket, address: object) -> None:
+        asked.append(address)
+        assert isinstance(address, tuple) and local(address[0]), f"connected to {address!r}"
+        connect(self, address)
+
+    monkeypatch.setattr(socket, "getaddrinfo", guarded)
+    monkeypatch.setattr(socket.socket, "connect", guarded_connect)
+    provider = pair.provider()
+    set_id = pair.take(provider)
+    provider.finish(set_id)
+    pair.provider().delete(set_id)
+    assert asked and not pair.living()
+
+
+# -- errors, one line each ---------------------------------------------------------------------------------------
+
+
+def told(error: SnapshotterError, exit_code: Exit, *words: str) -> None:
+    line = error.line()
+    assert error.exit is exit_code, line
+    assert error.cure, f"no cure: {line}"
+    assert "\n" not in line and "Traceback" not in line
+    for word in words:
+        assert word in line, line
+
+
+@pytest.mark.parametrize("kind", ["refuse", "operation"])
+@pytest.mark.parametrize(
+    ("code", "message", "exit_code", "words"),
+    [
+        (
+            "QUOTA_EXCEEDED",
+            "Quota 'SNAPSHOTS' exceeded.  Limit: 5000.0 globally.",
+            Exit.REFUSED,
+            ("SNAPSHOTS", "quota"),
+        ),
+        ("RESOURCE_OPERATION_RATE_EXCEEDED", "Operation rate exceeded for resource", Exit.REFUSED, ("ten minutes",)),
+        (
+            "KMS",
+            "Cloud KMS error when using key projects/p/locations/l/keyRings/r/cryptoKeys/k",
+            Exit.PRECONDITION,
+            ("cryptoKeys/k", "docs/gcp.md"),
+        ),
+        (
+            "INTERNAL_ERROR",
+            "Internal error. Please try again or contact Google Support.",
+            Exit.REFUSED,
+            ("Internal error",),
+        ),
+    ],
+)
+def test_a_refusal_is_one_line_with_its_cure(
+    cloud: Cloud, kind: str, code: str, message: str, exit_code: Exit, words: tuple[str, ...]
+) -> None:
+    cloud.twin.fail("snapshots.insert", kind, code=code, message=message)
+    provider = cloud.provider()
+    birth = make_birth(cloud.volumes())
+    provider.prepare(cloud.volumes(), birth, 5.0)
+    with pytest.raises(SnapshotterError) as refused:
+        provider.create(cloud.volumes(), birth, Hold())
+    told(refused.value, exit_code, *words)
+    provider.delete(birth.set_id)
+    assert not cloud.living()
+
+
+def test_no_permission(cloud: Cloud) -> None:
+    cloud.twin.permissions = {"compute.disks.get", "compute.snapshots.list"}
+    with pytest.raises(PreconditionError) as refused:
+        cloud.take()
+    told(refused.value, Exit.PRECONDITION, "may not compute.disks.createSnapshot", "docs/gcp.md")
+
+
+def test_no_credentials(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    import google.auth.compute_engine._metadata as metadata
+
+    monkeypatch.setattr(metadata, "_NO_GCE_CHECK", True)
+    with pytest.raises(PreconditionError) as refused:
+        cloud.take()
+    told(refused.value, Exit.PRECONDITION, "no Google credentials", "service account")
+
+
+def test_a_project_that_is_not_ours(cloud: Cloud) -> None:
+    with pytest.raises(NotFoundError) as refused:
+        cloud.take(cloud.provider(project="another"))
+    told(refused.value, Exit.NOT_FOUND, "another", "project")
+
+
+def test_a_disk_that_is_not_there(cloud: Cloud) -> None:
+    cloud.names[0] = "gone"
+    with pytest.raises(NotFoundError) as refused:
+        cloud.take()
+    told(refused.value, Exit.NOT_FOUND, "gone", "-o zone=")
+
+
+def test_a_disk_in_error(cloud: Cloud) -> None:
+    cloud.twin.world.disks[f"zones/{cloud.zone}/disks/{cloud.names[0]}"].error = "FAILED"
+    with pytest.raises(PreconditionError) as refused:
+        cloud.take()
+    told(refused.value, Exit.PRECONDITION, cloud.names[0], "FAILED")
+
+
+@pytest.mark.root
+def test_a_disk_that_is_never_ready_is_given_up_and_removed() -> None:
+    with gce_harness() as harness:
+        volume = harness.volume()
+        before = harness.objects()
+        provider = harness.provider()
+        birth = take(provider, harness, [volume])
+        (found,) = ready(provider, harness, birth.set_id)
+        harness.twin.limits.create_s = 5000.0
+        started, attachment_id = harness.clock.now(), new_attachment_id(utc_now())
+        with pytest.raises(StorageError, match="within 600 s"):
+            provider.attach(found, attachment_id, Access.WRITABLE, harness.destination())
+        assert harness.clock.now() - started < 620
+        harness.twin.clock.advance(5000)
+        provider.detach(attachment_id)
+        provider.delete(birth.set_id)
+        assert harness.objects() == before
+
+
+@pytest.mark.root
+def test_a_key_that_may_not_be_used_leaves_nothing() -> None:
+    with gce_harness() as harness:
+        volume = harness.volume()
+        before = harness.objects()
+        provider = harness.provider()
+        birth = take(provider, harness, [volume])
+        (found,) = ready(provider, harness, birth.set_id)
+        key = "projects/p/locations/l/keyRings/r/cryptoKeys/secret"
+        harness.twin.limits.keys_denied = {key}
+        attachment_id = new_attachment_id(utc_now())
+        with pytest.raises(PreconditionError) as refused:
+            harness.provider(kms_key=key).attach(found, attachment_id, Access.WRITABLE, harness.destination())
+        told(refused.value, Exit.PRECONDITION, "cryptoKeys/secret", "docs/gcp.md")
+        provider.detach(attachment_id)
+        provider.delete(birth.set_id)
+        assert harness.objects() == before
+
+
+@pytest.mark.root
+def test_a_mounted_disk_is_not_pulled_away() -> None:
+    with gce_harness() as harness:
+        volume = harness.volume()
+        provider = harness.provider()
+        birth = take(provider, harness, [volume])
+        (found,) = ready(provider, harness, birth.set_id)
+        destination, attachment_id = harness.destination(), new_attachment_id(utc_now())
+        harness.enter(provider.attach(found, attachment_id, Access.WRITABLE, destination), destination)
+        try:
+            with pytest.raises(BusyError) as refused:
+                provider.detach(attachment_id)
+            told(refused.value, Exit.BUSY, destination, "umount")
+            with pytest.raises(BusyError):
+                GceProvider.swap(provider, "w20261122t100630z-000000", found, volume)
+            assert not list(provider.swaps())
+        finally:
+            harness.leave(destination)
+            provider.detach(attachment_id)
+
+
+@pytest.mark.root
+def test_what_the_metadata_server_says_is_checked() -> None:
+    """Credentials of another project, or a machine that only looks like that instance."""
+    with gce_harness() as harness:
+        volume = harness.volume()
+        provider = harness.provider()
+        birth = make_birth([volume])
+        from providers.gce import here
+
+        here._ask.cache_clear()
+        harness.instance.id, known = "1", harness.instance.id
+        provider.check([volume], birth)
+        here._ask.cache_clear()
+        harness.twin.here = None
+        with pytest.raises(PreconditionError) as refused:
+            harness.provider().check([volume], birth)
+        told(refused.value, Exit.PRECONDITION, "metadata", "-o zone=")
+        harness.twin.here, harness.instance.id = harness.instance, known
