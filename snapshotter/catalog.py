@@ -82,16 +82,21 @@ def _common_prefix(ids: Sequence[str]) -> str:
     return first[: next(k for k, (a, b) in enumerate(zip(first, last, strict=True)) if a != b)]
 
 
-def read(providers: Sequence[Provider], unavailable: Iterable[Unavailable] = (), set_id: str | None = None) -> Catalog:
+def read(
+    providers: Sequence[Provider],
+    unavailable: Iterable[Unavailable] = (),
+    set_id: str | None = None,
+    slot: tuple[str, str] | None = None,
+) -> Catalog:
     """Ask every provider, each object once (two instances may see the same store). A provider that fails becomes
-    `unavailable`; the rest is still listed."""
+    `unavailable`; the rest is still listed. `slot` (target, scheduled time): only those sets, without attachments."""
     gone = list(unavailable)
     notes: list[str] = []
     members: dict[str, dict[tuple[str, int], Snapshot]] = {}
     attachments: dict[tuple[str, str, int], Attachment] = {}
     for provider in providers:
         try:
-            for snapshot in provider.snapshots(set_id):
+            for snapshot in provider.snapshots(set_id) if slot is None else provider.of_slot(*slot):
                 found = members.setdefault(snapshot.birth.set_id, {})
                 key = (snapshot.provider, snapshot.birth.member)
                 # A store may have been copied as a whole: of two of the same member the one that can be restored
@@ -102,7 +107,7 @@ def read(providers: Sequence[Provider], unavailable: Iterable[Unavailable] = (),
             gone.append(Unavailable(provider.name, error.line()))
         notes += provider.notes
         try:
-            for attachment in provider.attachments():
+            for attachment in provider.attachments() if slot is None else ():
                 attachments[(attachment.id, attachment.provider, attachment.member)] = attachment
         except SnapshotterError as error:
             gone.append(Unavailable(provider.name, error.line()))

@@ -379,3 +379,28 @@ def pruned(document: Document) -> str:
         for entry in document["sets"]
     ]
     return _columns([("", "SET", "NODE", "TAKEN (UTC)", "RULE"), *rows]) if rows else "no sets"
+
+
+def ticked(document: Document) -> str:
+    """What `tick` says."""
+    lines = []
+    for entry in document["nodes"]:
+        name, taken = entry["node"], entry["taken"]
+        if taken is not None:
+            lines.append(taken_already(taken) if taken["existing"] else f"{name}: took {taken['set_id']}")
+        elif entry["busy"]:
+            lines.append(f"{name}: busy: {entry['busy']}")
+        elif not entry["due"]:
+            lines.append(f"{name}: not due" + (f" before {entry['next_at']}" if entry["next_at"] else ", no schedule"))
+        lines += [f"{name}: pending {set_id}" for set_id in entry["pending"]]
+        if entry["verified"]:
+            proof = entry["verified"]
+            lines.append(f"{name}: {proof['set_id']} {proof['outcome']} at level {proof['level']}")
+        lines += [f"{name}: removed {set_id}" for set_id in entry["removed"]]
+    lines += [f"moved on {name}" for name in document["advanced"]]
+    lines += [f"left for the next tick: {what}" for what in document["left"]]
+    return "\n".join(lines)
+
+
+def taken_already(document: Document) -> str:
+    return f"{document['node']}: {document['set_id']} has this slot already"

@@ -29,6 +29,7 @@ COMMANDS = {
     "pin": "sets",
     "unpin": "sets",
     "prune": "upkeep",
+    "tick": "upkeep",
     "reap": "sets",
     "status": "watching",
     "doctor": "watching",

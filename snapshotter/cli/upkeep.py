@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from snapshotter.cli.call import Call, common, complain, complete_target, confirm
-from snapshotter.core.errors import Exit
+from snapshotter.core.errors import Exit, UsageError, worst
 
 
 @click.command()
@@ -39,3 +39,33 @@ def prune(call: Call, target: str | None, dry_run: bool, yes: bool, confirm_many
     for gone in document["unavailable"]:
         complain(f"warning: not asked: {gone['provider']}: {gone['reason']}")
     call.answer(document, lambda: human.pruned(document), int(Exit.REFUSED) if document["failed"] else 0)
+
+
+def _in_seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    from snapshotter.nodes.config import Seconds
+
+    try:
+        return None if value is None else Seconds.parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+
+
+@click.command()
+@click.argument("target", metavar="[NODE]", required=False, shell_complete=complete_target)
+@click.option("--deadline", callback=_in_seconds, metavar="DURATION", help="Begin nothing after so long (10m).")
+@common
+def tick(call: Call, target: str | None, deadline: float | None) -> None:
+    """Do what is due now: take, verify, prune, reap. What a timer calls.
+
+    Of one node, or of all. May run as often as you like."""
+    from snapshotter import human
+    from snapshotter.verbs import tick as verb
+    from snapshotter.verbs.prune import nodes_of
+
+    session = call.session()
+    if target is None and not session.config.nodes:
+        raise UsageError("the config has no nodes", cure="`snapshotter init PATH --write` adds one")
+    document, errors = verb.tick(session, nodes_of(session, target), deadline_s=deadline)
+    for error in errors:
+        complain(f"error: {error.line()}")
+    call.answer(document, lambda: human.ticked(document), int(worst(errors)))

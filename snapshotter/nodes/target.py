@@ -76,6 +76,14 @@ def target_id(path: str) -> str:
     return sha256(host.encode() + b"\0" + os.fsencode(canonical(path))).hexdigest()[:16]
 
 
+def target_of(node: Node) -> str:
+    """As `target_id`, of a node. One whose volumes are selected lies on no host that we are on: whoever takes it, it is
+    the same."""
+    if node.select is None:
+        return target_id(node.path)
+    return sha256(f"select\0{node.provider}\0{node.name}".encode()).hexdigest()[:16]
+
+
 def resolve(name_or_path: str | None, config: Config, *, must_exist: bool = True) -> Node:
     """The node that a command means: its name, a path of a configured node, any other directory (then with the
     defaults, and a name from its last component), or None for the only node of the config. `must_exist=False` is
@@ -95,7 +103,7 @@ def resolve(name_or_path: str | None, config: Config, *, must_exist: bool = True
         node = config.nodes[name_or_path]
     else:
         node = _by_path(name_or_path, config)
-    if must_exist:
+    if must_exist and node.select is None:
         _check_directory(node.path)
     return node
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from snapshotter.nodes.target import resolve, target_id
+from snapshotter.nodes.target import resolve, target_of
 from snapshotter.verbs.documents import set_document
 from snapshotter.verbs.session import Session
 
@@ -16,7 +16,7 @@ def list_sets(session: Session, target: str | None = None) -> dict[str, Any]:
     if target is not None:
         # The path may be gone: that is when somebody looks for its sets.
         node = resolve(target, session.config, must_exist=False)
-        wanted = target_id(node.path)
+        wanted = target_of(node)
     found = session.catalog(node=node)
     return {
         "sets": [set_document(entry) for entry in found.sets if wanted is None or entry.birth.target == wanted],

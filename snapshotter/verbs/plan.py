@@ -13,9 +13,9 @@ from typing import Any
 from msgspec import Struct
 
 from snapshotter import provider as providers
-from snapshotter.core.errors import PreconditionError, SnapshotterError, UsageError
+from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, UsageError
 from snapshotter.core.labels import decode_birth, encode_birth
-from snapshotter.core.model import Birth, Grade, Member, Quiesce, Root, Volume, new_set_id
+from snapshotter.core.model import Birth, Grade, Member, Quiesce, Root, SnapshotSet, Volume, new_set_id
 from snapshotter.host import mounts
 from snapshotter.host.places import host_name
 from snapshotter.nodes import profiles
@@ -27,6 +27,14 @@ from snapshotter.verbs.documents import when
 from snapshotter.verbs.session import Session
 
 STOP_BUDGET_S = 3600.0
+
+
+class SlotTakenError(BusyError):
+    """Another set, `found`, is the backup of this scheduled time."""
+
+    def __init__(self, found: SnapshotSet) -> None:
+        super().__init__("the slot was taken already", object=found.set_id)
+        self.found = found
 
 
 class Claim(Struct, frozen=True):
@@ -144,6 +152,10 @@ def make(
     slot: str = "",
 ) -> Plan:
     """Decide everything. Raises PreconditionError (grade, skew, providers), UsageError."""
+    if node.select is not None:
+        from snapshotter.verbs import plan_outside
+
+        return plan_outside.make(session, node, now=now, require=require, allow_skew=allow_skew, slot=slot)
     profile = profile_of(session, node)[0]
     layout = roots(node, profile)
     claims = claimed(session, node, layout)
@@ -190,19 +202,7 @@ def make(
         )
     chosen = _quiesce(node, quiesce, owners, volumes)
     grade = _grade(chosen, owners, volumes)
-    wanted = Grade(require or node.require)
-    if grade is Grade.SKEWED and not allow_skew:
-        raise PreconditionError(
-            f"the image would be skewed: {len(volumes)} volumes are not one instant and no writer is held"
-            if len(volumes) > 1
-            else f"the image would be skewed: {volumes[0].provider} needs the writers held",
-            object=node.path,
-            cure="leave --quiesce to auto, or say --allow-skew",
-        )
-    if grade.rank < wanted.rank and not (grade is Grade.SKEWED and allow_skew and require is None):
-        raise PreconditionError(
-            f"the grade would be {grade}, {wanted} is required", object=node.path, cure="--quiesce stop, or hooks"
-        )
+    refuse_grade(node, grade, volumes, require, allow_skew)
     plan = Plan(
         node=node,
         profile=profile,
@@ -218,6 +218,23 @@ def make(
     for provider, theirs in plan.by_provider():
         provider.check(theirs, birth)
     return plan
+
+
+def refuse_grade(node: Node, grade: Grade, volumes: Sequence[Volume], require: str | None, allow_skew: bool) -> None:
+    """Raise PreconditionError if what would come out is less than what is wanted."""
+    wanted = Grade(require or node.require)
+    if grade is Grade.SKEWED and not allow_skew:
+        raise PreconditionError(
+            f"the image would be skewed: {len(volumes)} volumes are not one instant and no writer is held"
+            if len(volumes) > 1
+            else f"the image would be skewed: {volumes[0].provider} needs the writers held",
+            object=node.path,
+            cure="leave --quiesce to auto, or say --allow-skew",
+        )
+    if grade.rank < wanted.rank and not (grade is Grade.SKEWED and allow_skew and require is None):
+        raise PreconditionError(
+            f"the grade would be {grade}, {wanted} is required", object=node.path, cure="--quiesce stop, or hooks"
+        )
 
 
 def _address(node: Node, profile: Profile, layout: Layout) -> str:

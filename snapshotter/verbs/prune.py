@@ -13,13 +13,13 @@ from msgspec import Struct
 
 from snapshotter.catalog import Catalog
 from snapshotter.core.errors import BusyError, SnapshotterError, UsageError
-from snapshotter.core.model import State, utc_now
+from snapshotter.core.model import SnapshotSet, State, utc_now
 from snapshotter.host.locks import Locks
 from snapshotter.host.places import host_name, same_host
 from snapshotter.nodes import retention
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.retention import Verdict
-from snapshotter.nodes.target import resolve, target_id
+from snapshotter.nodes.target import resolve, target_of
 from snapshotter.verbs import open_restores
 from snapshotter.verbs.delete import lock_names, remove
 from snapshotter.verbs.documents import set_document, when
@@ -64,16 +64,16 @@ class Outcome(Struct):
 
 def plan(entries: Catalog, nodes: Sequence[Node], *, automatic: bool = False) -> list[OfTarget]:
     """What would be done with the sets of these nodes. `automatic`: no person has asked."""
-    now, host = utc_now(), host_name()
-    by_target: dict[str, list[Any]] = {}
+    by_target: dict[str, list[SnapshotSet]] = {}
     for found in entries.sets:
         by_target.setdefault(found.birth.target, []).append(found)
-    planned = []
-    for node in nodes:
-        target = target_id(node.path)
-        decided = retention.decide(by_target.get(target, []), now, node.keep, host, automatic=automatic)
-        planned.append(OfTarget(node, target, decided))
-    return planned
+    return [plan_of(node, by_target.get(target_of(node), []), automatic=automatic) for node in nodes]
+
+
+def plan_of(node: Node, sets: Sequence[SnapshotSet], *, automatic: bool = False) -> OfTarget:
+    """As `plan`, of one node whose sets (its target's, in the catalog's order) are known."""
+    decided = retention.decide(sets, utc_now(), node.keep, host_name(), automatic=automatic)
+    return OfTarget(node, target_of(node), decided)
 
 
 def nodes_of(session: Session, target: str | None) -> list[Node]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from snapshotter.catalog import Catalog
 from snapshotter.core.errors import BusyError, SnapshotterError, UndoIncompleteError
 from snapshotter.core.model import Purpose, State, utc_now
 from snapshotter.host import mounts, processes, quiesce
@@ -23,8 +24,9 @@ from snapshotter.verbs.release import places_of, refuse_foreign_mount, tidy
 from snapshotter.verbs.session import Session
 
 
-def reap(session: Session) -> dict[str, Any]:
-    """Returns what was let go and removed, and what is kept for now and why.
+def reap(session: Session, entries: Catalog | None = None) -> dict[str, Any]:
+    """Returns what was let go and removed, and what is kept for now and why. `entries`: the catalog, if it was read
+    just now; what is to go is looked at again anyway.
     Raises UndoIncompleteError if something of a dead run could not be undone."""
     let_go = quiesce.reap()
     providers, gone = session.everywhere()
@@ -55,7 +57,7 @@ def reap(session: Session) -> dict[str, Any]:
                 kept.append({"set_id": parts[0].set_id, "reason": f"its attachment {parts[0].id}: {error.line()}"})
             except SnapshotterError as error:
                 left.append(f"{parts[0].id}: {error.line()}")
-    for found in session.catalog().sets:
+    for found in (entries or session.catalog()).sets:
         if found.state is not State.INCOMPLETE:
             continue
         if not same_host(found.birth.host, host_name()):

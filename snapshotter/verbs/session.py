@@ -14,7 +14,7 @@ from snapshotter import catalog, provider
 from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, UsageError
 from snapshotter.core.model import Report, SnapshotSet, no_report
 from snapshotter.nodes.config import Config, Node
-from snapshotter.nodes.target import canonical, resolve, target_id
+from snapshotter.nodes.target import canonical, resolve, target_of
 from snapshotter.provider import Provider, Settings
 
 
@@ -85,7 +85,7 @@ class Session(Struct):
 
     def node_of(self, target: str) -> Node | None:
         """The config's node of this target's identity, if it has one."""
-        return next((node for node in self.config.nodes.values() if target_id(node.path) == target), None)
+        return next((node for node in self.config.nodes.values() if target_of(node) == target), None)
 
     def catalog(self, set_id: str | None = None, node: Node | None = None) -> catalog.Catalog:
         """Everything that is ours now, through every provider that can be asked."""
@@ -140,7 +140,7 @@ class Session(Struct):
     def _target_of(self, name: str | None) -> str:
         """The identity of a target whose path may be gone: a restore must work then."""
         try:
-            return target_id(resolve(name, self.config, must_exist=False).path)
+            return target_of(resolve(name, self.config, must_exist=False))
         except UsageError:
             if name is not None:
                 raise

@@ -26,7 +26,7 @@ from snapshotter.nodes.target import resolve
 from snapshotter.verbs import open_restores
 from snapshotter.verbs import plan as planning
 from snapshotter.verbs.documents import set_document
-from snapshotter.verbs.plan import Plan
+from snapshotter.verbs.plan import Plan, SlotTakenError
 from snapshotter.verbs.session import Session
 
 if TYPE_CHECKING:
@@ -51,6 +51,23 @@ def take(
     `warnings`
     and `left_out`; for `dry_run` the plan's. Raises any of core.errors."""
     node = resolve(target, session.config)
+    how: dict[str, Any] = {"quiesce": quiesce, "budget_s": budget_s, "require": require, "allow_skew": allow_skew}
+    return take_node(session, node, dry_run=dry_run, wait_s=wait_s if wait else 0.0, slot=slot, **how)
+
+
+def take_node(
+    session: Session,
+    node: Node,
+    *,
+    quiesce: str | None = None,
+    budget_s: float | None = None,
+    require: str | None = None,
+    allow_skew: bool = False,
+    dry_run: bool = False,
+    wait_s: float = 0.0,
+    slot: str = "",
+) -> dict[str, Any]:
+    """As `take`, of a node that is known already. `wait_s`: how long to wait for a store that copies."""
     plan = planning.make(
         session,
         node,
@@ -64,13 +81,19 @@ def take(
     if dry_run:
         return plan.document()
     notes = list(plan.layout.warnings)
+    left_out = list(plan.layout.links_outside)
     with Locks(plan.locks()):
         open_restores.refuse(session, plan.birth.target)
-        if slot and (existing := _of_slot(session, plan)) is not None:
-            return {**existing, "existing": True, "warnings": notes, "left_out": list(plan.layout.links_outside)}
-        notes += _carry_out(plan)
-    document = _wait_until_ready(session, plan, wait_s if wait else 0.0)
-    return {**document, "existing": False, "warnings": notes, "left_out": list(plan.layout.links_outside)}
+        try:
+            if slot:
+                from snapshotter.verbs import slots
+
+                slots.refuse_taken(session, plan)
+            notes += _carry_out(session, plan)
+        except SlotTakenError as error:
+            return {**set_document(error.found), "existing": True, "warnings": notes, "left_out": left_out}
+    document = _wait_until_ready(session, plan, wait_s)
+    return {**document, "existing": False, "warnings": notes, "left_out": left_out}
 
 
 def take_all(session: Session, **how: Any) -> tuple[dict[str, Any], list[SnapshotterError]]:
@@ -88,15 +111,7 @@ def take_all(session: Session, **how: Any) -> tuple[dict[str, Any], list[Snapsho
     return {"sets": sets, "failed": failed}, errors
 
 
-def _of_slot(session: Session, plan: Plan) -> dict[str, Any] | None:
-    for found in session.catalog(node=plan.node).of_target(plan.birth.target):
-        pending = found.state is State.PENDING and found.grade is not Grade.SKEWED
-        if found.birth.slot == plan.birth.slot and (found.good or pending):
-            return set_document(found)
-    return None
-
-
-def _carry_out(plan: Plan) -> list[str]:
+def _carry_out(session: Session, plan: Plan) -> list[str]:
     """From the first change to the seal. Returns notes for a person."""
     set_id = plan.set_id
     groups = plan.by_provider()
@@ -114,6 +129,7 @@ def _carry_out(plan: Plan) -> list[str]:
             marks["block"] = pack_hash(head.hash)
         # Nothing to prove afterwards: the driver may seal in the very call that makes the image, so a signal waits.
         at_birth = plan.quiesce is Quiesce.NONE and len(groups) == 1 and plan.grade is not Grade.SKEWED
+        at_birth = at_birth and not plan.birth.slot  # whose slot it is must be found out first
         if at_birth:
             marks["sealed"] = compact_time(utc_now())
         with deferred() if at_birth else nullcontext():
@@ -127,6 +143,10 @@ def _carry_out(plan: Plan) -> list[str]:
                 marks["freeze-ms"] = str(max(1, round(held.held_ms or 0)))
             if plan.grade == "skewed":
                 marks["skew-ms"] = str(max(1, skew_ms))
+            if plan.birth.slot:
+                from snapshotter.verbs import slots
+
+                slots.win(session, plan)
             if not at_birth:
                 marks["sealed"] = compact_time(utc_now())
             with deferred():

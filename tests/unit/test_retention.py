@@ -196,7 +196,7 @@ def hold(sets: list[SnapshotSet], now: datetime, keep: Keep, automatic: bool) ->
 
 
 def test_ten_thousand_histories(request: pytest.FixtureRequest, measured: Callable[[str], None]) -> None:
-    count = 10_000 if request.config.getoption("--full") else 1_500
+    count = 10_000 if request.config.getoption("--full") else 3_000
     seed = int(os.environ.get("SEED", "20261128"))
     removed = 0
     for number in range(count):

@@ -21,7 +21,7 @@ from snapshotter.verbs.session import Session
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)  # a Sunday
 #: Every module that asks what time it is.
-CLOCKS = [f"snapshotter.verbs.{name}.utc_now" for name in ("take", "prune", "reap", "verify")]
+CLOCKS = [f"snapshotter.verbs.{name}.utc_now" for name in ("take", "prune", "reap", "tick", "slots", "verify")]
 
 
 class MemorySession(Session):
