@@ -1,4 +1,5 @@
-"""Attachments: volumes made of a set's snapshots, attached to this instance. Must know no policy, and mount nothing.
+"""Attachments: volumes made of a set's snapshots, attached to this instance, or made for another machine. Must know no
+policy, and mount nothing.
 
 The record is in the tags that the volume is born with, so whatever a dead run had made is found by them.
 """
@@ -6,7 +7,7 @@ The record is in the tags that the volume is born with, so whatever a dead run h
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,11 +16,12 @@ import msgspec
 from providers.ebs import tags, volumes
 from providers.ebs.api import Api
 from providers.ebs.here import Here
-from snapshotter.core.errors import NotFoundError, PreconditionError, StorageError
-from snapshotter.core.model import Access, Attachment, MountSpec, Purpose, Snapshot
+from snapshotter.core.errors import NotFoundError, PreconditionError, StorageError, UsageError
+from snapshotter.core.model import Access, Attachment, Elsewhere, MountSpec, Purpose, Snapshot
 from snapshotter.core.remote import operation_id, poll
 from snapshotter.host import processes
 from snapshotter.host.disks import Disks, Part, copy_mount
+from snapshotter.host.places import host_name
 from snapshotter.provider import Settings
 
 #: option -> parameter of CreateVolume
@@ -34,60 +36,112 @@ _PARTITION_S = 30.0
 
 
 class Clones:
-    """On one instance, for one call."""
+    """On one instance, or on none, for one call."""
 
-    def __init__(self, api: Api, here: Here, disks: Disks, settings: Settings) -> None:
+    def __init__(self, api: Api, here: Here | None, disks: Disks, settings: Settings) -> None:
         self.api, self.here, self.disks, self.settings = api, here, disks, settings
 
     def attach(
         self, snapshot: Snapshot, attachment_id: str, access: Access, destination: str, purpose: Purpose
     ) -> MountSpec:
-        birth = snapshot.birth
-        item = restorable(self.api, snapshot)
-        kind, partition = tags.file_system(tags.read(item), birth.member)
+        if self.here is None:
+            cure = "restore it on an instance, or with --away"
+            raise PreconditionError("this is no EC2 instance", object=snapshot.id, cure=cure)
+        birth, instance, report = snapshot.birth, self.here.instance, self.settings.report
+        items = [restorable(self.api, part) for part in tags.parts(snapshot.id)]
+        kind, partition = tags.file_system(tags.read(items[0]), birth.member)
         if kind == "btrfs":
             # Two disks of one btrfs confuse the kernel as soon as it sees them.
-            self.disks.refuse_beside(self.disks.find(tags.serial(snapshot.volume), tags.BY_ID), snapshot.id)
-        maker = processes.identity(os.getpid())
+            for origin in tags.parts(snapshot.volume):
+                self.disks.refuse_beside(self.disks.find(tags.serial(origin), tags.BY_ID), snapshot.id)
         born = tags.of_attachment(
-            attachment_id, birth.set_id, birth.member, destination, access, purpose, self.here.instance, maker
+            attachment_id, birth.set_id, birth.member, destination, access, purpose, instance, _maker()
         )
+        made = [self._made(each, attachment_id, self.here.zone, born) for each in tags.parts(snapshot.id)]
+        found = []
+        for volume in made:
+            volumes.attach(self.api, volume, instance, report)
+            disk = volumes.appeared(self.api, self.disks, volume, report)
+            within = self.api.deadline(f"partition {partition} of {volume}", _PARTITION_S)
+            part = Part(disk, partition)
+            found.append(poll(lambda part=part: self.disks.device(part), within, first_s=0.1, most_s=1.0))  # type: ignore[misc]
+        return copy_mount(found[0], kind, access is Access.READ_ONLY, found[1:])
+
+    def away(self, snapshot: Snapshot, attachment_id: str) -> Elsewhere:
+        """For the instance or the zone that the options name, else this instance's zone."""
+        options, birth, report = self.settings.options, snapshot.birth, self.settings.report
+        instance, zone = str(options.get("instance") or ""), str(options.get("zone") or "")
+        if instance:
+            about = volumes.of_instance(self.api, instance, self.api.deadline(instance))
+            theirs = str(about["Placement"]["AvailabilityZone"])
+            if zone not in ("", theirs):
+                raise UsageError(f"is in {theirs}", object=instance, cure="leave out -o zone=")
+            zone = theirs
+        zone = zone or (self.here.zone if self.here else "")
+        if not zone:
+            cure = "-o zone=, or -o instance="
+            raise PreconditionError("is to be made in which zone?", object=snapshot.id, cure=cure)
+        for each in tags.parts(snapshot.id):
+            restorable(self.api, each)
+        born = tags.of_attachment(
+            attachment_id,
+            birth.set_id,
+            birth.member,
+            "",
+            Access.WRITABLE,
+            Purpose.RESTORE,
+            instance or "none",
+            _maker(),
+        )
+        born[tags.AWAY] = _host()
+        made = [self._made(each, attachment_id, zone, born) for each in tags.parts(snapshot.id)]
+        if not instance:
+            return Elsewhere(tags.joined(made))
+        for volume in made:
+            volumes.attach(self.api, volume, instance, report)
+        devices = [f"/dev/disk/by-id/{tags.BY_ID}{tags.serial(volume)}" for volume in made]
+        return Elsewhere(tags.joined(made), instance, tags.joined(devices))
+
+    def _made(self, part: str, attachment_id: str, zone: str, born: Mapping[str, str]) -> str:
+        """A volume of one EBS snapshot, as the options say."""
         options = self.settings.options
         wanted: dict[str, Any] = {
-            "SnapshotId": snapshot.id,
-            "AvailabilityZone": self.here.zone,
-            "ClientToken": operation_id("attach", attachment_id, snapshot.id),
+            "SnapshotId": part,
+            "AvailabilityZone": zone,
+            "ClientToken": operation_id("attach", attachment_id, part),
             "VolumeType": "gp3",
             **{parameter: options[option] for option, parameter in _WANTED.items() if option in options},
         }
         if "KmsKeyId" in wanted:
             wanted["Encrypted"] = True
-        report = self.settings.report
-        volume = volumes.make(self.api, wanted, born, report)
-        volumes.attach(self.api, volume, self.here.instance, report)
-        disk = volumes.appeared(self.api, self.disks, volume, report)
-        within = self.api.deadline(f"partition {partition} of {volume}", _PARTITION_S)
-        device = poll(lambda: self.disks.device(Part(disk, partition)), within, first_s=0.1, most_s=1.0)
-        return copy_mount(device, kind, access is Access.READ_ONLY)
+        return volumes.make(self.api, wanted, born, self.settings.report)
 
     def _all(self) -> Iterator[tuple[dict[str, Any], Attachment]]:
-        """Volumes that are attachments on this instance. Another instance's are its own."""
-        filters = {f"tag:{tags.INSTANCE}": [self.here.instance], "tag-key": [tags.ATTACHMENT]}
+        """Volumes that are attachments on this instance, and those made for another machine: by this host, or by
+        another once they are complete. Another instance's are its own."""
+        filters = {"tag-key": [tags.ATTACHMENT]}
         for item in volumes.described(self.api, self.api.deadline("the list of attachments"), filters):
             labels = tags.read(item)
             found = tags.attachment_of(labels)
-            gone = item["State"] in ("deleting", "deleted")
-            if found is not None and labels.get(tags.INSTANCE) == self.here.instance and not gone:
+            if found is None or item["State"] in ("deleting", "deleted"):
+                continue
+            host = labels.get(tags.AWAY)
+            away = host is not None and (found.since is not None or host == _host())
+            if away or (host is None and self.here is not None and labels.get(tags.INSTANCE) == self.here.instance):
                 yield item, found
 
     def _of(self, attachment_id: str) -> list[str]:
         return [item["VolumeId"] for item, found in self._all() if found.id == attachment_id]
 
     def listed(self) -> Iterator[Attachment]:
+        """A member of several volumes is one attachment, complete when all of them are."""
+        parts: dict[tuple[str, int], list[Attachment]] = {}
         for item, found in self._all():
             maker = tags.maker_of(tags.read(item))
             held = maker is not None and processes.alive(maker)
-            yield msgspec.structs.replace(found, held=held)
+            parts.setdefault((found.id, found.member), []).append(msgspec.structs.replace(found, held=held))
+        for each in parts.values():
+            yield next((part for part in each if part.since is None), each[0])
 
     def settle(self, attachment_id: str, since: datetime) -> None:
         ours = self._of(attachment_id)
@@ -103,14 +157,23 @@ class Clones:
             volumes.remove(self.api, volume, self.settings.report)
 
 
-def restorable(api: Api, snapshot: Snapshot) -> dict[str, Any]:
-    """What EC2 says of a snapshot that is to be restored now. Raises NotFoundError, StorageError (no image),
+def _maker() -> tuple[int, int] | None:
+    return processes.identity(os.getpid())
+
+
+def _host() -> str:
+    """This machine, in few letters."""
+    return host_name().rpartition("-")[2]
+
+
+def restorable(api: Api, name: str) -> dict[str, Any]:
+    """What EC2 says of an EBS snapshot that is to be restored now. Raises NotFoundError, StorageError (no image),
     PreconditionError (not yet)."""
-    within = api.deadline(snapshot.id)
-    item: dict[str, Any] = api.call("describe_snapshots", within, SnapshotIds=[snapshot.id])["Snapshots"][0]
+    within = api.deadline(name)
+    item: dict[str, Any] = api.call("describe_snapshots", within, SnapshotIds=[name])["Snapshots"][0]
     if item["State"] == "error":
-        raise StorageError("has no valid image", object=snapshot.id, cure="restore another set")
+        raise StorageError("has no valid image", object=name, cure="restore another set")
     if item["State"] != "completed":
         why = f"EC2 still copies it ({item.get('Progress', '?')})"
-        raise PreconditionError(why, object=snapshot.id, cure="wait until it is ready")
+        raise PreconditionError(why, object=name, cure="wait until it is ready")
     return item

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -30,6 +30,12 @@ ORIGIN = PREFIX + "origin"
 DEVICE = PREFIX + "device"
 COMMITTED = PREFIX + "committed"
 ASIDE = PREFIX + "set-aside"
+AWAY = PREFIX + "away"
+COPY_TO = PREFIX + "copy-to"
+COPY_OF = PREFIX + "copy-of"
+COPIED_VOLUME = PREFIX + "copied-volume"
+COPIED_AT = PREFIX + "copied-at"
+REPLICA = PREFIX + "replica-"
 _MEMBER, _ACCESS, _PURPOSE, _PATH = (PREFIX + name for name in ("member", "access", "purpose", "path"))
 _MARK = PREFIX + "mark-"
 _CHUNK = 250
@@ -49,6 +55,17 @@ def serial(volume: str) -> str:
 def volume_of(identity: str) -> str | None:
     """Inverse of `serial`; None for another disk (an instance store says `AWS...`)."""
     return f"vol-{identity[3:]}" if identity.startswith("vol") and identity[3:4] != "-" else None
+
+
+def parts(name: str) -> list[str]:
+    """What a volume of ours consists of: a btrfs over several devices is one volume, `vol-1+vol-2`, and its snapshot is
+    `snap-1+snap-2`, in the same order."""
+    return name.split("+")
+
+
+def joined(names: Iterable[str]) -> str:
+    """Inverse of `parts`."""
+    return "+".join(names)
 
 
 def as_tags(values: Mapping[str, str]) -> list[dict[str, str]]:
@@ -82,9 +99,20 @@ def birth_of(tags: Mapping[str, str], volume: str) -> Birth | None:
     if birth is None or birth.set_id != tags.get(SET):
         return None
     for number, member in enumerate(birth.members):
-        if (member.provider, member.volume) == (NAME, volume):
+        if member.provider == NAME and volume in parts(member.volume):
             return birth.of_member(number)
     return None
+
+
+def origin_of(item: Mapping[str, Any]) -> str:
+    """The volume that a snapshot is of: a copy's own VolumeId means nothing."""
+    return read(item).get(COPIED_VOLUME) or str(item["VolumeId"])
+
+
+def born_ms(item: Mapping[str, Any]) -> int:
+    """When the image was fixed, in EC2's time: of a copy, when what it is a copy of was."""
+    copied = read(item).get(COPIED_AT, "")
+    return int(copied) if copied.isdigit() else int(item["StartTime"].timestamp() * 1000)
 
 
 def file_system(tags: Mapping[str, str], member: int) -> tuple[str, int]:
