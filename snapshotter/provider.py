@@ -215,6 +215,11 @@ class Provider(ABC):
         name while any depends on the set-aside."""
         raise NotImplementedError
 
+    def source_of(self, volume: str, known: str) -> str:
+        """The device that the file system of the volume (its id), or of what stands in its place, is mounted from now;
+        `known` is what it was before a swap or its inverse. Default: the same. A cloud's disk gets another name."""
+        return known
+
     def swaps(self) -> Iterator[str]:
         """Ids of swaps neither taken back nor committed."""
         return iter(())

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests import json_kit
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 BESU = ["-m", "tests.hot.besu_shaped"]
 NOBODY = 65534
@@ -121,6 +123,7 @@ class Command:
         assert done.returncode == 0, f"{words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         document: dict[str, Any] = json.loads(done.stdout)
         assert document.pop("schema") == 1
+        json_kit.check(words, document)
         return document
 
     def error(self, *words: str, exit_code: int) -> dict[str, Any]:
@@ -130,7 +133,10 @@ class Command:
         assert "Traceback" not in done.stderr
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, done.stderr
-        error: dict[str, Any] = json.loads(done.stdout)["error"]
+        answer = json.loads(done.stdout)
+        assert answer.pop("schema") == 1
+        json_kit.check(words, answer, failed=True)
+        error: dict[str, Any] = answer["error"]
         assert error["exit"] == exit_code
         return {**error, "line": lines[0]}
 

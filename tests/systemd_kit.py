@@ -1,7 +1,7 @@
-"""A live systemd for tests: pid 1 of namespaces of its own (pid, mount, cgroup, uts, ipc), on this machine or in the
+"""A live systemd for tests: pid 1 of namespaces of its own (pid, mount, cgroup, uts), on this machine or in the
 lab's.
 
-Nothing of the host is in its reach: /run, /etc/systemd/system, /var/lib/systemd and /etc/cron.d are empty and its own,
+Nothing of the host is in its reach: /run, /etc/systemd, /var/lib/systemd and /etc/cron.d are empty and its own,
 no generator runs, and of the distribution's units it sees only the few targets that timers and services need.
 """
 
@@ -33,15 +33,20 @@ mount -o remount,bind,ro /proc/sys
 umount -R /sys/fs/cgroup 2>/dev/null || true
 mkdir -p /sys/fs/cgroup
 mount -t cgroup2 none /sys/fs/cgroup
+if [ -d /run/udev ]; then exec 9</run/udev; fi
 mount -t tmpfs -o mode=755 tmpfs /run
-mkdir -p /run/systemd/system /run/lock /run/units
+mkdir -p /run/systemd/system /run/lock /run/units /run/udev
+# LVM asks there whether there is an udev, and waits for it.
+if [ -e /proc/self/fd/9 ]; then mount --bind /proc/self/fd/9 /run/udev; exec 9<&-; fi
 cd /usr/lib/systemd/system
 cp basic.target sysinit.target sockets.target timers.target paths.target slices.target \\
     local-fs.target shutdown.target time-set.target time-sync.target network-online.target network.target /run/units/
 cd /
 mount --bind /run/units /usr/lib/systemd/system
 mkdir -p /var/lib/systemd /etc/cron.d
-for place in /etc/systemd/system /usr/lib/systemd/system-generators /var/lib/systemd /etc/cron.d; do
+mkdir -p "$1/system"
+mount --bind "$1" /etc/systemd
+for place in /usr/lib/systemd/system-generators /var/lib/systemd /etc/cron.d; do
     mount -t tmpfs -o mode=755 tmpfs $place
 done
 export container=snapshotter-test
@@ -57,7 +62,7 @@ class Systemd:
 
     def enter(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["nsenter", "-t", str(self.pid), "-p", "-m", "-C", "-u", "-i", "--wd=/", "--", *words],
+            ["nsenter", "-t", str(self.pid), "-p", "-m", "-C", "-u", "--wd=/", "--", *words],
             capture_output=True,
             text=True,
             check=check,
@@ -84,7 +89,8 @@ class Systemd:
 
 @contextlib.contextmanager
 def booted(work: Path) -> Iterator[Systemd]:
-    """systemd as pid 1 until the end of the `with`; then all that it started is gone, and its cgroup."""
+    """systemd as pid 1 until the end of the `with`; then all that it started is gone, and its cgroup. What is in its
+    /etc/systemd stays in `work`, and is there again at the next boot."""
     if os.geteuid() != 0:
         pytest.skip("needs root: namespaces")
     if not os.path.exists(SYSTEMD):
@@ -98,8 +104,8 @@ def booted(work: Path) -> Iterator[Systemd]:
     group.mkdir()
     with open(work / "boot.log", "wb") as log:
         process = subprocess.Popen(
-            ["sh", "-c", f'echo $$ >{group}/cgroup.procs && exec unshare --pid --mount --cgroup --uts --ipc --fork '
-             '--mount-proc --kill-child=SIGKILL sh "$0"', str(script)],
+            ["sh", "-c", f'echo $$ >{group}/cgroup.procs && exec unshare --pid --mount --cgroup --uts --fork '
+             '--mount-proc --kill-child=SIGKILL sh "$0" "$1"', str(script), str(work / "etc-systemd")],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         )  # fmt: skip
     try:

@@ -72,12 +72,13 @@ class EbsProvider(Provider):
         "region": Option(str, "AWS region (default: this instance's, or the profile's)"),
         "profile": Option(str, "AWS profile to log in with"),
         "role_arn": Option(str, "role to assume"),
-        "instance": Option(str, "instance that --away makes volumes for"),
-        "zone": Option(str, "availability zone that --away makes volumes in (default: the instance's)"),
+        "instance": Option(str, "the instance that `restore --away` attaches the volumes to"),
+        "zone": Option(str, "availability zone of volumes restored with --away"),
         "volume_type": Option(str, "type of restored volumes (default: gp3)"),
         "iops": Option(int, "IOPS of restored volumes"),
         "throughput": Option(int, "MiB/s of restored volumes (gp3)"),
         "kms_key": Option(str, "KMS key of restored volumes (default: the snapshot's)"),
+        "copy_to": Option(str, "regions that each set is copied to, encrypted, once it is whole"),
         "initialization_rate": Option(int, "MiB/s, 100 to 300, at which a restored volume is filled (costs)"),
     }
     #: Tests have others.
@@ -205,7 +206,7 @@ class EbsProvider(Provider):
         operation = operation_id("create", birth.set_id)
         seen = [volume for volume in volumes if volume.path is not None]
         kinds = {volume.id: self.disks.lies_on(mounts.mount_of(str(volume.path))) for volume in seen}
-        given = tags.of_set(birth, operation, kinds)
+        given = tags.of_set(birth, operation, kinds, self._copy_to())
         how: dict[str, Any] = {
             "Description": f"snapshotter: {birth.node}, {birth.set_id}",
             "TagSpecifications": [{"ResourceType": "snapshot", "Tags": tags.as_tags(given)}],
@@ -351,6 +352,20 @@ class EbsProvider(Provider):
         poll(attempt, within, first_s=0.5, most_s=5.0)
         api.memory.deleted(name)
 
+    def advance(self) -> list[str]:
+        if not self._used():
+            return []
+        from providers.ebs import copies
+        from providers.ebs.api import connect
+
+        api = self._api()
+        profile, role = self._option("profile"), self._option("role_arn")
+        return copies.advance(api, api.region, lambda region: connect(region, profile, role, self.clock))
+
+    def _copy_to(self) -> str:
+        """The regions that sets are copied to, a blank between two."""
+        return " ".join(sorted(set(str(self._option("copy_to") or "").replace(",", " ").split())))
+
     # -- attachments --------------------------------------------------------------------------------------------
 
     def _clones(self) -> Clones | None:
@@ -361,12 +376,6 @@ class EbsProvider(Provider):
 
         return Clones(self._api(), self._here(), self.disks, self.settings)
 
-    def _some_clones(self, snapshot: Snapshot) -> Clones:
-        if (clones := self._clones()) is None:
-            cure = "restore it on an instance, or set `region` in [aws]"
-            raise PreconditionError("this is no EC2 instance", object=snapshot.id, cure=cure)
-        return clones
-
     def attach(
         self,
         snapshot: Snapshot,
@@ -375,10 +384,15 @@ class EbsProvider(Provider):
         destination: str,
         purpose: Purpose = Purpose.RESTORE,
     ) -> MountSpec | Tree:
-        return self._some_clones(snapshot).attach(snapshot, attachment_id, access, destination, purpose)
+        return self._clones_for(snapshot).attach(snapshot, attachment_id, access, destination, purpose)
 
     def attach_away(self, snapshot: Snapshot, attachment_id: str) -> Elsewhere:
-        return self._some_clones(snapshot).away(snapshot, attachment_id)
+        return self._clones_for(snapshot).away(snapshot, attachment_id)
+
+    def _clones_for(self, snapshot: Snapshot) -> Clones:
+        if (clones := self._clones()) is None:
+            raise PreconditionError("this is no EC2 instance", object=snapshot.id, cure="restore it on an instance")
+        return clones
 
     def settle(self, attachment_id: str, since: datetime) -> None:
         if (clones := self._clones()) is None:
@@ -416,6 +430,12 @@ class EbsProvider(Provider):
     def swap_commit(self, swap_id: str) -> None:
         if (swaps := self._swaps()) is not None:
             swaps.commit(swap_id)
+
+    def source_of(self, volume: str, known: str) -> str:
+        from snapshotter.host.disks import Part, partition_in
+
+        found = swaps.device_of(volume) if (swaps := self._swaps()) is not None else None
+        return (self.disks.device(Part(found, partition_in(known))) if found else None) or known
 
     def swaps(self) -> Iterator[str]:
         if (swaps := self._swaps()) is not None:

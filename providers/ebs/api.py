@@ -125,6 +125,10 @@ class Api:
                 self._clients[fitting] = self._make(fitting)
             return self._clients[fitting]
 
+    @property
+    def region(self) -> str:
+        return str(self._boto().region_name)
+
     def warm(self, seconds: float) -> None:
         """Make the client that a call within so many seconds will use: it takes its time, and soon there is none."""
         fitting = [timeout for timeout in _TIMEOUTS if timeout <= seconds]

@@ -1,5 +1,5 @@
-"""Attachments: volumes made of a set's snapshots, attached to this instance, or made for another machine. Must know no
-policy, and mount nothing.
+"""Attachments: volumes made of a set's snapshots, attached to this instance or another. Must know no policy, and mount
+nothing.
 
 The record is in the tags that the volume is born with, so whatever a dead run had made is found by them.
 """
@@ -16,7 +16,7 @@ import msgspec
 from providers.ebs import tags, volumes
 from providers.ebs.api import Api
 from providers.ebs.here import Here
-from snapshotter.core.errors import NotFoundError, PreconditionError, StorageError, UsageError
+from snapshotter.core.errors import NotFoundError, PreconditionError, StorageError
 from snapshotter.core.model import Access, Attachment, Elsewhere, MountSpec, Purpose, Snapshot
 from snapshotter.core.remote import operation_id, poll
 from snapshotter.host import processes
@@ -36,7 +36,7 @@ _PARTITION_S = 30.0
 
 
 class Clones:
-    """On one instance, or on none, for one call."""
+    """For one call, on the instance `here` or, where that is None, off EC2."""
 
     def __init__(self, api: Api, here: Here | None, disks: Disks, settings: Settings) -> None:
         self.api, self.here, self.disks, self.settings = api, here, disks, settings
@@ -75,11 +75,12 @@ class Clones:
             about = volumes.of_instance(self.api, instance, self.api.deadline(instance))
             theirs = str(about["Placement"]["AvailabilityZone"])
             if zone not in ("", theirs):
-                raise UsageError(f"is in {theirs}", object=instance, cure="leave out -o zone=")
+                cure = f"-o zone={theirs}, or leave it out"
+                raise PreconditionError(f"is in {theirs}", object=instance, cure=cure)
             zone = theirs
         zone = zone or (self.here.zone if self.here else "")
         if not zone:
-            cure = "-o zone=, or -o instance="
+            cure = "-o instance=, or -o zone= for volumes that are attached to none"
             raise PreconditionError("is to be made in which zone?", object=snapshot.id, cure=cure)
         for each in tags.parts(snapshot.id):
             restorable(self.api, each)
@@ -90,7 +91,7 @@ class Clones:
             "",
             Access.WRITABLE,
             Purpose.RESTORE,
-            instance or "none",
+            instance,
             _maker(),
         )
         born[tags.AWAY] = _host()
@@ -119,8 +120,8 @@ class Clones:
     def _all(self) -> Iterator[tuple[dict[str, Any], Attachment]]:
         """Volumes that are attachments on this instance, and those made for another machine: by this host, or by
         another once they are complete. Another instance's are its own."""
-        filters = {"tag-key": [tags.ATTACHMENT]}
-        for item in volumes.described(self.api, self.api.deadline("the list of attachments"), filters):
+        within = self.api.deadline("the list of attachments")
+        for item in volumes.described(self.api, within, {"tag-key": [tags.ATTACHMENT]}):
             labels = tags.read(item)
             found = tags.attachment_of(labels)
             if found is None or item["State"] in ("deleting", "deleted"):
@@ -151,7 +152,7 @@ class Clones:
 
     def detach(self, attachment_id: str) -> None:
         ours = self._of(attachment_id)
-        for volume in ours:
+        for volume in ours if self.here is not None else ():
             self.disks.refuse_mounted(self.disks.find(tags.serial(volume), tags.BY_ID), volume)
         for volume in ours:
             volumes.remove(self.api, volume, self.settings.report)

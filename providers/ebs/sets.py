@@ -47,6 +47,12 @@ def _member(birth: Birth, have: Mapping[str, Mapping[str, Any]]) -> Snapshot:
         state=state,
         marks=merge_marks([tags.marks_of(each) for each in labels]),
         size_bytes=sum(sizes) if len(sizes) == len(items) else None,
-        order=max(tags.born_ms(item) for item in items),
+        order=max(_order(birth, item) for item in items),
         why=why,
     )
+
+
+def _order(birth: Birth, item: Mapping[str, Any]) -> int:
+    """EC2's own time. A copy's is that of its copying: the newest copy needn't be of the newest set."""
+    moment = birth.taken_at if tags.SOURCE in tags.read(item) else item["StartTime"]
+    return int(moment.timestamp() * 1000)

@@ -115,6 +115,15 @@ class Swaps:
         ours = {key: None for key in labels if key.startswith(tags.PREFIX)}
         volumes.tag(self.api, [new], {**ours, tags.COMMITTED: None})
 
+    def device_of(self, volume: str) -> str | None:
+        """The kernel name of the disk that stands in a volume's place now, or of the volume's own; None if neither is
+        attached here."""
+        record = {tags.read(item).get(tags.ORIGIN): str(item["VolumeId"]) for _, item in self.open()}
+        for name in (record.get(volume), volume):
+            if name is not None and (found := self.disks.find(tags.serial(name), tags.BY_ID)):
+                return found
+        return None
+
     def listed(self) -> Iterator[str]:
         """Those neither taken back nor committed."""
         yield from sorted(swap_id for swap_id, item in self.open() if tags.COMMITTED not in tags.read(item))

@@ -23,6 +23,7 @@ OPERATION = PREFIX + "operation"
 FILE_SYSTEM = PREFIX + "fs"
 ATTACHMENT = PREFIX + "attachment"
 INSTANCE = PREFIX + "instance"
+AWAY = PREFIX + "away"  # on a volume made for another machine: the host that asked for it
 SINCE = PREFIX + "since"
 MAKER = PREFIX + "maker"
 SWAP = PREFIX + "swap"
@@ -30,12 +31,10 @@ ORIGIN = PREFIX + "origin"
 DEVICE = PREFIX + "device"
 COMMITTED = PREFIX + "committed"
 ASIDE = PREFIX + "set-aside"
-AWAY = PREFIX + "away"
-COPY_TO = PREFIX + "copy-to"
-COPY_OF = PREFIX + "copy-of"
-COPIED_VOLUME = PREFIX + "copied-volume"
-COPIED_AT = PREFIX + "copied-at"
-REPLICA = PREFIX + "replica-"
+COPY_TO = PREFIX + "copy-to"  # on a set: regions
+COPIED = PREFIX + "copied-"  # and a region, on a set: it is whole there
+COPYING = PREFIX + "copying-"  # and a region, on a set's snapshot: when its copy was last asked for (since 1970)
+SOURCE = PREFIX + "source"  # on a copy: region/snapshot
 _MEMBER, _ACCESS, _PURPOSE, _PATH = (PREFIX + name for name in ("member", "access", "purpose", "path"))
 _MARK = PREFIX + "mark-"
 _CHUNK = 250
@@ -78,8 +77,9 @@ def read(item: Mapping[str, Any]) -> dict[str, str]:
     return {tag["Key"]: tag["Value"] for tag in item.get("Tags", [])}
 
 
-def of_set(birth: Birth, operation: str, file_systems: Mapping[str, str]) -> dict[str, str]:
-    """The tags of a set's snapshots. `file_systems`: what lies on each volume, `ext4`, or `ext4/1` on a partition."""
+def of_set(birth: Birth, operation: str, file_systems: Mapping[str, str], copy_to: str = "") -> dict[str, str]:
+    """The tags of a set's snapshots. `file_systems`: what lies on each volume, `ext4`, or `ext4/1` on a partition.
+    `copy_to`: regions, a blank between two."""
     record = pack(birth.of_member(0), LIMITS)
     kinds = [file_systems.get(member.volume, "-") if member.provider == NAME else "-" for member in birth.members]
     return {
@@ -87,32 +87,37 @@ def of_set(birth: Birth, operation: str, file_systems: Mapping[str, str]) -> dic
         SET: birth.set_id,
         OPERATION: operation,
         FILE_SYSTEM: " ".join(kind or "-" for kind in kinds),
+        **({COPY_TO: copy_to} if copy_to else {}),
         **{PREFIX + key: value for key, value in record.items()},
     }
 
 
+def of_copy(labels: Mapping[str, str], source: str, volume: str, operation: str) -> dict[str, str]:
+    """The tags of a copy in another region of a set's snapshot that has these. Its marks come with its seal."""
+    kept = {key: value for key, value in labels.items() if key in (MANAGED, SET, FILE_SYSTEM)}
+    record = {key: value for key, value in labels.items() if key.startswith(PREFIX + "birth")}
+    return {**kept, **record, OPERATION: operation, SOURCE: source, ORIGIN: volume}
+
+
 def birth_of(tags: Mapping[str, str], volume: str) -> Birth | None:
-    """The record of the snapshot of this volume; None if it is none of ours."""
+    """The record of the snapshot of this volume; None if it is none of ours, or a copy in the making."""
     if tags.get(MANAGED) != "true":
         return None
     birth = unpack({key.removeprefix(PREFIX): value for key, value in tags.items() if key.startswith(PREFIX)})
     if birth is None or birth.set_id != tags.get(SET):
         return None
-    for number, member in enumerate(birth.members):
+    if SOURCE in tags and "sealed" not in marks_of(tags):
+        return None
+    for index, member in enumerate(birth.members):
         if member.provider == NAME and volume in parts(member.volume):
-            return birth.of_member(number)
+            return birth.of_member(index)
     return None
 
 
 def origin_of(item: Mapping[str, Any]) -> str:
-    """The volume that a snapshot is of: a copy's own VolumeId means nothing."""
-    return read(item).get(COPIED_VOLUME) or str(item["VolumeId"])
-
-
-def born_ms(item: Mapping[str, Any]) -> int:
-    """When the image was fixed, in EC2's time: of a copy, when what it is a copy of was."""
-    copied = read(item).get(COPIED_AT, "")
-    return int(copied) if copied.isdigit() else int(item["StartTime"].timestamp() * 1000)
+    """The volume that a snapshot is of. EC2 gives a copy one that means nothing."""
+    labels = read(item)
+    return labels.get(ORIGIN, "") if SOURCE in labels else str(item["VolumeId"])
 
 
 def file_system(tags: Mapping[str, str], member: int) -> tuple[str, int]:

@@ -32,6 +32,7 @@ from snapshotter.core.model import (
     Quiesce,
     Snapshot,
     Space,
+    Tagged,
     Tree,
     Volume,
     utc_now,
@@ -197,6 +198,11 @@ class GceProvider(Provider):
         from providers.gce import choosing
 
         return [Volume(self.name, each) for each in choosing.find(self._api(), self._seen, select, self._zone())]
+
+    def tagged(self) -> list[Tagged]:
+        from providers.gce import choosing
+
+        return choosing.tagged(self._api()) if self._used() else []
 
     def one_instant(self, volumes: Sequence[Volume]) -> bool:
         return len(volumes) == 1 or bool(self._plan(volumes).group)
@@ -391,7 +397,10 @@ class GceProvider(Provider):
         self._prepared.pop(set_id, None)
 
     def reap(self) -> list[str]:
-        """Instant snapshots of dead runs, and of sets that are complete."""
+        return self.advance()
+
+    def advance(self) -> list[str]:
+        """Instant snapshots of dead runs, and of sets that are complete, go."""
         from providers.gce import taking
         from snapshotter.host.locks import Locks
         from snapshotter.host.places import host_name, same_host
@@ -483,6 +492,12 @@ class GceProvider(Provider):
         if (swaps := self._swaps()) is not None:
             swaps.commit(swap_id)
             self._seen.clear()
+
+    def source_of(self, volume: str, known: str) -> str:
+        from snapshotter.host.disks import Part, partition_in
+
+        found = swaps.device_of(volume) if (swaps := self._swaps()) is not None else None
+        return (self.disks.device(Part(found, partition_in(known))) if found else None) or known
 
     def swaps(self) -> Iterator[str]:
         if (swaps := self._swaps()) is not None:

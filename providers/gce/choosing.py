@@ -12,8 +12,9 @@ from msgspec import Struct
 
 from providers.gce import labels
 from providers.gce.api import Api
-from providers.gce.names import Disk, disk, disk_of, last, milliseconds, path_of, region_of
+from providers.gce.names import NAME, Disk, disk, disk_of, last, milliseconds, path_of, region_of
 from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError
+from snapshotter.core.model import Tagged, Volume
 from snapshotter.core.remote import Deadline
 
 #: "At most once every 10 minutes. If you want to issue a burst, at most 6 requests in 60 minutes": the guide to
@@ -85,6 +86,24 @@ def find(api: Api, seen: Seen, select: Mapping[str, object], zone: str) -> list[
     if not found_ids:
         raise NotFoundError("there is no such disk", object=str(dict(select)), cure="see the config's `select`")
     return sorted(found_ids)
+
+
+def tagged(api: Api) -> list[Tagged]:
+    """Nodes of the fleet, by their disks' labels, in the order of their names."""
+    disks: dict[tuple[str, str], list[str]] = {}
+    types: dict[tuple[str, str], str] = {}
+    for item in api.pages("Disks.aggregated_list", api.deadline("the fleet"), filter=f"labels.{labels.NODE}:*"):
+        found = disk_of(item.self_link)
+        if found is None or {labels.ATTACHMENT, labels.ASIDE} & set(item.labels):
+            continue
+        user = path_of(next(iter(item.users), "")).split("/")
+        node = item.labels[labels.NODE], f"{user[3]}/{user[5]}" if len(user) == 6 else ""
+        disks.setdefault(node, []).append(found.id)
+        types[node] = types.get(node) or item.labels.get(labels.TYPE, "")
+    return [
+        Tagged(name, types[name, instance], tuple(Volume(NAME, each) for each in sorted(those)), instance)
+        for (name, instance), those in sorted(disks.items())
+    ]
 
 
 def plan(api: Api, seen: Seen, ids: Sequence[str], here: Any | None) -> Plan:

@@ -31,6 +31,7 @@ AWAY = PREFIX + "away"  # the host that made it for another machine
 SWAP = PREFIX + "swap"
 COMMITTED = PREFIX + "committed"
 ASIDE = PREFIX + "set-aside"
+NODE, TYPE = PREFIX + "node", PREFIX + "type"  # a person's: of a fleet
 _MARK = PREFIX + "mark-"
 _MOST = 2048  # characters of a description
 
@@ -146,6 +147,11 @@ def swap_of(item: Any) -> tuple[str, str, bool] | None:
         return str(record["origin"]), str(record["device"]), bool(record["auto_delete"])
     except (KeyError, ValueError, TypeError):
         return None
+
+
+def ours(labels: Mapping[str, str]) -> dict[str, str]:
+    """Those that we write."""
+    return {key: value for key, value in labels.items() if key.startswith(PREFIX) and key not in (NODE, TYPE)}
 
 
 def group_of(item: Any) -> Birth | None:

@@ -55,7 +55,7 @@ class Swaps:
         if item is None or how is None:
             raise PreconditionError("isn't attached to this instance", object=volume, cure="restore with --to")
         self.host.refuse_mounted(origin_here(self.api, self.host, origin, self.instance), volume)
-        theirs = {key: value for key, value in item.labels.items() if not key.startswith(labels.PREFIX)}
+        theirs = {key: value for key, value in item.labels.items() if key not in labels.ours(item.labels)}
         born = labels.of_swap(swap_id, volume, how.device_name, how.auto_delete, self.here.number)
         new = Disk(origin.place, f"{swap_id}-{snapshot.birth.member}")
         wanted: dict[str, Any] = {
@@ -115,8 +115,17 @@ class Swaps:
             # From here on there is no way back.
             taking.relabel(self.api, "Disks", within, new.id, {labels.COMMITTED: "true"})
             disks.remove(self.api, disk(volume), self.report)
-        ours = {key: None for key in item.labels if key.startswith(labels.PREFIX)}
+        ours = dict.fromkeys(labels.ours(item.labels))
         taking.relabel(self.api, "Disks", within, new.id, {**ours, labels.COMMITTED: None})
+
+    def device_of(self, volume: str) -> str | None:
+        """The kernel name of the disk that stands in a volume's place now, or of the volume's own; None if neither is
+        attached here."""
+        record = {swap[0]: which for _, which, item in self.open() if (swap := labels.swap_of(item))}
+        for which in (record.get(volume), disk(volume)):
+            if which is not None and (found := origin_here(self.api, self.host, which, self.instance)):
+                return found
+        return None
 
     def listed(self) -> Iterator[str]:
         """Those neither taken back nor committed."""

@@ -47,7 +47,7 @@ class Journal:
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             os.close(fd)
-            _sync_directory(os.path.dirname(path))
+            sync_directory(os.path.dirname(path))
         except OSError as error:
             raise StorageError(f"can't write the journal: {error.strerror}", object=path) from None
         journal = cls(path, [])
@@ -124,7 +124,7 @@ class Journal:
         """It is over. Absent is done. Raises StorageError."""
         try:
             os.unlink(self.path)
-            _sync_directory(os.path.dirname(self.path))
+            sync_directory(os.path.dirname(self.path))
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -152,7 +152,8 @@ def _matches(record: Mapping[str, Any], kind: str, step: str | None) -> bool:
     return record["kind"] == kind and (step is None or record.get("step") == step)
 
 
-def _sync_directory(path: str) -> None:
+def sync_directory(path: str) -> None:
+    """What was made, renamed or removed in it stays so after a power cut. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

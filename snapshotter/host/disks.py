@@ -151,6 +151,12 @@ class Disks(Struct, frozen=True):
         return found
 
 
+def partition_in(device: str) -> int:
+    """The partition's number in a device's name (`/dev/sdb1`, `/dev/nvme1n1p2`, `/dev/loop3p1`); 0 of a whole disk."""
+    found = re.search(r"/(?:(?:sd|xvd|vd)[a-z]+|(?:nvme\d+n\d+|loop\d+|mmcblk\d+)p)(\d+)$", device)
+    return int(found[1]) if found else 0
+
+
 def file_system(device: str) -> str:
     """What is on a device; '' lets `mount` find out."""
     from snapshotter.core.command import run

@@ -29,7 +29,7 @@ from snapshotter.core.errors import PreconditionError, QuiesceError, StorageErro
 from snapshotter.core.interrupts import deferred
 from snapshotter.core.model import Hold
 from snapshotter.host import watchdog
-from snapshotter.host.places import private_directory, run_directory
+from snapshotter.host.places import boot_id, private_directory, run_directory
 from snapshotter.host.processes import alive, identity
 from snapshotter.host.service import cgroup2
 
@@ -44,8 +44,7 @@ def _directory() -> str:
 
 def _boot() -> tuple[str, str]:
     """This boot, and this pid namespace: a pid means something only within both."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip(), str(os.stat("/proc/self/ns/pid").st_ino)
+    return boot_id(), str(os.stat("/proc/self/ns/pid").st_ino)
 
 
 class Guard:

@@ -104,6 +104,12 @@ def host_name() -> str:
     return f"{name}-{sha256(b'snapshotter:' + identity.encode()).hexdigest()[:8]}"
 
 
+def boot_id() -> str:
+    """Of the machine's running since it was last started (random(4), /proc/sys/kernel/random/boot_id)."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
 def same_host(one: str, other: str) -> bool:
     """Whether two `host` fields are of the same machine."""
     return one.rpartition("-")[2] == other.rpartition("-")[2]

@@ -6,18 +6,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import ClassVar, Protocol
 
 from msgspec import Struct
 
 from snapshotter.core.command import run
 from snapshotter.core.errors import BusyError, PreconditionError, StorageError
+from snapshotter.core.journal import sync_directory
 from snapshotter.host.mounts import table
 
-#: Where a link to /dev/null masks a unit until the next boot, whatever else defines it. `systemctl mask --runtime`
-#: writes to /run/systemd/system, which /etc/systemd/system is stronger than: there it exits 0 and masks nothing
-#: (systemd.unit(5), "Unit File Load Path"; tried with 252). Most nodes' units are in /etc.
-_MASKS = "/run/systemd/system.control"
+#: Where a link to /dev/null masks a unit, whatever else defines it, also over a power cut. `systemctl mask` can't: it
+#: needs the name in /etc/systemd/system, where most nodes' units are, and with --runtime it writes to
+#: /run/systemd/system, which is weaker: it exits 0 and masks nothing (systemd.unit(5), "Unit File Load Path"; tried
+#: with 252).
+_MASKS = "/etc/systemd/system.control"
 
 
 class Service(Protocol):
@@ -48,7 +51,7 @@ class Service(Protocol):
         """Whether it can't be started now, by us or by its operator. Ask before `mask`: what he masked stays so."""
 
     def mask(self) -> None:
-        """Nobody can start it from here on, until `unmask` or the next boot. It goes on if it runs. Twice is fine;
+        """Nobody can start it from here on until `unmask`, nor does a boot. It goes on if it runs. Twice is fine;
         nothing where it can't be done. Raises PreconditionError (no permission), StorageError (it didn't take)."""
 
     def unmask(self) -> None:
@@ -195,9 +198,10 @@ class SystemdUnit(Struct, frozen=True):
         link = self._link()
         try:
             os.makedirs(_MASKS, exist_ok=True)
-            os.symlink("/dev/null", link)
-        except FileExistsError:
-            pass
+            with suppress(FileExistsError):
+                os.symlink("/dev/null", link)
+            for directory in (_MASKS, os.path.dirname(_MASKS)):
+                sync_directory(directory)
         except OSError as error:
             raise PreconditionError(f"can't mask it: {error.strerror}", object=link, cure="run as root") from None
         _must(["systemctl", "daemon-reload"], "mask", self.unit)
@@ -211,6 +215,7 @@ class SystemdUnit(Struct, frozen=True):
         try:
             if os.readlink(link) == "/dev/null":
                 os.unlink(link)
+                sync_directory(_MASKS)
         except FileNotFoundError:
             pass
         except OSError as error:

@@ -93,8 +93,21 @@ class Clock(int):
         return f"{self // 60:02d}:{self % 60:02d}"
 
 
-_TEXTUAL = (Seconds, Bytes, Share, Clock)
-_EXAMPLES = {Seconds: "24h", Bytes: "500GB", Share: "10%", Clock: "02:00"}
+class Secret(str):
+    """Where a secret is found, never the secret: `env:NAME`, or `file:/path` (its first line)."""
+
+    @classmethod
+    def parse(cls, text: str) -> Secret:
+        if not re.fullmatch(r"env:[A-Za-z_][A-Za-z0-9_]*|file:/[^\0]+", text):
+            raise ValueError('it may hold a secret: write "env:NAME" or "file:/path", and the URL there')
+        return cls(text)
+
+    def text(self) -> str:
+        return str(self)
+
+
+_TEXTUAL = (Seconds, Bytes, Share, Clock, Secret)
+_EXAMPLES = {Seconds: "24h", Bytes: "500GB", Share: "10%", Clock: "02:00", Secret: "env:NAME"}
 
 Argv = tuple[str, ...]
 Count = Annotated[int, Meta(ge=0, le=100_000)]
@@ -132,6 +145,14 @@ class Hooks(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     after_restore: Argv = ()
     before_prune: Argv = ()
     after_prune: Argv = ()
+
+
+class Ping(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """URLs that a tick asks for when a take is due, when it is done, when something failed: a watcher elsewhere."""
+
+    start: Secret | None = None
+    success: Secret | None = None
+    fail: Secret | None = None
 
 
 class Select(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -174,7 +195,9 @@ class Node(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     keep: Keep = Keep()
     verify: Verify = Verify()
     hooks: Hooks = Hooks()
-    timeout: Seconds = Seconds(60)
+    timeout: Seconds = Seconds(60)  # of one hook
+    notify: tuple[Secret, ...] = ()  # apprise URLs that are told when a tick fails
+    ping: Ping = Ping()
 
     @property
     def stoppable(self) -> bool:

@@ -30,6 +30,7 @@ from snapshotter.nodes import files, identity, profiles
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.profiles import Profile
 from snapshotter.nodes.target import canonical, resolve, target_id
+from snapshotter.verbs import open_restores
 from snapshotter.verbs.documents import when
 from snapshotter.verbs.plan import profile_of
 from snapshotter.verbs.session import Session
@@ -116,6 +117,7 @@ def restore(
     if there.name not in (profile.name, profiles.FALLBACK):
         raise PreconditionError(f"is of a {profile.name} node, not of {there.name}", object=file, cure="name its node")
     with Locks([f"target:{target_id(data)}"]):
+        open_restores.refuse(session, target_id(data))
         # A key in a file is read once, as the node starts. One in a database must not be changed under it.
         if profile.node_key is None and (users := processes.users_of(data)):
             some = ", ".join(f"{user.name} ({user.pid})" for user in users[:3])

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
+
 from snapshotter.core.errors import (
     NotFoundError,
     PreconditionError,
@@ -22,13 +24,17 @@ from snapshotter.core.interrupts import deferred
 from snapshotter.core.journal import Journal, names
 from snapshotter.core.model import utc_now
 from snapshotter.host.locks import Locks
-from snapshotter.host.places import private_directory
+from snapshotter.host.places import boot_id, private_directory
+from snapshotter.host.store import told
 from snapshotter.nodes import health
 from snapshotter.nodes.target import resolve, target_id
+from snapshotter.verbs import in_place_back as back
 from snapshotter.verbs import in_place_plan as planning
 from snapshotter.verbs import open_restores
+from snapshotter.verbs.hooks import Around
 from snapshotter.verbs.in_place_plan import Plan
-from snapshotter.verbs.in_place_steps import Unhealthy, Work
+from snapshotter.verbs.in_place_steps import Unhealthy, forward, healthy
+from snapshotter.verbs.in_place_work import Work
 from snapshotter.verbs.session import Session
 
 
@@ -47,25 +53,35 @@ def carry_out(session: Session, plan: Plan) -> dict[str, Any]:
     undo command is named) and UndoIncompleteError."""
     with _locked(session, plan):
         open_restores.refuse(session, plan.target, finished=True)
-        private_directory(open_restores.directory(session))
-        seen = health.look(plan.node) if plan.running else None
-        where = open_restores.path_of(session, plan.target)
-        journal = Journal.create(where, id=plan.id, path=plan.path, plan=planning.dump(plan))
-        try:
-            work = Work(session, plan, journal)
-            if seen is not None:
-                journal.append("seen", enode_id=seen.enode_id, peers=seen.peers, height=seen.height)
-        except BaseException:
-            journal.remove()  # nothing was done yet
-            raise
-        _drive(work)
-    return _document(work, "restored")
+        plan = planning.as_of_now(plan)  # a person was asked meanwhile
+        with Around(plan.node, "restore", set=plan.set_id, destination=plan.path) as around:
+            work = _begin(session, plan)
+    document = _document(work, "restored")
+    document["warnings"] = [*document["warnings"], *around.notes]
+    return document
+
+
+def _begin(session: Session, plan: Plan) -> Work:
+    private_directory(open_restores.directory(session))
+    seen = health.look(plan.node) if plan.running else None
+    where = open_restores.path_of(session, plan.target)
+    journal = Journal.create(where, id=plan.id, path=plan.path, boot=boot_id(), plan=planning.dump(plan))
+    try:
+        work = Work(session, plan, journal)
+        if seen is not None:
+            journal.append("seen", enode_id=seen.enode_id, peers=seen.peers, height=seen.height)
+    except BaseException:
+        journal.remove()  # nothing was done yet
+        raise
+    _drive(work)
+    return work
 
 
 def _drive(work: Work) -> None:
     """Forward; on any failure before the node runs on the new content, back."""
     try:
-        work.forward()
+        with told(work.plan.path):
+            forward(work)
     except Unhealthy:
         raise
     except BaseException as error:
@@ -84,7 +100,7 @@ def _back(work: Work, error: BaseException | None) -> None:
         raise UndoIncompleteError(
             f"the restore could not all be undone ({said}){_after(error)}",
             object=work.plan.path,
-            left=[work.journal.path],
+            left=[work.journal.path, *_stopped(work)],
             cure="mend that",
             undo_command=f"snapshotter restore --undo {work.plan.path}",
         ) from failed
@@ -94,8 +110,19 @@ def _back(work: Work, error: BaseException | None) -> None:
 
 def _undo(work: Work) -> None:
     with deferred():
-        work.backward()
+        with told(work.plan.path):
+            back.backward(work)
         work.journal.remove()
+
+
+def _stopped(work: Work) -> list[str]:
+    """The service, if it ran before and doesn't now: on what is half undone it can't."""
+    try:
+        if work.service is not None and work.plan.running and not work.service.running():
+            return [f"the service {work.service.name}, stopped"]
+    except SnapshotterError:
+        pass
+    return []
 
 
 def _unstarted(work: Work, error: BaseException | None) -> UndoIncompleteError:
@@ -113,15 +140,25 @@ def _after(error: BaseException | None) -> str:
 
 
 def go_on(session: Session, target: str | None) -> dict[str, Any]:
-    """--continue: to the end, whichever way it was going. Raises NotFoundError (there is none)."""
+    """--continue: to the end, whichever way it was going. Raises NotFoundError (there is none), Unhealthy,
+    PreconditionError (the node may have run on a mix of old and new, so the end would be none of both)."""
     with _open(session, target) as work:
-        if work.journal.has("undo"):
+        if work.turned:
             _back(work, None)
             return _document(work, "undone")
-        if work.journal.has("discard"):
+        if work.discarding:
             return _discarded(work)
-        if not work.journal.has("restored"):
+        if (done := work.journal.last("restored")) is None:
+            if work.mixed():
+                raise PreconditionError(
+                    "the node may have run on a mix of old and new since the restore was interrupted",
+                    object=work.plan.path,
+                    cure=f"snapshotter restore --undo {work.plan.path}, then restore it again",
+                )
             _drive(work)
+        elif done["healthy"] is False:
+            healthy(work)  # it may have found its peers by now
+            work.journal.append("restored", healthy=True)
         return _document(work, "restored")
 
 
@@ -130,21 +167,13 @@ def undo(session: Session, target: str | None, *, from_set: bool = False) -> dic
     BusyError (somebody uses it: nothing has changed), PreconditionError (it is being discarded; the sign-states can't
     be ordered), UndoIncompleteError."""
     with _open(session, target) as work:
-        if work.journal.has("discard"):
-            raise PreconditionError(
-                "the old data is being discarded, and may be gone",
-                object=work.plan.path,
-                cure=f"snapshotter restore --discard {work.plan.path} ends it",
-            )
+        back.refuse_discarding(work)
         if from_set:
-            import msgspec
-
             work.plan = msgspec.structs.replace(work.plan, from_set=True)
-        began = work.journal.has("undo")
         try:
             _undo(work)
         except Exception:
-            if not began and not work.journal.has("undo"):
+            if not work.turned:
                 raise  # refused: it is as it was
             _back(work, None)
         if work.unstarted is not None:
@@ -169,7 +198,7 @@ def discard(session: Session, target: str | None) -> dict[str, Any]:
 
 
 def _refuse_unfinished(work: Work) -> None:
-    if not work.journal.has("restored") or work.journal.has("undo"):
+    if not work.journal.has("restored") or work.turned:
         path = work.plan.path
         raise PreconditionError(
             "the restore isn't done: what is set aside may be all there is",
@@ -179,7 +208,8 @@ def _refuse_unfinished(work: Work) -> None:
 
 
 def _discarded(work: Work) -> dict[str, Any]:
-    gone = work.discard()
+    with told(work.plan.path):
+        gone = back.discard(work)
     work.journal.remove()
     return {**_document(work, "discarded"), "discarded": gone}
 

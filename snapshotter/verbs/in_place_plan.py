@@ -33,6 +33,11 @@ from snapshotter.verbs.in_place_ways import Ground, Swap
 from snapshotter.verbs.restore import judge
 from snapshotter.verbs.session import Session
 
+UNMASKED = (
+    "it takes several steps, and a service without a unit can't be kept from starting at boot after a power cut "
+    "between them"
+)
+
 
 class Plan(Struct, frozen=True, kw_only=True):
     """All that is decided; the journal's first record. `only`: "", "database" or "key"; a resync has no set."""
@@ -269,13 +274,9 @@ def _plan(
     free, rate = ways.room_at(path, measure=measure)
     if choice == "live" and not os.path.isdir(path):
         raise PreconditionError("there is no live key to keep", object=path, cure="--identity set takes the set's")
-    masked = bool(service and service.masked())
-    if running and masked and service is not None:
-        raise PreconditionError(
-            "runs, but is masked: it could not be started again",
-            object=service.name,
-            cure=f"systemctl unmask {service.name}",
-        )
+    masked = _masked(service, running)
+    if service is not None and not service.can_mask and (only or not _one_step(grounds)):
+        warnings = [*warnings, f"{UNMASKED} ({service.name}): see to that, until this is done"]
     return Plan(
         id=f"{stamp}-{token}",
         set_id=found.set_id if found else "",
@@ -314,6 +315,29 @@ def _roots_of(node: Node, profile: Profile) -> list[str]:
     from snapshotter.nodes.target import roots
 
     return [root.path for root in roots(node, profile).roots]
+
+
+def as_of_now(plan: Plan) -> Plan:
+    """The plan, its service looked at again. Raises PreconditionError."""
+    service = plan.service()
+    running = service.running() if service else None
+    return msgspec.structs.replace(plan, running=running, masked=_masked(service, running))
+
+
+def _masked(service: Service | None, running: bool | None) -> bool:
+    masked = bool(service and service.masked())
+    if running and masked and service is not None:
+        raise PreconditionError(
+            "runs, but is masked: it could not be started again",
+            object=service.name,
+            cure=f"systemctl unmask {service.name}",
+        )
+    return masked
+
+
+def _one_step(grounds: tuple[Ground, ...]) -> bool:
+    """Whether old and new change places in one step of the file system, so that no power cut leaves a mix."""
+    return len(grounds) == 1 and not grounds[0].fixed and not grounds[0].away
 
 
 # --------------------------------------------------------------------------------------------------------- refusals

@@ -18,7 +18,8 @@ from snapshotter.host.mirror import Mirror
 from snapshotter.host.mounts import is_under
 from snapshotter.host.places import private_directory
 from snapshotter.host.store import told
-from snapshotter.nodes import identity, profiles
+from snapshotter.nodes import files, identity
+from snapshotter.nodes.files import Places
 from snapshotter.nodes.profiles import Profile
 from snapshotter.verbs.in_place_plan import Plan
 from snapshotter.verbs.in_place_ways import Ground, left_alone, refuse_no_room
@@ -91,23 +92,35 @@ def staged_of(plan: Plan, root: str) -> str:
 # ------------------------------------------------------------------------------------------------- which entries
 
 
+def image_places(plan: Plan, seen: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Every root, and where its image can be read."""
+    return [(root, seen[root]) for root in plan.roots if root in seen]
+
+
+def there(places: Places, pattern: str) -> bool:
+    """Whether a profile's pattern means anything in these places."""
+    found = [files.locate(places, name) for name in files.expand(places, pattern)] if places else []
+    return any(files.held(places, path) and os.path.lexists(path) for path in found)
+
+
 def names_of(plan: Plan, profile: Profile, seen: Mapping[str, str]) -> dict[str, list[str] | None]:
     """The entries that change places. For a part of a node: what its profile's patterns mean in the image (`seen`: root
-    -> where it can be read) or in the live data; a link among them stays, and what it leads to is meant."""
+    -> where it can be read) or in the live data; wherever a link on the way leads is meant, and the link stays."""
     if not plan.only:
         return {ground.path: None for ground in plan.grounds}
     patterns = (*profile.database, *profile.metadata) if plan.only == "database" else profile.identity
+    live = [(root, root) for root in plan.roots] if os.path.isdir(plan.path) else []
     chosen: dict[str, list[str] | None] = {}
-    for top in filter(None, [plan.path if os.path.isdir(plan.path) else "", seen.get(plan.path, "")]):
+    for places in filter(None, [live, image_places(plan, seen)]):
         for pattern in patterns:
-            for path in profiles.matches(top, pattern):
-                production = _meant(plan, top, os.path.relpath(path, top))
+            for name in files.expand(places, pattern):
+                production = _meant(plan, places, name)
                 ground = _ground_of(plan, production)
-                name = os.path.relpath(production, ground.path)
-                if name == ".":
+                entry = os.path.relpath(production, ground.path)
+                if entry == ".":
                     chosen[ground.path] = None
-                elif (names := chosen.setdefault(ground.path, [])) is not None and name not in names:
-                    names.append(name)
+                elif (names := chosen.setdefault(ground.path, [])) is not None and entry not in names:
+                    names.append(entry)
     for path, names in chosen.items():
         # One inside another goes with it.
         if names is not None:
@@ -115,19 +128,18 @@ def names_of(plan: Plan, profile: Profile, seen: Mapping[str, str]) -> dict[str,
     return chosen
 
 
-def _meant(plan: Plan, top: str, name: str) -> str:
-    """The place in production of an entry: of a link, of what it leads to."""
-    path = os.path.join(plan.path, name)
-    try:
-        target = os.readlink(os.path.join(top, name))
-    except OSError:
-        return path
-    led = os.path.realpath(os.path.join(os.path.dirname(path), target))
-    if not any(is_under(led, root) for root in plan.roots):
+def _meant(plan: Plan, places: Places, name: str) -> str:
+    """The path in production of what a name leads to. Raises PreconditionError if the set doesn't hold that."""
+    path = files.locate(places, name)
+    holding = [(root, place) for root, place in places if is_under(path, place)]
+    if not holding:
         raise PreconditionError(
-            f"leads to {led}, which the set doesn't hold", object=path, cure="restore it with --to, and copy by hand"
+            f"leads to {path}, which the set doesn't hold",
+            object=os.path.join(plan.path, name),
+            cure="restore it with --to, and copy by hand",
         )
-    return led
+    root, place = max(holding, key=lambda pair: len(pair[1]))
+    return os.path.normpath(os.path.join(root, os.path.relpath(path, place)))
 
 
 # ----------------------------------------------------------------------------------------------------------- copying
@@ -150,7 +162,7 @@ def fill(session: Session, plan: Plan, names: Names, seen: Mapping[str, str], ga
         if ground.path not in names:
             continue
         for root in [root for root in plan.roots if _ground_of(plan, root) == ground]:
-            chosen = names[ground.path]
+            chosen = _inside(names[ground.path], os.path.relpath(root, ground.path))
             with told(staged_of(plan, root)):
                 notes += _copy(session, plan, seen[root], staged_of(plan, root), ground, root, chosen, gained)
     return notes
@@ -195,6 +207,13 @@ def _copy(
     return made.warnings
 
 
+def _inside(chosen: Sequence[str] | None, below: str) -> Sequence[str] | None:
+    """The names as a root sees them that lies `below` its ground."""
+    if chosen is None or below == "." or any(is_under(f"/{below}", f"/{name}") for name in chosen):
+        return chosen if below == "." else None
+    return [os.path.relpath(name, below) for name in chosen if is_under(f"/{name}", f"/{below}")]
+
+
 def _wanted(path: str, chosen: Sequence[str] | None) -> bool:
     return chosen is None or any(is_under("/" + path, "/" + name) for name in chosen)
 
@@ -213,17 +232,18 @@ def _move_out(view: str, into: str, chosen: Sequence[str] | None) -> None:
     os.chmod(into, stat.S_IMODE(like.st_mode))
 
 
-def strip(plan: Plan, profile: Profile, tops: Sequence[str]) -> None:
-    """Remove what was of the moment (pid files, ports): stale in an image. By pattern, only inside `tops`."""
-    for top in tops:
-        for pattern in profile.runtime:
-            for path in profiles.matches(top, pattern):
-                if not is_under(os.path.realpath(os.path.dirname(path)), os.path.realpath(top)):
-                    continue  # reached through a link, which leads into production
-                if os.path.isdir(path) and not os.path.islink(path):
-                    shutil.rmtree(path)
-                else:
-                    os.unlink(path)
+def strip(profile: Profile, places: Places) -> None:
+    """Remove what was of the moment (pid files, ports): stale in an image. By pattern, only inside `places`, where also
+    the links on the way are looked up: they name production."""
+    for pattern in profile.runtime:
+        for name in files.expand(places, pattern):
+            path = files.itself(places, name)
+            if not files.held(places, path):
+                continue
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
 
 
 def dress(plan: Plan, places: list[tuple[str, str]], profile: Profile, names: Names) -> None:
@@ -280,20 +300,20 @@ def entries_of(plan: Plan, ground: Ground, chosen: Sequence[str] | None) -> list
 
 def units_of(plan: Plan, names: Names) -> list[Unit]:
     """What changes places, with who is who on the disk now. The node is stopped."""
-    units: list[Unit] = []
-    for ground in plan.grounds:
-        if ground.path not in names:
-            continue
-        for name in entries_of(plan, ground, names[ground.path]):
-            place, staged, aside = (
-                os.path.join(top, name).rstrip("/") for top in (ground.path, ground.staged, ground.aside)
-            )
-            if ground.away:
-                aside = f"{staged}.old"  # never used: what was there is gone from its place, and saved elsewhere
-            unit = Unit(place, staged, aside, exchange.known(place), exchange.known(staged))
-            if unit.old is not None or unit.new is not None:
-                units.append(unit)
-    return units
+    units = [
+        unit_of(ground, name)
+        for ground in plan.grounds
+        if ground.path in names
+        for name in entries_of(plan, ground, names[ground.path])
+    ]
+    return [unit for unit in units if unit.old is not None or unit.new is not None]
+
+
+def unit_of(ground: Ground, name: str) -> Unit:
+    place, staged, aside = (os.path.join(top, name).rstrip("/") for top in (ground.path, ground.staged, ground.aside))
+    if ground.away:
+        aside = f"{staged}.old"  # never used: what was there is gone from its place, and saved elsewhere
+    return Unit(place, staged, aside, exchange.known(place), exchange.known(staged))
 
 
 def _entries(ground: Ground, name: str, blocked: set[str], *, whole: bool) -> list[str]:

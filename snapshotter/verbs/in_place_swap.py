@@ -19,7 +19,7 @@ from snapshotter.verbs.session import Session
 def swap(session: Session, plan: Plan, found: SnapshotSet) -> None:
     """A clone of each member takes its volume's place. A swap that a killed run began is taken back first: nobody has
     used it. Raises what the provider raises, BusyError (it can't be unmounted)."""
-    with _unmounted(plan):
+    with _unmounted(session, plan):
         for one in plan.swaps:
             provider = session.provider(one.provider, plan.node, chosen=False)
             snapshot = next(m for m in found.snapshots if m.birth.member == one.member)
@@ -30,13 +30,13 @@ def swap(session: Session, plan: Plan, found: SnapshotSet) -> None:
 
 def swap_back(session: Session, plan: Plan) -> None:
     """The volumes as they were. Absent is done."""
-    with _unmounted(plan):
+    with _unmounted(session, plan):
         for one in plan.swaps:
             session.provider(one.provider, plan.node, chosen=False).swap_back(one.swap_id)
 
 
 @contextmanager
-def _unmounted(plan: Plan) -> Iterator[None]:
+def _unmounted(session: Session, plan: Plan) -> Iterator[None]:
     """The volumes to be swapped, seen by nobody; mounted again on every way out. A btrfs that nothing shows any more is
     out of its provider's reach too: it is shown to us alone meanwhile."""
     hidden = os.path.realpath(private_directory(os.path.join(staging_directory(), f"swap-{plan.id}")))
@@ -50,14 +50,15 @@ def _unmounted(plan: Plan) -> Iterator[None]:
                     mounts.unmount(one.path)
             yield
         finally:
-            _mount_again(plan)
+            _mount_again(session, plan)
     finally:
         mounts.unmount(hidden)
         os.rmdir(hidden)
 
 
-def _mount_again(plan: Plan) -> None:
+def _mount_again(session: Session, plan: Plan) -> None:
     for one in sorted(plan.swaps, key=lambda one: len(one.path)):
         if one.mount and not mounts.is_mount_point(one.path):
             source, kind, options = one.mount
+            source = session.provider(one.provider, plan.node, chosen=False).source_of(one.volume, source)
             mounts.mount(MountSpec(source, kind, options), one.path)

@@ -143,7 +143,7 @@ def grounds_of(
             put = os.path.join(into, f"{os.path.basename(beside)}.corrupted-{stamp}" + (f"-{number}" if number else ""))
             away = not _one_file_system(into, root, fixed, table)
         if os.path.lexists(put):
-            raise PreconditionError("is there already", object=put, cure="try again in a second")
+            put = f"{put}-{token}"  # another restore of this second
         member, inside = (found.birth.roots[number].member, found.birth.roots[number].inside) if found else (0, "")
         grounds.append(
             Ground(path=root, member=member, inside=inside, fixed=fixed, staged=staged, aside=put, away=away)

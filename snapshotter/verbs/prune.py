@@ -23,6 +23,7 @@ from snapshotter.nodes.target import resolve, target_of
 from snapshotter.verbs import open_restores
 from snapshotter.verbs.delete import lock_names, remove
 from snapshotter.verbs.documents import set_document, when
+from snapshotter.verbs.hooks import Around
 from snapshotter.verbs.session import Session
 
 
@@ -56,6 +57,7 @@ class Outcome(Struct):
     removed: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     errors: list[SnapshotterError] = []
+    notes: list[str] = []
 
     def note(self, error: SnapshotterError, node: str, set_id: str | None = None) -> None:
         self.errors.append(error)
@@ -99,11 +101,13 @@ def carry_out(session: Session, of: OfTarget, outcome: Outcome, *, confirm_many:
                     raise BusyError(
                         "was to stay, and isn't what it was a moment ago", object=guard.set_id, cure="prune again"
                     )
-            for verdict in of.plan.removals:
-                try:
-                    _remove(session, verdict, outcome)
-                except SnapshotterError as error:
-                    outcome.note(error, of.node.name, verdict.set_id)
+            with Around(of.node, "prune", sets=" ".join(of.going)) as around:
+                for verdict in of.plan.removals:
+                    try:
+                        _remove(session, verdict, outcome)
+                    except SnapshotterError as error:
+                        outcome.note(error, of.node.name, verdict.set_id)
+            outcome.notes += around.notes
     except SnapshotterError as error:
         outcome.note(error, of.node.name)
 
@@ -148,7 +152,7 @@ def prune(
         "removed": outcome.removed,
         "failed": outcome.failed,
         "unavailable": [{"provider": gone.provider, "reason": gone.reason} for gone in entries.unavailable],
-        "warnings": entries.notes,
+        "warnings": [*entries.notes, *outcome.notes],
     }, outcome.errors
 
 

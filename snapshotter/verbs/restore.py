@@ -6,6 +6,7 @@ path at their relative place in it, roots outside it at `DIR.roots/<n>`. Nothing
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,6 @@ from snapshotter.core.model import (
     MountSpec,
     Purpose,
     Root,
-    Snapshot,
     SnapshotSet,
     State,
     Tree,
@@ -40,6 +40,7 @@ from snapshotter.host.locks import Locks
 from snapshotter.host.places import private_directory, run_directory
 from snapshotter.nodes import repoint
 from snapshotter.provider import Provider
+from snapshotter.verbs.hooks import Around
 from snapshotter.verbs.session import Session
 
 
@@ -77,6 +78,23 @@ def restore(
     }
     if dry_run:
         return {**document, "attachment_id": None}
+    with Around(session.node_of(found.birth.target), "restore", set=found.set_id, destination=top) as around:
+        _bring_all(session, found, document, places, access, with_identity=with_identity)
+    warnings += around.notes
+    return document
+
+
+def _bring_all(
+    session: Session,
+    found: SnapshotSet,
+    document: dict[str, Any],
+    places: Sequence[tuple[Root, str]],
+    access: Access,
+    *,
+    with_identity: bool,
+) -> None:
+    """Carry out the plan that `document` is, and note in it what came of it."""
+    top, attachment_id, warnings = document["path"], document["attachment_id"], document["warnings"]
     holding = {provider.name: provider for provider in session.providers_of(found)}
     # Shared: two restores of one set may run at once; a delete may not.
     with Locks([f"set:{found.set_id}"], exclusive=False), Undo(undo_command=f"snapshotter release {top}") as undo:
@@ -109,7 +127,6 @@ def restore(
                 provider.settle(attachment_id, since)
             undo.commit()
     warnings += [f"{_shown(change)} led to {change.before}, and now to {change.after}" for change in changes]
-    return document
 
 
 def _withhold(session: Session, found: SnapshotSet, pairs: Sequence[tuple[str, str]], warnings: list[str]) -> list[str]:
@@ -213,30 +230,20 @@ def attach_all(
     access: Access,
     purpose: Purpose,
 ) -> None:
-    """Attach the set so that each root is seen at its place (`layout`); inverses are on the stack before."""
+    """Attach the set so that each root is seen at its place (`layout`); inverses are on the stack before. Each
+    provider's is there once, below all its mounts: it detaches all volumes, and none may be mounted then."""
     made: dict[int, MountSpec | Tree] = {}  # several roots may lie in one volume: it is attached once
+    detached: set[str] = set()
     for index, (root, place) in enumerate(places):
         make_parents(undo, place)
         if root.member not in made:
             snapshot = next(member for member in found.snapshots if member.birth.member == root.member)
-            made[root.member] = attach(
-                undo, holding[snapshot.provider], snapshot, attachment_id, access, place, purpose
-            )
+            provider = holding[snapshot.provider]
+            if provider.name not in detached:
+                detached.add(provider.name)
+                undo.push(f"attachment {attachment_id}", functools.partial(provider.detach, attachment_id))
+            made[root.member] = provider.attach(snapshot, attachment_id, access, place, purpose)
         bring(undo, made[root.member], root.inside, place, f"{attachment_id}-{index}")
-
-
-def attach(
-    undo: Undo,
-    provider: Provider,
-    snapshot: Snapshot,
-    attachment_id: str,
-    access: Access,
-    place: str,
-    purpose: Purpose,
-) -> MountSpec | Tree:
-    """Attach one volume's snapshot; the inverse is on the stack before."""
-    undo.push(f"attachment {attachment_id}", lambda: provider.detach(attachment_id))
-    return provider.attach(snapshot, attachment_id, access, place, purpose)
 
 
 def staging_directory() -> str:

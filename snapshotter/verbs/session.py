@@ -35,7 +35,8 @@ class Session(Struct):
         options: dict[str, object] = {}
         if kind.section:
             table = asdict(getattr(self.config, kind.section))
-            options.update({key: value for key, value in table.items() if value is not None and key in kind.OPTIONS})
+            given = {key: value for key, value in table.items() if value and key in kind.OPTIONS}
+            options.update({key: " ".join(each) if isinstance(each, tuple) else each for key, each in given.items()})
         if node is not None and node.provider in (None, name):
             own: dict[str, object] = {**node.options, **({"store": node.store} if node.store else {})}
             options.update({key: value for key, value in own.items() if node.provider or key in kind.OPTIONS})

@@ -19,7 +19,7 @@ from snapshotter.core.model import SnapshotSet, State, parse_compact_time, utc_n
 from snapshotter.host import schedules
 from snapshotter.host.schedules import Installed
 from snapshotter.nodes.config import Node
-from snapshotter.nodes.target import resolve, target_id
+from snapshotter.nodes.target import resolve, target_of
 from snapshotter.verbs import filling
 from snapshotter.verbs.documents import when
 from snapshotter.verbs.filling import Room
@@ -71,7 +71,10 @@ def status(session: Session, target: str | None = None) -> dict[str, Any]:
     samples = filling.load(session)
     documents = []
     for node in nodes:
-        sets = entries.of_target(target_id(node.path))
+        if node.select is None:
+            sets = entries.of_target(target_of(node))
+        else:  # the node itself, or a function, may have taken it
+            sets = [found for found in entries.sets if found.birth.node == node.name]
         problems, found = [], []
         if node.select is None:  # off this host there is nothing to look at but the sets
             try:
@@ -180,7 +183,7 @@ def _document(
     slots = [entry for entry in sets if entry.birth.slot]
     return {
         "node": node.name,
-        "target": target_id(node.path),
+        "target": target_of(node),
         "path": node.path,
         "ok": not problems,
         "every_s": None if node.every is None else round(node.every),

@@ -21,7 +21,7 @@ from snapshotter.core.model import Grade, Hold, Quiesce, State, compact_time, ut
 from snapshotter.core.undo import Undo
 from snapshotter.host.locks import Locks
 from snapshotter.nodes import profiles
-from snapshotter.nodes.config import Node
+from snapshotter.nodes.config import Hooks, Node
 from snapshotter.nodes.target import resolve
 from snapshotter.verbs import open_restores
 from snapshotter.verbs import plan as planning
@@ -89,11 +89,22 @@ def take_node(
                 from snapshotter.verbs import slots
 
                 slots.refuse_taken(session, plan)
-            notes += _carry_out(session, plan)
+            if node.hooks == Hooks():
+                notes += _carry_out(session, plan)
+            else:
+                notes += _between_hooks(session, plan)
         except SlotTakenError as error:
             return {**set_document(error.found), "existing": True, "warnings": notes, "left_out": left_out}
     document = _wait_until_ready(session, plan, wait_s)
     return {**document, "existing": False, "warnings": notes, "left_out": left_out}
+
+
+def _between_hooks(session: Session, plan: Plan) -> list[str]:
+    from snapshotter.verbs.hooks import Around
+
+    with Around(plan.node, "take", set=plan.set_id) as around:
+        notes = _carry_out(session, plan)
+    return notes + around.notes
 
 
 def take_all(session: Session, **how: Any) -> tuple[dict[str, Any], list[SnapshotterError]]:

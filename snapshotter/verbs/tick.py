@@ -21,7 +21,7 @@ from snapshotter.host.places import host_name, same_host
 from snapshotter.nodes import schedule
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.target import target_of
-from snapshotter.verbs import prune, slots, verify
+from snapshotter.verbs import notify, prune, slots, verify
 from snapshotter.verbs.documents import when
 from snapshotter.verbs.reap import reap
 from snapshotter.verbs.session import Session
@@ -49,6 +49,7 @@ class Run(Struct):
     failed: list[dict[str, Any]] = []
     errors: list[SnapshotterError] = []
     left: list[str] = []
+    notes: list[str] = []
 
     def in_time(self, what: str) -> bool:
         """Whether there is time to begin something; if not, it is said to be left."""
@@ -107,7 +108,11 @@ def tick(
         "failed": run.failed,
         "left": run.left,
         "unavailable": gone,
-        "warnings": [*run.entries.notes, *(f"not asked: {entry['provider']}: {entry['reason']}" for entry in gone)],
+        "warnings": [
+            *run.entries.notes,
+            *run.notes,
+            *(f"not asked: {entry['provider']}: {entry['reason']}" for entry in gone),
+        ],
     }, run.errors
 
 
@@ -150,10 +155,23 @@ def _node(run: Run, node: Node, sets: list[SnapshotSet]) -> dict[str, Any]:
         entry |= {"slot": slot, "due": is_due(sets, slot)}
         entry["next_at"] = when(schedule.next_after(node.every, node.at, now))
         if entry["due"]:
+            run.notes += notify.ping(node, "start")
             _take(run, node, slot, entry)
     _verify(run, node, sets, entry)
     _prune(run, node, [found for found in sets if found.birth.target == entry["target"]], entry)
+    _tell(run, node, entry)
     return entry
+
+
+def _tell(run: Run, node: Node, entry: dict[str, Any]) -> None:
+    """A failure, every time; a success, where something was taken."""
+    failed = [failure for failure in run.failed if failure["node"] == node.name]
+    if failed:
+        lines = [f"{failure['step']}: {failure['object'] or node.name}: {failure['message']}" for failure in failed]
+        run.notes += notify.ping(node, "fail", "\n".join(lines))
+        run.notes += notify.people(node, f"snapshotter: {node.name}: {failed[0]['step']} failed", "\n".join(lines))
+    elif entry["taken"] is not None:
+        run.notes += notify.ping(node, "success", entry["taken"]["set_id"])
 
 
 def is_due(sets: Sequence[SnapshotSet], slot: str) -> bool:
@@ -168,6 +186,7 @@ def _take(run: Run, node: Node, slot: str, entry: dict[str, Any]) -> None:
         return
     try:
         entry["taken"] = run.take(run.session, node, slot)
+        run.notes += [f"{node.name}: {warning}" for warning in entry["taken"]["warnings"]]
         if entry["taken"]["state"] == State.PENDING:
             entry["pending"].append(entry["taken"]["set_id"])
     except BusyError as error:  # another run is at it, or a restore is open: `status` tells when that lasts
@@ -220,6 +239,7 @@ def _prune(run: Run, node: Node, sets: list[SnapshotSet], entry: dict[str, Any])
     outcome = prune.Outcome()
     prune.carry_out(run.session, planned, outcome)
     entry["removed"] = [gone["set_id"] for gone in outcome.removed]
+    run.notes += outcome.notes
     for error, failure in zip(outcome.errors, outcome.failed, strict=True):
         if isinstance(error, BusyError):
             run.left.append(f"{node.name}: prune: {error.line()}")

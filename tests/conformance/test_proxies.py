@@ -26,6 +26,7 @@ READING = {
     "snapshots",
     "attachments",
     "swaps",
+    "source_of",
     "reap",
     "space",
 }

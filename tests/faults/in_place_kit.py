@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import importlib
@@ -12,11 +13,13 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from snapshotter.core.errors import StorageError
+from snapshotter.nodes import health
 from tests.support import CHECKOUT, Command, loop_file_system
 
 #: A small service manager: start, stop, status of a process that has files of the data path open and writes there. It
@@ -172,7 +175,18 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 class Story:
     """A node with a service, and a set of it. `damage` destroys what the set can bring back."""
 
-    def __init__(self, place: Path, home: Path, provider: str, *, extra: str = "", data: Path | None = None) -> None:
+    aside: Path | None = None
+
+    def __init__(
+        self,
+        place: Path,
+        home: Path,
+        provider: str,
+        *,
+        extra: str = "",
+        data: Path | None = None,
+        aside: Path | None = None,
+    ) -> None:
         self.place = place
         self.data = data or place / "node"
         self.service = Managed(home / "service", self.data)
@@ -183,6 +197,8 @@ class Story:
             + extra,
         )
         self.provider = provider
+        self.aside = aside
+        self.in_place = ["--in-place", "--yes", *(["--aside", str(aside)] if aside else [])]
 
     def begin(self, blocks: int = 200) -> str:
         """Lay out, take, start; returns the set's id. `of_set` is what it holds (stale files left out)."""
@@ -218,6 +234,7 @@ class Story:
     def leftovers(self) -> list[str]:
         """What a restore made and nobody asked for."""
         beside = [*self.data.parent.iterdir(), *(self.data.iterdir() if self.data.is_dir() else [])]
+        beside += self.aside.iterdir() if self.aside else []
         return [
             str(path)
             for path in beside
@@ -240,10 +257,18 @@ def own_disk(tmp_path: Path, kind: str = "ext4") -> Iterator[Path]:
 @contextmanager
 def story(kind: str, tmp_path: Path, **how: Any) -> Iterator[Story]:
     """A node by `copy`, by `copy` with reflinks (`copy-on-btrfs`), or by `btrfs`; `entries`: by copy in a mount point,
-    where entries change places one by one."""
+    where entries change places one by one; `away`: by copy, the old data set aside on another disk."""
+    if kind == "away":
+        with own_disk(tmp_path) as place, loop_file_system("ext4", tmp_path, 100) as other:
+            made = Story(place, tmp_path / "home", "copy", aside=other, **how)
+            try:
+                yield made
+            finally:
+                made.service.end()
+        return
     if kind == "entries":
         with own_disk(tmp_path) as place:
-            how = {"data": place, "extra": f'store = "{tmp_path}/store"\n'}
+            how = {**how, "data": place, "extra": f'store = "{tmp_path}/store"\n'}
             made = Story(tmp_path, tmp_path / "home", "copy", **how)
             try:
                 yield made
@@ -289,9 +314,20 @@ CALLS = (
 )
 
 
-def run_here(command: Command, *words: str, kill_at: int | None = None) -> tuple[int, str, list[str]]:
+#: Of these, what the kernel says when the disk is full comes as it is.
+KERNEL = {"forward", "back", "move", "_swap", "remove", "Mirror.update", "Mirror.finish"}
+
+
+def run_here(
+    command: Command,
+    *words: str,
+    kill_at: int | None = None,
+    fail_at: int | None = None,
+    before: Callable[[], None] | None = None,
+) -> tuple[int, str, list[str]]:
     """The command in a fork of this process: no interpreter has to start. Returns its exit code (negative: the signal),
-    what it said, and the names of the calls, in order; with `kill_at`, SIGKILL comes at the end of so many."""
+    what it said, and the names of the calls, in order; with `kill_at`, SIGKILL comes at the end of so many; with
+    `fail_at`, that one finds the disk full. `before` is called in the fork first: what it patches is gone with it."""
     said = command.home / "said"
     calls = command.home / "calls"
     calls.write_text("")
@@ -312,7 +348,11 @@ def run_here(command: Command, *words: str, kill_at: int | None = None) -> tuple
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
             os.environ["SNAPSHOTTER_RUN"] = str(command.home / "run")
-            watch_calls(os.open(calls, os.O_WRONLY | os.O_APPEND), kill_at)
+            watch_calls(os.open(calls, os.O_WRONLY | os.O_APPEND), kill_at, fail_at)
+            # Nobody here answers an RPC: its service is all that is watched.
+            health._WATCHED_S, health._PAUSE_S = 0.1, 0.05
+            if before is not None:
+                before()
             from snapshotter import cli
 
             code = cli.run([*words, "--config", str(command.config)])
@@ -324,9 +364,9 @@ def run_here(command: Command, *words: str, kill_at: int | None = None) -> tuple
     return os.waitstatus_to_exitcode(status), said.read_text(), calls.read_text().split()
 
 
-def ok(node: Story, *words: str, code: int = 0) -> dict[str, Any]:
+def ok(node: Story, *words: str, code: int = 0, before: Callable[[], None] | None = None) -> dict[str, Any]:
     """The command's document, or, for another exit code, its error: always one line for a person."""
-    ended, said, _ = run_here(node.command, *words, "--json")
+    ended, said, _ = run_here(node.command, *words, "--json", before=before)
     assert ended == code, f"{words}: exit {ended}\n{said}"
     assert "Traceback" not in said
     document: dict[str, Any] = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
@@ -336,7 +376,18 @@ def ok(node: Story, *words: str, code: int = 0) -> dict[str, Any]:
     return document
 
 
-def watch_calls(log: int, kill_at: int | None) -> None:
+def journals(node: Story) -> list[Path]:
+    """Of the restores that are open, or wait to be discarded. (An empty one was not begun.)"""
+    restores = node.command.home / "state" / "restores"
+    return [path for path in restores.iterdir() if path.stat().st_size] if restores.exists() else []
+
+
+def point(calls: list[str], event: str, number: int = 1) -> int:
+    """The place among the calls of the `number`th such event, for `kill_at`."""
+    return [place for place, name in enumerate(calls, 1) if name == event][number - 1]
+
+
+def watch_calls(log: int, kill_at: int | None, fail_at: int | None = None) -> None:
     count = 0
 
     def event(name: str) -> None:
@@ -345,6 +396,10 @@ def watch_calls(log: int, kill_at: int | None) -> None:
         count += 1
         if count == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if count == fail_at:
+            if name.removeprefix("before-") in KERNEL:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise StorageError("the disk is full")  # drivers, commands and the journal translate it
 
     def wrapped(name: str, function: Any) -> Any:
         @functools.wraps(function)

@@ -421,3 +421,48 @@ def test_a_mounted_volume_is_not_pulled_away() -> None:
         finally:
             harness.leave(destination)
             provider.detach(attachment_id)
+
+
+# -- for another machine -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["error", "lost"])
+@pytest.mark.parametrize("action", ["CreateVolume", "AttachVolume", "CreateTags"])
+def test_made_for_another_instance_or_for_none(cloud: Cloud, action: str, kind: str) -> None:
+    other = cloud.twin.world.run_instance()
+    set_id = cloud.take()
+    provider = cloud.provider(instance=other.id)
+    attachment_id = new_attachment_id(utc_now())
+    cloud.twin.fail(action, kind)
+    made = []
+    with contextlib.suppress(SnapshotterError):
+        made = [provider.attach_away(found, attachment_id) for found in provider.snapshots(set_id)]
+        provider.settle(attachment_id, datetime.now(UTC))
+    if kind == "lost":
+        assert {each.instance for each in made} == {other.id} and len({each.device for each in made}) == 2
+        assert {each.id for each in cloud.twin.world.of_instance(other.id)} >= {each.volume for each in made}
+        (listed, _) = cloud.provider().attachments()
+        assert listed.id == attachment_id and listed.since is not None
+    cloud.provider().detach(attachment_id)  # another process
+    left = [each for each in cloud.twin.world.volumes.values() if each.gone is None and each.id not in cloud.ids]
+    assert all(each.attached and each.attached.device == other.root_device for each in left)
+    cloud.provider().detach(attachment_id)
+
+
+def test_made_for_a_zone_and_for_what_is_not_there(cloud: Cloud) -> None:
+    set_id = cloud.take()
+    (first, _) = cloud.provider().snapshots(set_id)
+    attachment_id = new_attachment_id(utc_now())
+    for options, error in (
+        ({}, PreconditionError),
+        ({"instance": "i-0123456789abcdef0"}, NotFoundError),
+        ({"instance": cloud.instance.id, "zone": REGION + "z"}, PreconditionError),
+    ):
+        with pytest.raises(error) as refused:
+            cloud.provider(**options).attach_away(first, attachment_id)
+        assert refused.value.line()
+    made = cloud.provider(zone=REGION + "b").attach_away(first, attachment_id)
+    assert (made.instance, made.device) == ("", "")
+    assert cloud.twin.world.volumes[made.volume].zone == REGION + "b"
+    cloud.provider().detach(attachment_id)
+    assert cloud.twin.world.volumes[made.volume].gone is not None

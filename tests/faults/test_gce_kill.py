@@ -1,4 +1,4 @@
-"""The command on Compute Engine: taken under a real freeze, restored, released; and SIGKILL at its calls of the API. Run
+"""The command on Compute Engine: taken under a real freeze, restored, released; and SIGKILL at its API calls. Run
 again and reaped there is one good set or none, nothing frozen, no stray disk, no stray instant snapshot.
 """
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
 import pytest
-from tests.twins.gce import Twin
 
 from snapshotter.core.errors import PreconditionError
 from snapshotter.core.model import Access, Snapshot, new_attachment_id, utc_now
@@ -17,6 +16,7 @@ from snapshotter.testing.conformance.steps import ready, seal, take
 from snapshotter.testing.harness import describe, fill
 from tests.faults.test_gce_faults import Cloud
 from tests.support import CHECKOUT
+from tests.twins.gce import Twin
 from tests.unit.gce_kit import GceHarness, environment, gce_harness
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.in_place_kit import Story, difference, picture, run_here, story
+from tests.faults.in_place_kit import Story, difference, journals, picture, run_here, story
 
-WAYS = ["copy", *(pytest.param(kind, marks=pytest.mark.root) for kind in ("btrfs", "entries"))]
+WAYS = ["copy", *(pytest.param(kind, marks=pytest.mark.root) for kind in ("btrfs", "entries", "away"))]
 
 
 def ok(node: Story, *words: str) -> list[str]:
@@ -25,12 +25,13 @@ def ok(node: Story, *words: str) -> list[str]:
 def check(node: Story, way: str) -> None:
     """The end of every path."""
     wanted = node.of_set if way == "restored" else node.old
-    now = {name: what for name, what in picture(node.data).items() if not name.startswith(".corrupted-")}
+    now = {name: what for name, what in picture(node.data).items() if not name.startswith((".corrupted-", "made"))}
     assert not difference(now, wanted), f"not {way}: {difference(now, wanted)}"
     assert node.service.running(), f"{way}, and the service doesn't run: {node.service.did()}"
     if way == "old":
+        assert not (node.data / "made-by-the-new-run").exists()
         assert not node.leftovers(), node.leftovers()
-        assert not list((node.command.home / "state" / "restores").iterdir())
+        assert not journals(node)
 
 
 @pytest.mark.parametrize("kind", WAYS)
@@ -39,12 +40,12 @@ def test_killed_at_every_step(
 ) -> None:
     chance = random.Random(kind)
     with story(kind, tmp_path) as node:
-        node.begin()
+        node.begin(blocks=20)
         node.service.do("start")
         node.service.do("stop")
         node.damage()
         node.service.do("start")
-        restore = ("restore", node.set_id, "--in-place", "--yes")
+        restore = ("restore", node.set_id, *node.in_place)
         calls = ok(node, *restore)
         check(node, "restored")
         undoing = ok(node, "restore", "--undo", "ours")
@@ -58,16 +59,12 @@ def test_killed_at_every_step(
                 ok(node, "restore", "--undo", "ours")
                 continue
             assert killed == -signal.SIGKILL, f"{point}: exit {killed}\n{said}"
-            if not list((node.command.home / "state" / "restores").iterdir()):
+            if not journals(node):
                 check(node, "old")
                 ended["nothing begun"] += 1
                 continue
             way = ("--continue", "--undo")[turn % 2]
             code, said, _ = run_here(node.command, "restore", way, "ours", "--json")
-            if code == 4 and len(seen) < 4:  # the journal was not begun
-                check(node, "old")
-                ended["nothing begun"] += 1
-                continue
             assert code == 0, f"{way} after a kill at {point} ({seen[-1]}): exit {code}\n{said}"
             outcome = json.loads(said.splitlines()[-1])["outcome"]
             assert outcome == ("restored" if way == "--continue" else "undone")
@@ -80,13 +77,17 @@ def test_killed_at_every_step(
         points = range(1, len(undoing) + 1)
         for turn, point in enumerate(points if full else sorted(chance.sample(points, 2))):
             ok(node, *restore)
+            (node.data / "made-by-the-new-run").write_text("x")
             killed, said, seen = run_here(node.command, "restore", "--undo", "ours", kill_at=point)
             code, said, _ = run_here(node.command, "restore", ("--continue", "--undo")[turn % 2], "ours")
             if code == 4:  # the journal had gone: all was done
                 check(node, "old")
                 continue
             assert code == 0, f"after a kill of the undo at {point} ({seen[-1:]}): exit {code}\n{said}"
-            if list((node.command.home / "state" / "restores").iterdir()):  # --continue of one that was not begun
+            if journals(node):  # --continue of one that was not begun
                 ok(node, "restore", "--undo", "ours")
             check(node, "old")
-        measured(f"restore in place by {kind}, killed at {sum(ended.values())} of {len(calls)} points: {ended}")
+        measured(
+            f"restore in place by {kind}, killed at {sum(ended.values())} of {len(calls)} points: {ended}; "
+            f"its undo at {len(points) if full else 2} of {len(undoing)}"
+        )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.in_place_kit import Story, difference, ok, picture, run_here, story, until
+from tests.faults.in_place_kit import Story, difference, journals, ok, picture, run_here, story, until
 from tests.support import loop_file_system
 
 
@@ -237,7 +237,7 @@ def test_while_one_is_open_nothing_else_changes_the_target(node: Story) -> None:
         assert killed == -signal.SIGKILL
         if "before-Commands.stop" in seen:
             break
-        ok(node, "restore", "--undo", "ours", code=0 if list_journals(node) else 4)
+        ok(node, "restore", "--undo", "ours", code=0 if journals(node) else 4)
     assert calls
     deleting = ("delete", node.set_id, "--yes", "--last")
     for words in (("take", "ours"), ("pin", node.set_id), deleting, IN_PLACE, ("resync", "ours", "--yes")):
@@ -250,15 +250,10 @@ def test_while_one_is_open_nothing_else_changes_the_target(node: Story) -> None:
     assert ok(node, "take", "ours")["state"] == "ready"
 
 
-def list_journals(node: Story) -> list[Path]:
-    restores = node.command.home / "state" / "restores"
-    return list(restores.iterdir()) if restores.exists() else []
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_undoes_it(node: Story, number: signal.Signals) -> None:
     process = node.command.start(*IN_PLACE, "--json")
-    until(lambda: list_journals(node) or process.poll() is not None, "it never began", 120)
+    until(lambda: journals(node) or process.poll() is not None, "it never began", 120)
     time.sleep(0.5)
     process.send_signal(number)
     said = process.communicate(timeout=120)[0]

@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.faults.in_place_kit import Story, ok, own_disk, picture, run_here
-from tests.support import Command
+from tests.faults.in_place_kit import Story, journals, ok, own_disk, picture, run_here
+from tests.support import Command, loop_file_system
 
 
 class Validator(Story):
     """A CometBFT data path without a service: the test signs itself, as the node would."""
 
-    def __init__(self, place: Path, home: Path) -> None:
+    def __init__(self, place: Path, home: Path, *, mount_point: bool = False) -> None:
         import plyvel
 
         self.place = place
-        self.data = self.place / "node"
+        self.data = self.place if mount_point else self.place / "node"
+        store = f'store = "{home}/store"\n' if mount_point else ""
         (self.data / "data").mkdir(parents=True)
         (self.data / "config").mkdir()
         (self.data / "config" / "config.toml").write_text("")
@@ -34,7 +36,8 @@ class Validator(Story):
         self.signed = (0, 0, 0)
         self.sign(1)
         self.command = Command(
-            home / "etc", config=f'[node.ours]\npath = "{self.data}"\nprofile = "cometbft"\nprovider = "copy"\n'
+            home / "etc",
+            config=f'[node.ours]\npath = "{self.data}"\nprofile = "cometbft"\nprovider = "copy"\n{store}',
         )
 
     def sign(self, by: int) -> None:
@@ -53,12 +56,20 @@ class Validator(Story):
 YES = ("--yes", "--yes-original-is-stopped")
 
 
-def test_never_lower_whatever_is_done(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("kind", ["renamed", pytest.param("entries", marks=pytest.mark.root)])
+def test_never_lower_whatever_is_done(
+    tmp_path: Path, kind: str, request: pytest.FixtureRequest, measured: Callable[[str], None]
+) -> None:
     """A walk through the states: run, take, restore (whole, the database, none of it), undo, discard, kill."""
     full = request.config.getoption("--full")
-    with own_disk(tmp_path) as disk:
-        for seed in range(12 if full else 2):
-            walk(Validator(disk / str(seed), tmp_path / str(seed)), random.Random(f"signing-{seed}"), 25 if full else 9)
+    walks, steps = (12, 25) if full else (2, 9)
+    for seed in range(walks):
+        home = tmp_path / str(seed)
+        home.mkdir()
+        with own_disk(home) as disk:
+            chance = random.Random(f"signing-{kind}-{seed}")
+            walk(Validator(disk, home, mount_point=kind == "entries"), chance, steps)
+    measured(f"sign-state, {kind}: {walks} walks of {steps} steps, never lower")
 
 
 def walk(node: Validator, chance: random.Random, steps: int) -> None:
@@ -70,7 +81,6 @@ def walk(node: Validator, chance: random.Random, steps: int) -> None:
         before = ("run", "take", "whole", "whole", "database", "resync", "killed")
         act = chance.choice(after if restored else before)
         done.append(act)
-        time.sleep(1.1)  # what is set aside is named by the second
         sets = [entry["set_id"] for entry in ok(node, "list", "ours")["sets"]]
         if act == "run":
             node.sign(chance.randint(1, 5))
@@ -83,9 +93,9 @@ def walk(node: Validator, chance: random.Random, steps: int) -> None:
         elif act == "resync":
             ok(node, "resync", "ours", "--yes")
         elif act == "killed":
-            code, said, _ = run_here(
-                node.command, "restore", sets[0], "--in-place", *YES, kill_at=chance.randint(8, 60)
-            )
+            part = chance.choice([(), ("--only", "database")])
+            words = ("restore", sets[0], "--in-place", *part, *YES)
+            code, said, _ = run_here(node.command, *words, kill_at=chance.randint(8, 80))
             assert code in (0, -signal.SIGKILL), f"{said} after {done}"
             if code and chance.random() < 0.5:
                 node.sign(2)  # the machine had gone down, and the node was started at boot
@@ -100,10 +110,8 @@ def walk(node: Validator, chance: random.Random, steps: int) -> None:
         assert node.state.exists(), done
         assert node.height() >= node.signed, f"{node.height()} after {done}: {node.signed} had been signed"
 
-
-def journal(node: Story) -> bool:
-    restores = node.command.home / "state" / "restores"
-    return restores.exists() and any(restores.iterdir())
+        if not restored:
+            assert not node.leftovers(), f"{node.leftovers()} after {done}"
 
 
 def test_without_one_on_disk_it_is_refused_and_explained(tmp_path: Path) -> None:
@@ -118,6 +126,58 @@ def lost(node: Validator) -> None:
     before = picture(node.data)
     error = ok(node, "restore", "latest", "--in-place", *YES, code=3)
     assert "--sign-state-from-set" in f"{error['message']} {error['cure']}"
-    assert picture(node.data) == before and not journal(node)
+    assert picture(node.data) == before and not journals(node)
     ok(node, "restore", "latest", "--in-place", *YES, "--sign-state-from-set")
     assert node.height() == (1, 0, 3)
+
+
+def test_where_all_of_it_is_gone_it_is_refused_and_explained(tmp_path: Path) -> None:
+    """So it is after an undo of that: what was signed meanwhile is all that is left, and the next restore finds it."""
+    with own_disk(tmp_path) as disk:
+        node = Validator(disk, tmp_path)
+        ok(node, "take", "ours")
+        node.sign(10)
+        shutil.rmtree(node.data)
+        error = ok(node, "restore", "latest", "--in-place", *YES, code=3)
+        assert "--sign-state-from-set" in error["cure"] and not node.data.exists() and not journals(node)
+        ok(node, "restore", "latest", "--in-place", *YES, "--sign-state-from-set")
+        node.sign(20)
+        ok(node, "restore", "--undo", "ours")
+        assert node.height() == (21, 0, 3) and os.listdir(node.data) == ["data"] and not node.leftovers()
+        ok(node, "restore", "latest", "--in-place", *YES, "--identity", "set")
+        assert node.height() == (21, 0, 3)
+        ok(node, "restore", "--undo", "ours")
+        assert node.height() == (21, 0, 3)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("mount_point", [False, True], ids=["renamed", "entries"])
+def test_never_lower_by_way_of_another_disk(
+    tmp_path: Path, mount_point: bool, request: pytest.FixtureRequest, measured: Callable[[str], None]
+) -> None:
+    """--aside: killed anywhere, the machine started anew and the node with it, then on or back."""
+    chance = random.Random("aside")
+    with own_disk(tmp_path) as disk, loop_file_system("ext4", tmp_path, 100) as aside:
+        node = Validator(disk, tmp_path, mount_point=mount_point)
+        ok(node, "take", "ours")
+        words = ("restore", "latest", "--in-place", "--aside", str(aside), *YES)
+        calls = run_here(node.command, *words)[2]
+        ok(node, "restore", "--undo", "ours")
+        full = request.config.getoption("--full")
+        points = range(1, len(calls) + 1)
+        for turn, point in enumerate(points if full else sorted(chance.sample(points, 6))):
+            code, said, seen = run_here(node.command, *words, kill_at=point)
+            assert code in (0, -signal.SIGKILL), said
+            if node.state.exists():
+                node.sign(3)
+            what = f"killed at {point} ({seen[-1]})"
+            if journals(node):
+                way = ("--continue", "--undo")[turn % 2]
+                ended, said, _ = run_here(node.command, "restore", way, "ours", "--json")
+                assert ended in (0, 3), f"{what}: {way} exit {ended}\n{said}"
+                assert not node.state.exists() or node.height() >= node.signed, f"{what}, {way}"
+                if journals(node):
+                    ok(node, "restore", "--undo", "ours")
+            assert node.height() >= node.signed, f"{what}: {node.height()}, {node.signed} had been signed"
+            assert sorted(os.listdir(aside)) == ["lost+found"], f"{what}: {os.listdir(aside)}"
+        measured(f"sign-state by way of another disk, killed at {len(points) if full else 6} of {len(calls)} points")

@@ -63,7 +63,7 @@ def lose_zone(harness: GceHarness) -> None:
     for point in reversed(harness.points):
         subprocess.run(["umount", "-l", str(point)], check=True)
     harness.points.clear()
-    harness.twin.world.lose(harness.instance.zone)
+    harness.twin.world.lose_zone(harness.instance.zone)
 
 
 @contextmanager

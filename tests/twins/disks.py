@@ -76,12 +76,16 @@ class Disks:
         if disk not in self._loops:
             return True
         loop, name = self._loops[disk]
-        subprocess.run(["losetup", "-d", loop], capture_output=True)
-        if _backing(loop) == str(self.live / disk):
-            return False
-        link = self.by_id / name
-        if link.is_symlink() and os.readlink(link) == loop:  # not another's of the same name
+        link, ours = self.by_id / name, str(self.live / disk)
+        # The link first: another test may get the loop device as soon as it is free.
+        if linked := link.is_symlink() and os.readlink(link) == loop:  # not another's of the same name
             link.unlink()
+        if _backing(loop) == ours:
+            subprocess.run(["losetup", "-d", loop], capture_output=True)
+        if _backing(loop) == ours:
+            if linked:
+                link.symlink_to(loop)
+            return False
         del self._loops[disk]
         return True
 

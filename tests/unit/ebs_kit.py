@@ -50,6 +50,9 @@ class QuickClock(Clock):
     def now(self) -> float:
         return time.monotonic() + self.skipped
 
+    def wall(self) -> float:
+        return self.twin.now()
+
     def sleep(self, seconds: float) -> None:
         moment = min(seconds, 0.02)
         time.sleep(moment)

@@ -13,9 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import google.auth.compute_engine._metadata as metadata
-from tests.twins.gce import Clock as TwinClock
-from tests.twins.gce import Disks, Limits, Twin
-from tests.twins.gce.disks import bytes_of_disks
 
 from providers.gce import GceProvider, api, here
 from snapshotter.core.model import Hold, Snapshot, Volume
@@ -23,6 +20,9 @@ from snapshotter.core.remote import Clock
 from snapshotter.host import mounts
 from snapshotter.provider import Settings
 from snapshotter.testing.harness import Harness
+from tests.twins.gce import Clock as TwinClock
+from tests.twins.gce import Disks, Limits, Twin
+from tests.twins.gce.disks import bytes_of_disks
 from tests.unit.gce_command import DisksHere
 
 ZONE = "europe-west3-a"
@@ -93,6 +93,7 @@ class GceHarness(Harness):
         self.clock = QuickClock(twin.clock)
         self.instance = twin.here = twin.world.run_instance(ZONE)
         self.origins: set[str] = set(twin.world.disks)
+        self.regional: list[str] = []  # the zones of disks that are made from now on
         self.points: dict[Path, str] = {}  # mount point -> device name
         self._made = 0
 
@@ -106,7 +107,8 @@ class GceHarness(Harness):
     def volume(self) -> Volume:
         self._made += 1
         name, device_name = f"d{self._made}", f"dev-{self._made}"
-        made = self.twin.world.add_disk(name, self.instance, device_name=device_name)
+        where = {"place": "regions/europe-west3", "replica_zones": self.regional} if self.regional else {}
+        made = self.twin.world.add_disk(name, self.instance, device_name=device_name, **where)
         if self.grouped:
             group(self.twin, [name])
         self.origins.add(made.path)

@@ -81,7 +81,23 @@ def test_a_masked_unit_can_not_be_started_wherever_it_is_defined(systemd: Asked,
         "answer([masked, runs])"
     )
     assert said == [False, True]
-    assert not systemd.enter("sh", "-c", "ls /run/systemd/system.control").stdout.split()
+    assert not systemd.enter("sh", "-c", "ls /etc/systemd/system.control").stdout.split()
+
+
+@pytest.mark.root
+def test_a_mask_outlives_a_power_cut(tmp_path: Path) -> None:
+    """Between the renames of a restore a node that starts at boot would find half of each."""
+    with booted(tmp_path) as machine:
+        machine.unit("node.service", SLEEPS)
+        assert Asked(machine.pid).python("service.SystemdUnit('node.service').mask()") is None
+    with booted(tmp_path) as machine:
+        assert machine.enter("systemctl", "start", "node.service", check=False).returncode != 0
+        said = Asked(machine.pid).python(
+            "unit = service.SystemdUnit('node.service')\n"
+            "masked = unit.masked(); unit.unmask(); unit.start(); runs = unit.running(); unit.stop()\n"
+            "answer([masked, runs])"
+        )
+        assert said == [True, True]
 
 
 @pytest.mark.root

@@ -363,6 +363,40 @@ def create_snapshots(call: Call, params: Params) -> Answer:
 
 
 @_action
+def copy_snapshot(call: Call, params: Params) -> Answer:
+    """Asked of the region that it goes to. EC2 gives the copy a VolumeId of its own."""
+    world, now = call.world, call.world.clock.now()
+    source = world.find(world.snapshots, params["SourceSnapshotId"], params["SourceRegion"], "Snapshot")
+    tags = _tags_given(params, "snapshot")
+    call.demand("CopySnapshot", "snapshot", "*", request=tags)
+    call.may_tag("CopySnapshot", "snapshot", tags)
+    if world.snapshot_state(source) != "completed":
+        raise Refusal("IncorrectState", f"Snapshot is in invalid state - {world.snapshot_state(source)}")
+    under_way = [s for s in world.snapshots.values() if s.copied and s.region == call.region and now < s.done]
+    if len(under_way) >= world.limits.copies:
+        raise Refusal("ResourceLimitExceeded", "Too many snapshot copies in progress. The limit is 20 for this region")
+    key = params.get("KmsKeyId") or source.key
+    made = Snapshot(
+        id=new_id("snap"),
+        region=call.region,
+        born=now,
+        tagged=[(now, dict(tags))],
+        volume="vol-ffffffffffffffff0",
+        size=source.size,
+        done=now + world.limits.upload_s,
+        encrypted=source.encrypted or bool(params.get("Encrypted")),
+        key=key,
+        description=params.get("Description", ""),
+        error="An internal error" if call.fault is not None and call.fault.kind == "upload" else "",
+        copied=True,
+    )
+    world.snapshots[made.id] = made
+    if world.disks:
+        world.disks.copy(source.id, made.id)
+    return {"SnapshotId": made.id, "Tags": _tag_set(tags)}
+
+
+@_action
 def delete_snapshot(call: Call, params: Params) -> Answer:
     world = call.world
     snapshot = world.find(world.snapshots, params["SnapshotId"], call.region, "Snapshot")

@@ -30,6 +30,7 @@ class Limits:
     spacing_s: float = 0.0  # between two snapshots of one volume: 15 at EC2
     concurrent: dict[str, int] = field(default_factory=lambda: {"st1": 1, "sc1": 1})  # pending per volume; else 5
     snapshots: int | None = 100_000
+    copies: int = 20  # under way into one region
     volumes_gib: int | None = None
     buckets: dict[str, tuple[float, float]] = field(default_factory=dict)  # action, or "*": capacity, per second
     busy_s: float = 30.0  # detaching -> busy, where the disk is in use: real seconds
@@ -95,6 +96,7 @@ class Snapshot(Resource):
     key: str | None = None
     description: str = ""
     error: str = ""
+    copied: bool = False  # from another region
 
 
 R = TypeVar("R", bound=Resource)

@@ -4,9 +4,11 @@ joined by AND, OR and NOT; side by side is AND. Must know no resource.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import re
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any
 
 from tests.twins.gce.wire import Refusal
@@ -102,7 +104,15 @@ def _comparison(key: str, op: str, value: str) -> Test:
         exact = re.compile(".*".join(re.escape(part) for part in value.split("*")), re.IGNORECASE)
         return lambda item: any(exact.fullmatch(each) for each in of(item)) is (op == "=")
     order = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}[op]
-    return lambda item: any(order(each, value) for each in of(item))
+    return lambda item: any(order(_comparable(each), _comparable(value)) for each in of(item))
+
+
+def _comparable(text: str) -> tuple[str, float | str]:
+    """Numbers and times are compared as what they are."""
+    for kind, parse in (("number", float), ("time", lambda text: datetime.fromisoformat(text).timestamp())):
+        with contextlib.suppress(ValueError):
+            return kind, parse(text)
+    return "text", text
 
 
 def _text(value: Any) -> str:

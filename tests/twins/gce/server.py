@@ -161,7 +161,8 @@ class Twin:
 
     def _throttle(self, action: str) -> None:
         """A quota is full again at each whole minute."""
-        kind = _KIND.get(action.partition(".")[2], "change")
+        service, _, method = action.partition(".")
+        kind = "operation" if service.endswith("Operations") else _KIND.get(method, "change")
         name = next((each for each in (action, kind, "*") if each in self.limits.per_minute), None)
         if name is None:
             return

@@ -38,7 +38,9 @@ class Limits:
     done_when_uploaded: bool = True  # the operation of a snapshot, or already when its image is fixed
     create_s: float = 0.0  # a disk is CREATING
     lag_s: float = 0.0  # until lists show it
-    per_minute: dict[str, int] = field(default_factory=dict)  # method, `get`, `list`, `change`, or "*", each minute
+    per_minute: dict[str, int] = field(
+        default_factory=dict
+    )  # method, or its kind: get, list, change, operation, or "*"
     hourly: int | None = None  # snapshots of a disk, disks of a snapshot, in 60 minutes: 6 at Compute Engine
     spacing_s: float = 0.0  # between two of these
     instant_spacing_s: float = 0.0  # between instant snapshots of a disk: 30

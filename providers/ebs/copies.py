@@ -1,0 +1,147 @@
+"""Copies of sets to other regions, made by EC2 in its own time. Must know no policy, and wait for no upload.
+
+Everything that is known of a copy is in tags, so whoever asks next goes on: the source says where it is to be copied,
+what was begun, and where it is whole; a copy says what it is a copy of, as EC2 gives it a VolumeId that means nothing.
+A copy that isn't sealed is in the making and is listed nowhere; it is sealed, with its source's marks, once all of it
+is there. From then on it is a set of its own in its region: nothing here deletes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from itertools import groupby
+from typing import Any
+
+from providers.ebs import tags, volumes
+from providers.ebs.api import Api
+from snapshotter.core.errors import SnapshotterError, StorageError
+from snapshotter.core.remote import Deadline, Lost, operation_id
+
+#: EC2 has no more copies under way into a region than this; it says so, and the next run goes on.
+_FULL = ("ResourceLimitExceeded", "ConcurrentSnapshotLimitExceeded", "ConcurrentCopyLimitExceeded")
+
+
+def advance(api: Api, region: str, in_region: Callable[[str], Api]) -> list[str]:
+    """Begin what isn't begun, seal what is whole; returns what was done. `region` is where the sets were taken. One
+    set's failure stops no other: the first of them is raised at the end."""
+    done: list[str] = []
+    failed: SnapshotterError | None = None
+    full: set[str] = set()
+    for set_id, source in _wanted(api):
+        for other in _missing(source):
+            if other in full:
+                continue
+            try:
+                done += _copy(api, region, in_region(other), other, set_id, source)
+            except SnapshotterError as error:
+                if volumes.code_of(error) in _FULL:
+                    full.add(other)
+                else:
+                    failed = failed or error
+    if failed is not None:
+        raise failed
+    return done
+
+
+def _wanted(api: Api) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """(set id, its snapshots) of every whole, sealed set that is to be copied somewhere and isn't yet."""
+    filters = [{"Name": "tag-key", "Values": [tags.COPY_TO]}, {"Name": "status", "Values": ["completed"]}]
+    within = api.deadline("the sets to be copied")
+    listed = api.pages("describe_snapshots", "Snapshots", within, OwnerIds=["self"], Filters=filters)
+    ours = [item for item in api.memory.over(listed, "SnapshotId", "snap-") if tags.read(item).get(tags.COPY_TO)]
+    ours.sort(key=lambda item: tags.read(item).get(tags.SET, ""))
+    for set_id, group in groupby(ours, key=lambda item: tags.read(item).get(tags.SET, "")):
+        source = list(group)
+        births = [tags.birth_of(tags.read(item), tags.origin_of(item)) for item in source]
+        first = next((birth for birth in births if birth is not None), None)
+        if first is None or any(item["State"] != "completed" for item in source):
+            continue
+        have = {tags.origin_of(item) for item in source}
+        theirs = [member.volume for member in first.members if member.provider == tags.NAME]
+        wanted = {part for volume in theirs for part in tags.parts(volume)}
+        sealed = all("sealed" in tags.marks_of(tags.read(item)) for item in source)
+        if sealed and have == wanted and _missing(source):
+            yield set_id, source
+
+
+def _missing(source: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Regions where it is to be copied and isn't known to be whole."""
+    labels = tags.read(source[0])
+    return [region for region in labels.get(tags.COPY_TO, "").split() if tags.COPIED + region not in labels]
+
+
+def _copy(api: Api, region: str, there: Api, other: str, set_id: str, source: Sequence[dict[str, Any]]) -> list[str]:
+    within = there.deadline(f"{set_id} in {other}")
+    found, pending = _copies(there, set_id, within)
+    done = []
+    for item in source:
+        name = str(item["SnapshotId"])
+        copies = sorted(found.get(name, []))
+        for twice in copies[1:]:  # two ran at once
+            there.call("delete_snapshot", within, SnapshotId=twice)
+            there.memory.deleted(twice)
+        if copies or _begun_lately(api, item, other):
+            continue
+        volumes.tag(api, [name], {tags.COPYING + other: str(int(api.clock.wall()))})
+        done.append(_begin(region, there, other, item, within))
+    if done or pending or any(str(item["SnapshotId"]) not in found for item in source):
+        return done
+    marks = {key: value for key, value in tags.read(source[0]).items() if key.startswith(tags.mark(""))}
+    volumes.tag(there, [sorted(found[str(item["SnapshotId"])])[0] for item in source], marks)
+    names = [str(item["SnapshotId"]) for item in source]
+    volumes.tag(api, names, {tags.COPIED + other: "true", tags.COPYING + other: None})
+    return [f"{set_id} to {other}"]
+
+
+def _copies(there: Api, set_id: str, within: Deadline) -> tuple[dict[str, list[str]], bool]:
+    """source snapshot -> its copies there, failed ones left out (and removed: they would count for ever); and whether
+    any of them is still under way."""
+    filters = [{"Name": f"tag:{tags.SET}", "Values": [set_id]}, {"Name": "tag-key", "Values": [tags.SOURCE]}]
+    found: dict[str, list[str]] = {}
+    pending = False
+    listed = there.pages("describe_snapshots", "Snapshots", within, OwnerIds=["self"], Filters=filters)
+    for item in there.memory.over(listed, "SnapshotId", "snap-"):
+        labels = tags.read(item)
+        if labels.get(tags.SET) != set_id or tags.SOURCE not in labels:
+            continue
+        if item.get("State") == "error":
+            there.call("delete_snapshot", within, SnapshotId=item["SnapshotId"])
+            there.memory.deleted(str(item["SnapshotId"]))
+            continue
+        found.setdefault(labels[tags.SOURCE].partition("/")[2], []).append(str(item["SnapshotId"]))
+        pending = pending or item.get("State") != "completed"
+    return found, pending
+
+
+def _begun_lately(api: Api, item: Mapping[str, Any], other: str) -> bool:
+    """A copy that EC2 may not list yet: of a run that was killed, or is under way elsewhere."""
+    at = tags.read(item).get(tags.COPYING + other, "")
+    return at.isdigit() and api.clock.wall() - int(at) < 2 * volumes.SETTLE_S
+
+
+def _begin(region: str, there: Api, other: str, item: Mapping[str, Any], within: Deadline) -> str:
+    name, labels = str(item["SnapshotId"]), tags.read(item)
+    birth = tags.birth_of(labels, str(item["VolumeId"]))
+    assert birth is not None
+    given = tags.of_copy(labels, f"{region}/{name}", tags.origin_of(item), operation_id("copy", name, other))
+    try:
+        made = there.call(
+            "copy_snapshot",
+            within,
+            again=False,
+            SourceRegion=region,
+            SourceSnapshotId=name,
+            Encrypted=True,
+            Description=f"snapshotter: {birth.node}, {birth.set_id}, of {region}",
+            TagSpecifications=[{"ResourceType": "snapshot", "Tags": tags.as_tags(given)}],
+        )
+    except Lost as error:
+        raise StorageError(
+            f"EC2 gave no answer ({error}), and it isn't known whether it copies it to {other}",
+            object=name,
+            cure="the next run sees",
+        ) from None
+    seen = {"VolumeId": "", "State": "pending", "StartTime": datetime.now(UTC), "Tags": tags.as_tags(given)}
+    there.memory.made(str(made["SnapshotId"]), {**made, **seen})
+    return f"{name} to {other}"

@@ -1,0 +1,174 @@
+"""A restore in place, back: the old state again, from whatever it has come to; or the end of it, the old data removed.
+Either may be called again after a kill.
+"""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from snapshotter.core.errors import PreconditionError, SnapshotterError, StorageError
+from snapshotter.host import exchange, mounts
+from snapshotter.host.exchange import Unit
+from snapshotter.host.store import told
+from snapshotter.verbs import in_place_away as away
+from snapshotter.verbs import in_place_signing as signing
+from snapshotter.verbs import in_place_stage as staging
+from snapshotter.verbs import in_place_swap as swapping
+from snapshotter.verbs.in_place_work import Work
+
+
+def backward(work: Work) -> None:
+    """The old state. Raises any of core.errors: nothing was changed if `work.turned` is still false."""
+    changed = work.begun("exchange") or work.begun("save")
+    if work.journal.has("returned"):
+        _let_run(work, bool((work.journal.last("undo") or {}).get("run_again")))
+        return
+    runs = changed and work.service is not None and work.service.running()
+    before = work.journal.last("undo") or {}
+    ran = work.begun("start") or bool(before.get("ran"))
+    run_again = bool(work.plan.running) or runs or bool(before.get("run_again"))
+    units = work.units()
+    if changed:
+        try:
+            if not ran and work.mixed():
+                ran, units = True, _as_left(work, units)
+                work.notes.append(
+                    "it may have run on a mix of old and new since the restore was interrupted: see to it"
+                )
+            work.stop()
+            if work.plan.way == "copy" and ran and not before:
+                units = _with_made(work, units)
+            if work.plan.way == "copy" and (ran or work.moved()):
+                units = signing.into_old(work, units, ran=ran)
+        except BaseException:
+            if not work.turned:
+                work.let_run(runs)  # nothing was changed yet
+            raise
+    work.turned = True
+    if not before:
+        work.note("undo", run_again=run_again, ran=ran)
+    if changed and work.plan.way == "swap":
+        swapping.swap_back(work.session, work.plan)
+    elif changed:
+        _exchange_back(work, units, ran)
+    work.unstage()
+    _bring_back(work)
+    for ground in work.plan.grounds:
+        exchange.remove_empty([unit.aside for unit in units], ground.aside)
+    work.note("returned")  # from here on what stands there is the old run's again, whatever it makes of it
+    _let_run(work, run_again)
+
+
+def _let_run(work: Work, run_again: bool) -> None:
+    if work.begun("stop"):
+        try:
+            work.let_run(run_again)
+        except SnapshotterError as error:
+            work.unstarted = error  # the old data may be just what it can't run on
+
+
+def _as_left(work: Work, units: list[Unit]) -> list[Unit]:
+    """These, after a run on a mix: an old entry that had not changed places yet, and that the node has made anew by a
+    rename, or removed, is what stands there now."""
+    gone = [u.old is not None and exchange.where_old(u) is None and exchange.where_new(u) != u.place for u in units]
+    left = [
+        msgspec.structs.replace(unit, old=exchange.known(unit.place)) if lost else unit
+        for unit, lost in zip(units, gone, strict=True)
+    ]
+    work.note("units", units=msgspec.to_builtins(left))
+    return left
+
+
+def _with_made(work: Work, units: list[Unit]) -> list[Unit]:
+    """These, and what the new run has made beside them: where entries change places one by one, that is in none of
+    them. All of it is the new run's, as in a directory that changes places whole: before, the place had none of it."""
+    plan = work.plan
+    try:
+        names = staging.names_of(plan, work.profile, {})
+    except SnapshotterError as error:
+        work.notes.append(f"what the restored node has made anew stays: {error.line()}")
+        return units
+    known = {unit.place for unit in units}
+    made = []
+    for ground in plan.grounds:
+        for name in staging.entries_of(plan, ground, names[ground.path]) if ground.path in names else ():
+            unit = staging.unit_of(ground, name)
+            above = any(mounts.is_under(place, unit.place) or mounts.is_under(unit.place, place) for place in known)
+            if not above and unit.old is not None:
+                made.append(msgspec.structs.replace(unit, old=None, new=unit.old))
+    if made:
+        work.note("units", units=msgspec.to_builtins([*units, *made]))
+    return [*units, *made]
+
+
+def _exchange_back(work: Work, units: list[Unit], ran: bool) -> None:
+    for unit in units:
+        with told(unit.place):
+            exchange.back(unit, ran=ran)
+    exchange.sync_parents([unit.place for unit in units])
+    for unit in units:
+        with told(unit.place):
+            for kept in exchange.remove_new(unit, ran=ran):
+                work.notes.append(f"{kept} is neither the old nor the new one, and stays")
+
+
+def _bring_back(work: Work) -> None:
+    for ground in work.plan.grounds:
+        saved = work.journal.last("saved", ground.path)
+        removing = work.journal.last("removing", ground.path) is not None  # else the original never left
+        if saved is not None and removing and work.journal.last("back", ground.path) is None:
+            signing.into_copy(work, ground)
+            away.bring_back(ground, saved["entries"], work.session.report)
+            work.journal.append("back", step=ground.path)
+        for record in work.journal.all("saving", ground.path):
+            exchange.remove(ground.aside, tuple(record["known"]))
+
+
+# ------------------------------------------------------------------------------------------------------- the end
+
+
+def discard(work: Work) -> list[str]:
+    """Remove what was set aside; returns its names. The journal has it before the first of it goes: from then on, there
+    is no way back but where a provider refuses, and has let go of nothing."""
+    if not work.discarding:
+        work.journal.append("discard")
+    gone = _commit_swaps(work)
+    units = work.units()
+    for unit in units:
+        with told(unit.aside):
+            exchange.remove_old(unit)
+    for record in work.journal.all("saving"):
+        ground = next(g for g in work.plan.grounds if g.path == record["step"])
+        exchange.remove(ground.aside, tuple(record["known"]))
+        gone.append(ground.aside)
+    for ground in work.plan.grounds:
+        exchange.remove_empty([unit.aside for unit in units], ground.aside)
+        if os.path.lexists(ground.aside) and any(u.aside.startswith(ground.aside) for u in units):
+            raise StorageError("could not be removed: there is something else in it", object=ground.aside)
+        if any(mounts.is_under(u.aside, ground.aside) and u.old for u in units):
+            gone.append(ground.aside)
+    return gone
+
+
+def _commit_swaps(work: Work) -> list[str]:
+    swaps = [(work.session.provider(s.provider, work.plan.node, chosen=False), s.swap_id) for s in work.plan.swaps]
+    try:
+        for provider, swap_id in swaps:
+            provider.swap_commit(swap_id)
+    except SnapshotterError:
+        if all(swap_id in provider.swaps() for provider, swap_id in swaps):
+            work.journal.append("kept")  # refused, and all are still open: they can be taken back too
+        raise
+    return [f"{swap.provider}:{swap.swap_id}" for swap in work.plan.swaps]
+
+
+def refuse_discarding(work: Work) -> None:
+    """Raise PreconditionError where the old data is going: there is no undo."""
+    if work.discarding:
+        raise PreconditionError(
+            "the old data is being discarded, and may be gone",
+            object=work.plan.path,
+            cure=f"snapshotter restore --discard {work.plan.path} ends it",
+        )

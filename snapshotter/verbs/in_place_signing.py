@@ -1,0 +1,114 @@
+"""What was signed goes along, whichever way data moves: the higher sign-state of both is put into what is about to take
+the other's place. Each call may be made again after a kill.
+
+`sign_state` is told where everything will be, entry by entry (path in production -> path now): what doesn't change
+places is one file for both sides, and left alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from snapshotter.core.errors import PreconditionError
+from snapshotter.host import exchange
+from snapshotter.host.exchange import Unit
+from snapshotter.nodes import sign_state
+from snapshotter.verbs.in_place_ways import Ground
+from snapshotter.verbs.in_place_work import Work
+
+Where = Mapping[str, str]
+
+
+def into_staged(work: Work) -> None:
+    """Before anything changes places: into what was made ready. Raises PreconditionError where it can't be guarded."""
+    plan = work.plan
+    if not work.profile.sign_state:
+        return
+    now, then = _saved(work), dict([(plan.path, plan.path)])
+    for ground in plan.grounds:
+        if ground.path in (names := work.names()):
+            then |= _entries(ground, names[ground.path], ground.staged)
+    if not os.path.isdir(now[plan.path]):
+        if plan.from_set or not os.path.isdir(then[plan.path]):
+            return
+        raise PreconditionError(
+            f"there is no sign-state at {plan.path}, so whether the set's is older can't be told: "
+            "a validator that signs with an older one is slashed",
+            object=plan.set_id,
+            cure="copy the newest back from wherever the node last ran, or say --sign-state-from-set "
+            "if it has signed nothing since the set was taken",
+        )
+    work.notes += _carry(work, now, then, from_set=plan.from_set)
+
+
+def into_new(work: Work) -> None:
+    """Some of the new content is in its place, the rest still where it was made ready."""
+    if work.profile.sign_state:
+        then = {unit.place: exchange.where_new(unit) or unit.place for unit in work.units()}
+        with work.carrying(work.units()):
+            work.notes += _carry(work, {}, then, from_set=work.plan.from_set)
+
+
+def into_old(work: Work, units: list[Unit], *, ran: bool) -> list[Unit]:
+    """Before the old content takes its place again; returns the units as they are then. Where there was none and the
+    node `ran`, it is what was signed, and no more: the next restore must find that."""
+    if not work.profile.sign_state or not os.path.isdir(work.plan.path):
+        return units
+    then = {unit.place: exchange.where_old(unit) or (unit.aside if ran else unit.place) for unit in units}
+    then |= {place: saved for place, saved in _saved(work).items() if place != saved}
+    with work.carrying(units):
+        for ground in work.plan.grounds:
+            make_private(ground.aside, [unit.aside for unit in units])
+        work.notes += _carry(work, {}, then, from_set=work.plan.from_set)
+    units = [
+        msgspec.structs.replace(unit, old=exchange.known(unit.aside)) if unit.old is None else unit
+        for unit in work.units()
+    ]
+    work.journal.append("units", units=msgspec.to_builtins(units))
+    return units
+
+
+def into_copy(work: Work, ground: Ground) -> None:
+    """What the node signed in its place after that was copied to another disk (it ran again after a reboot)."""
+    saved = _saved(work, only=ground)
+    if work.profile.sign_state and os.path.isdir(ground.path) and saved:
+        _carry(work, {}, saved, from_set=True)
+
+
+def make_private(aside: str, wanted: list[str]) -> None:
+    """The directory for entries that are set aside one by one: nobody's but ours."""
+    if any(path.startswith(aside + "/") for path in wanted) and not os.path.isdir(aside):
+        os.mkdir(aside, 0o700)
+
+
+def _carry(work: Work, now: Where, then: Where, *, from_set: bool) -> list[str]:
+    path = work.plan.path
+    return sign_state.carry_higher(
+        now.get(path, path),
+        then.get(path, path),
+        work.profile,
+        production=path,
+        live_roots=[pair for pair in now.items() if pair[0] != path],
+        roots=[pair for pair in then.items() if pair[0] != path],
+        from_set=from_set,
+    )
+
+
+def _saved(work: Work, only: Ground | None = None) -> dict[str, str]:
+    """Where what was copied to another disk lies, and the data path, wherever it is."""
+    path = work.plan.path
+    found = {path: path} if only is None else {}
+    for ground in [only] if only else work.plan.grounds:
+        if (record := work.journal.last("saved", ground.path)) is not None:
+            found |= _entries(ground, record["entries"], ground.aside)
+    return found
+
+
+def _entries(ground: Ground, names: Sequence[str] | None, top: str) -> dict[str, str]:
+    return {
+        os.path.join(ground.path, name).rstrip("/"): os.path.join(top, name).rstrip("/")
+        for name in ([""] if names is None else names)
+    }

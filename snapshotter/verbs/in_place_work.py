@@ -1,0 +1,192 @@
+"""One restore in place, as its journal has it: what both ways, there and back, ask of the disk and the service. What is
+to be done is never guessed from how far a run had come; the journal only says which steps were begun. Must not know how
+it was asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+from snapshotter.core.errors import NotFoundError, SnapshotterError, StorageError
+from snapshotter.core.journal import Journal
+from snapshotter.core.model import SnapshotSet
+from snapshotter.host import exchange
+from snapshotter.host.exchange import Unit
+from snapshotter.host.places import boot_id
+from snapshotter.host.service import prove_stopped
+from snapshotter.nodes import health, profiles
+from snapshotter.verbs import in_place_stage as staging
+from snapshotter.verbs.in_place_plan import Plan
+from snapshotter.verbs.restore import judge
+from snapshotter.verbs.session import Session
+
+
+class Work:
+    """What is known of it, and what this run has found out."""
+
+    def __init__(self, session: Session, plan: Plan, journal: Journal) -> None:
+        self.session = session
+        self.plan = plan
+        self.journal = journal
+        self.profile = profiles.get(plan.profile, session.config.profiles)
+        self.service = plan.service()
+        self.notes: list[str] = []
+        self.health: health.Health | None = None
+        self.turned = journal.has("undo")  # what was set aside is being put back: the old state or exit 7
+        self.unstarted: SnapshotterError | None = None  # why the service doesn't run on the old data
+        self._found: SnapshotSet | None = None
+
+    # ------------------------------------------------------------------------------------------------ the journal
+
+    def begun(self, step: str) -> bool:
+        return self.journal.last("begin", step) is not None
+
+    @property
+    def discarding(self) -> bool:
+        """The old data is going, or gone. (A provider may have refused that: then all is still there.)"""
+        last = next((r["kind"] for r in reversed(self.journal.records) if r["kind"] in ("discard", "kept")), "")
+        return last == "discard"
+
+    def note(self, kind: str, **facts: Any) -> None:
+        """A record that is only of use after a kill. The journal's disk may be full: no reason to leave the node as it
+        is."""
+        try:
+            self.journal.append(kind, **facts)
+        except StorageError:
+            pass
+
+    def units(self) -> list[Unit]:
+        """What changes places."""
+        record = next((r for r in reversed(self.journal.records) if r["kind"] in ("units", "carry")), None)
+        units = msgspec.convert(record["units"], list[Unit]) if record else []
+        if record is None or record["kind"] == "units":
+            return units
+        return [
+            msgspec.structs.replace(
+                unit,
+                old=exchange.known(old) if old else unit.old,
+                new=exchange.known(new) if new else unit.new,
+            )
+            for unit, (old, new) in zip(units, record["where"], strict=True)
+        ]
+
+    def names(self) -> staging.Names:
+        record = self.journal.last("names")
+        names: staging.Names = record["names"] if record else {}
+        return names
+
+    @contextmanager
+    def carrying(self, units: list[Unit]) -> Iterator[None]:
+        """Files are replaced within: one that is a unit itself is known by another inode afterwards. Where each was, is
+        noted before, so that it is found also after a kill in here: nothing changes places meanwhile."""
+        where = [(exchange.where_old(unit), exchange.where_new(unit)) for unit in units]
+        self.journal.append("carry", units=msgspec.to_builtins(units), where=where)
+        yield
+        self.journal.append("units", units=msgspec.to_builtins(self.units()))
+
+    # -------------------------------------------------------------------------------------------------- the disk
+
+    def found(self) -> SnapshotSet:
+        """The set, judged anew by this run. Raises NotFoundError, JudgedBadError."""
+        if self._found is not None:
+            return self._found
+        entries = self.session.catalog(self.plan.set_id)
+        found = next((entry for entry in entries.sets if entry.set_id == self.plan.set_id), None)
+        if found is None:
+            raise NotFoundError(
+                "the set is gone", object=self.plan.set_id, cure=f"snapshotter restore --undo {self.plan.path}"
+            )
+        judge(found)
+        self._found = found
+        return found
+
+    @property
+    def away(self) -> bool:
+        """Old data goes to another disk first, so that there is room."""
+        return any(ground.away for ground in self.plan.grounds)
+
+    @property
+    def live(self) -> str:
+        """Where the old content of the data path is, until it changes places."""
+        ground = next((g for g in self.plan.grounds if g.path == self.plan.path), None)
+        saved = ground is not None and self.journal.last("saved", self.plan.path) is not None
+        return ground.aside if ground is not None and saved else self.plan.path
+
+    def places(self) -> list[tuple[str, str]]:
+        """Every root, where it is."""
+        return [(root, root) for root in self.plan.roots]
+
+    def staged_places(self) -> list[tuple[str, str]]:
+        """Every root, and where its new content is made ready."""
+        return [(root, staging.staged_of(self.plan, root)) for root in self.plan.roots]
+
+    def moved(self, *, all_of_them: bool = False) -> bool:
+        """Whether any (or all) of the new content stands in its place already."""
+        units = self.units()
+        there = [unit for unit in units if unit.new is not None and exchange.known(unit.place) == unit.new]
+        gone = [unit for unit in units if unit.new is None and exchange.known(unit.place) is None]
+        return len(there) + len(gone) == len(units) and bool(units) if all_of_them else bool(there or gone)
+
+    def mixed(self) -> bool:
+        """Whether the node may have run on a mix of old and new: the exchange was killed in the middle, and since then
+        something has started the node, or may have: the machine was started anew, and a service that can't be masked
+        (so one without a unit) is whatever starts it at boot."""
+        if self.begun("start") or not self.moved() or self.moved(all_of_them=True):
+            return False
+        if self.service is not None and self.service.running():
+            return True
+        masked = self.plan.masked or (self.service is not None and self.service.can_mask)
+        return not masked and self.journal.facts.get("boot") != boot_id()
+
+    # ----------------------------------------------------------------------------------------------- the service
+
+    def stop(self) -> None:
+        """Stopped, masked, and nobody uses the data. Raises StorageError, BusyError."""
+        if self.service is not None:
+            self.service.stop()
+            if self.service.can_mask and not self.plan.masked:
+                self.service.mask()
+        self.unused()
+
+    def unused(self, patience_s: float = 10.0) -> None:
+        """Raise BusyError unless the service is stopped, and nobody has a root open, nor what was just set aside."""
+        tops = [*self.plan.roots, *(ground.aside for ground in self.plan.grounds if os.path.isdir(ground.aside))]
+        prove_stopped(self.service, tops, patience_s=patience_s)
+
+    def let_run(self, run: bool) -> None:
+        """It can be started again, and is if it is to `run`."""
+        if self.service is not None:
+            if self.service.can_mask and not self.plan.masked:
+                self.service.unmask()
+            if run:
+                self.service.start()
+
+    # --------------------------------------------------------------------------------- taken away, whoever made it
+
+    def unstage(self) -> None:
+        """What was made ready, or was being, goes. Absent is done."""
+        for record in self.journal.all("attachment"):
+            staging.forget(self.session, record["id"])
+        for record in self.journal.all("staged"):
+            exchange.remove(record["path"], tuple(record["known"]))
+        for ground in self.plan.grounds:
+            # Killed between making it and the record.
+            exchange.remove_empty([], ground.staged)
+
+    def old_of(self, root: str, units: Sequence[Unit]) -> str:
+        """Where a root's old content lies. One by one, it is in the directory of what is set aside."""
+        if root == self.plan.path and self.live != root:
+            return self.live
+        unit = next((u for u in units if u.place == root), None)
+        if unit is not None:
+            return exchange.where_old(unit) or root
+        ground = next((g for g in self.plan.grounds if g.path == root), None)
+        return ground.aside if ground is not None and os.path.isdir(ground.aside) else root
+
+    def outside(self, where: Mapping[str, str] | None = None) -> list[tuple[str, str]]:
+        return self.plan.outside(dict(where) if where is not None else None)

@@ -1,0 +1,179 @@
+"""Copies of a set to other regions: begun, gone on with by whoever asks next, never twice, never waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from snapshotter.core.errors import PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.model import ImageState
+from snapshotter.testing.conformance.steps import seal, take
+from tests.faults.test_ebs_faults import Cloud
+from tests.faults.test_ebs_policies import policies
+from tests.twins.ec2 import Twin
+from tests.unit.ebs_kit import REGION, ebs_harness, environment
+
+WEST, EAST = "eu-west-1", "us-east-1"
+#: After this a copy that isn't listed was never made.
+LATER_S = 61.0
+
+
+@pytest.fixture
+def cloud() -> Iterator[Cloud]:
+    with Twin() as twin, environment(**twin.environment()):
+        twin.limits.upload_s = 600.0
+        yield Cloud(twin)
+
+
+def copies(cloud: Cloud, region: str) -> list[str]:
+    return sorted(each.tags["snapshotter:source"] for each in cloud.twin.world.snapshots.values()
+                  if each.region == region and each.gone is None)  # fmt: skip
+
+
+def whole(cloud: Cloud, set_id: str, region: str = WEST) -> bool:
+    """One copy of each member there, sealed as one set."""
+    found = list(cloud.provider(region=region).snapshots(set_id))
+    return (
+        len(found) == len(copies(cloud, region)) == len(cloud.ids)
+        and {each.birth.member for each in found} == set(range(len(cloud.ids)))
+        and all("sealed" in each.marks and each.marks["grade"] == "crash" for each in found)
+    )
+
+
+def test_copied_in_its_own_time_and_by_whoever_asks(cloud: Cloud) -> None:
+    set_id = cloud.take(cloud.provider(copy_to=f"{WEST},{EAST}"))
+    assert cloud.provider().advance() == [] and not copies(cloud, WEST), "EC2 copies only what is whole"
+    cloud.twin.clock.advance(601)
+    begun = cloud.provider().advance()  # another process, whose config needn't say so
+    assert len(begun) == 4 and len(copies(cloud, WEST)) == len(copies(cloud, EAST)) == 2
+    assert cloud.provider().advance() == [], "nothing to do but to wait, and nobody does"
+    assert not list(cloud.provider(region=WEST).snapshots()), "listed only once all of it is there"
+    cloud.twin.clock.advance(601)
+    assert len(cloud.provider().advance()) == 2
+    assert whole(cloud, set_id, WEST) and whole(cloud, set_id, EAST)
+    assert {each.state for each in cloud.provider(region=WEST).snapshots(set_id)} == {ImageState.READY}
+    assert all(each.encrypted for each in cloud.twin.world.snapshots.values() if each.region != REGION)
+    before = cloud.twin.count()
+    assert cloud.provider().advance() == []
+    assert sum((cloud.twin.count() - before).values()) == 1, "an idle look is one page"
+    # Each is a set of its own: the source's end isn't its.
+    cloud.provider().delete(set_id)
+    assert whole(cloud, set_id)
+    cloud.provider(region=WEST).delete(set_id)
+    assert not copies(cloud, WEST) and len(copies(cloud, EAST)) == 2
+
+
+@pytest.mark.parametrize("lag", [0.0, 20.0])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_lost_reply_makes_no_second_copy(cloud: Cloud, nth: int, lag: float) -> None:
+    set_id = cloud.take(cloud.provider(copy_to=WEST))
+    cloud.twin.clock.advance(601)
+    cloud.twin.limits.lag_s = lag
+    cloud.twin.fail("CopySnapshot", "lost", nth=nth)
+    with pytest.raises(StorageError, match="isn't known"):
+        cloud.provider().advance()
+    for _ in range(4):
+        cloud.provider().advance()
+        cloud.twin.clock.advance(LATER_S / 2)
+    cloud.twin.clock.advance(601)
+    cloud.provider().advance()
+    assert whole(cloud, set_id)
+
+
+@pytest.mark.parametrize("action", ["CopySnapshot", "CreateTags"])
+@pytest.mark.parametrize("kind", ["error", "lost"])
+@pytest.mark.parametrize("nth", [1, 3])
+def test_whatever_fails_the_next_run_goes_on(cloud: Cloud, action: str, kind: str, nth: int) -> None:
+    set_id = cloud.take(cloud.provider(copy_to=WEST))
+    cloud.twin.clock.advance(601)
+    cloud.twin.fail(action, kind, nth=nth)
+    for _ in range(6):
+        try:
+            cloud.provider().advance()
+        except SnapshotterError as error:
+            assert error.cure
+        cloud.twin.clock.advance(LATER_S)
+    cloud.twin.clock.advance(601)
+    cloud.provider().advance()
+    assert whole(cloud, set_id)
+
+
+def test_a_copy_that_fails_is_made_again(cloud: Cloud) -> None:
+    set_id = cloud.take(cloud.provider(copy_to=WEST))
+    cloud.twin.clock.advance(601)
+    cloud.twin.fail("CopySnapshot", "upload")
+    cloud.provider().advance()
+    for _ in range(3):
+        cloud.twin.clock.advance(601)
+        cloud.provider().advance()
+    found = list(cloud.provider(region=WEST).snapshots(set_id))
+    assert {each.birth.member for each in found if each.state is ImageState.READY} == {0, 1}
+
+
+def test_only_so_many_at_once(cloud: Cloud) -> None:
+    sets = []
+    for _ in range(3):
+        sets.append(cloud.take(cloud.provider(copy_to=WEST)))
+        cloud.twin.clock.advance(601)
+    cloud.twin.limits.copies = 3
+    cloud.provider().advance()
+    assert len(copies(cloud, WEST)) == 3, "the limit is no failure"
+    for _ in range(5):
+        cloud.twin.clock.advance(601)
+        cloud.provider().advance()
+    assert len(copies(cloud, WEST)) == 6
+    assert {each.birth.set_id for each in cloud.provider(region=WEST).snapshots()} == set(sets)
+
+
+def test_two_at_once_leave_one(cloud: Cloud) -> None:
+    """The tags of another host's run are listed late, so both begin: the next look keeps one of each."""
+    set_id = cloud.take(cloud.provider(copy_to=WEST))
+    cloud.twin.clock.advance(601)
+    cloud.provider().advance()
+    world = cloud.twin.world
+    from dataclasses import replace
+
+    from tests.twins.ec2.world import new_id
+
+    twice = [replace(each, id=new_id("snap")) for each in world.snapshots.values() if each.region == WEST]
+    world.snapshots |= {each.id: each for each in twice}
+    for _ in range(2):
+        cloud.twin.clock.advance(601)
+        cloud.provider().advance()
+    assert whole(cloud, set_id)
+
+
+def test_bit_for_bit() -> None:
+    with ebs_harness() as harness:
+        volume = harness.volume()
+        provider = harness.provider(copy_to=WEST)
+        birth = take(provider, harness, [volume])
+        seal(provider, birth)
+        for _ in range(2):
+            harness.provider().advance()
+        (copied,) = [each for each in harness.twin.world.snapshots.values() if each.region == WEST]
+        (source,) = [each for each in harness.twin.world.snapshots.values() if each.region == REGION]
+        images = harness.disks.images
+        assert (images / copied.id).read_bytes() == (images / source.id).read_bytes()
+
+
+def test_with_the_policies_of_the_manual(cloud: Cloud) -> None:
+    """And with each of the copier's statements gone it is refused, in one line with a cure."""
+    given = policies()
+    cloud.twin.policies = [given["taker"], given["copier"]]
+    set_id = cloud.take(cloud.provider(copy_to=WEST))
+    cloud.twin.clock.advance(601)
+    for missing in range(len(given["copier"]["Statement"])):
+        less = {**given["copier"], "Statement": [x for k, x in enumerate(given["copier"]["Statement"]) if k != missing]}
+        cloud.twin.policies = [given["taker"], less]
+        with pytest.raises(PreconditionError, match="may not ec2:") as refused:
+            cloud.provider().advance()
+        assert refused.value.cure and not copies(cloud, WEST)
+        cloud.twin.clock.advance(LATER_S)
+    cloud.twin.policies = [given["taker"], given["copier"]]
+    for _ in range(2):
+        cloud.provider().advance()
+        cloud.twin.clock.advance(601)
+    cloud.provider().advance()
+    assert whole(cloud, set_id)

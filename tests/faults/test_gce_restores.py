@@ -1,0 +1,238 @@
+"""Restores on Compute Engine that the contract doesn't ask for: other file systems, regional disks, what the options
+say, disks made for another machine, the command putting a set in place of the live disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from providers.gce import GceProvider
+from snapshotter.core.errors import PreconditionError
+from snapshotter.core.model import Access, Tagged, Volume, new_attachment_id, utc_now
+from snapshotter.host.disks import Disks
+from snapshotter.provider import Settings
+from snapshotter.testing.conformance.steps import attach, content_of, ready, seal, take
+from snapshotter.testing.harness import describe, fill, ruin
+from tests.faults.test_gce_kill import GceCommand
+from tests.unit.gce_kit import gce_harness, group
+
+pytestmark = pytest.mark.root
+KEY = "projects/p/locations/l/keyRings/r/cryptoKeys/ours"
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_copy_of_a_disk_is_mounted_beside_its_origin(kind: str) -> None:
+    with gce_harness(kind) as harness:
+        volume = harness.volume()
+        assert volume.path is not None
+        fill(volume.path)
+        content = describe(volume.path)
+        birth = take(harness.provider(), harness, [volume])
+        ruin(volume.path)
+        (found,) = ready(harness.provider(), harness, birth.set_id)
+        for access in Access:
+            attached = attach(harness, found, access)
+            assert describe(attached.path, writable=access is Access.WRITABLE) is not None
+            attached.end()
+        assert content_of(harness, found) == content
+
+
+def test_a_btrfs_disk_is_not_brought_beside_its_origin() -> None:
+    with gce_harness("btrfs") as harness:
+        volume = harness.volume()
+        assert volume.path is not None
+        fill(volume.path)
+        provider = harness.provider()
+        birth = take(provider, harness, [volume])
+        (found,) = ready(provider, harness, birth.set_id)
+        before = harness.objects()
+        with pytest.raises(PreconditionError, match="btrfs"):
+            provider.attach(found, new_attachment_id(utc_now()), Access.WRITABLE, harness.destination())
+        assert harness.objects() == before, "the kernel may not even see it"
+        # Elsewhere it can be restored: here, when its origin is gone.
+        content = describe(volume.path)
+        with harness.unmounted():
+            assert content_of(harness, found) == content
+
+
+def test_a_regional_disk_is_taken_restored_and_swapped() -> None:
+    zones = ["europe-west3-a", "europe-west3-b"]
+    with gce_harness() as harness:
+        harness.regional = zones
+        volume = harness.volume()
+        assert volume.path is not None and volume.id == "europe-west3/d1"
+        fill(volume.path)
+        content = describe(volume.path)
+        provider = harness.provider(replica_zones=",".join(zones))
+        birth = take(provider, harness, [volume])
+        seal(provider, birth)
+        ruin(volume.path)
+        ruined = describe(volume.path)
+        (found,) = ready(provider, harness, birth.set_id)
+        attachment_id, destination = new_attachment_id(utc_now()), harness.destination()
+        made = provider.attach(found, attachment_id, Access.WRITABLE, destination)
+        assert describe(harness.enter(made, destination)) == content
+        disk = harness.twin.world.disks[f"regions/europe-west3/disks/{attachment_id}-0"]
+        assert [each.rpartition("/")[2] for each in disk.replica_zones] == zones
+        provider.settle(attachment_id, datetime.now(UTC))
+        harness.leave(destination)
+        provider.detach(attachment_id)
+        provider.swap("w20261122t100630z-000000", found, volume)
+        assert describe(volume.path) == content
+        provider.swap_back("w20261122t100630z-000000")
+        assert describe(volume.path) == ruined
+        with pytest.raises(PreconditionError, match="europe-west3-a among them"):
+            harness.provider(replica_zones="europe-west3-b,europe-west3-c").attach(
+                found, new_attachment_id(utc_now()), Access.WRITABLE, harness.destination()
+            )
+        provider.delete(birth.set_id)
+
+
+def test_what_the_options_say_is_made() -> None:
+    with gce_harness() as harness:
+        volume = harness.volume()
+        provider = harness.provider(
+            storage_location="eu",
+            snapshot_type="archive",
+            kms_key=KEY,
+            disk_type="hyperdisk-balanced",
+            provisioned_iops=5000,
+            provisioned_throughput=200,
+        )
+        birth = take(provider, harness, [volume])
+        (found,) = ready(provider, harness, birth.set_id)
+        snapshot = harness.twin.world.snapshots[found.id]
+        assert (snapshot.locations, snapshot.kind, snapshot.key) == (["eu"], "ARCHIVE", KEY)
+        attachment_id = new_attachment_id(utc_now())
+        provider.attach(found, attachment_id, Access.WRITABLE, harness.destination())
+        disk = harness.twin.world.disks[f"zones/{harness.instance.zone}/disks/{attachment_id}-0"]
+        assert (disk.type, disk.provisioned_iops, disk.provisioned_throughput) == ("hyperdisk-balanced", 5000, 200)
+        assert disk.key == KEY
+        provider.detach(attachment_id)
+        provider.delete(birth.set_id)
+        with pytest.raises(PreconditionError, match="no cold snapshots"):
+            take(harness.provider(snapshot_type="cold"), harness, [volume])
+
+
+def test_a_swap_keeps_what_the_origin_was_like() -> None:
+    with gce_harness() as harness:
+        volume = harness.volume()
+        assert volume.path is not None
+        fill(volume.path)
+        origin = harness.twin.world.disks[f"zones/{harness.instance.zone}/disks/d1"]
+        origin.labels |= {"team": "nodes", "snapshotter-node": "archive-1", "snapshotter-type": "archive"}
+        origin.type, origin.provisioned_iops, origin.size = "hyperdisk-balanced", 6000, 2
+        group(harness.twin, ["d1"])
+        theirs = dict(origin.labels)
+        birth = take(harness.provider(), harness, [volume])
+        (found,) = ready(harness.provider(), harness, birth.set_id)
+        harness.provider().swap("w20261122t100630z-000001", found, volume)
+        harness.provider().swap_commit("w20261122t100630z-000001")
+        new = harness.twin.world.disks[f"zones/{harness.instance.zone}/disks/w20261122t100630z-000001-0"]
+        assert new.labels == theirs
+        assert (new.type, new.provisioned_iops, new.size) == ("hyperdisk-balanced", 6000, 2)
+        assert new.resource_policies == origin.resource_policies
+        assert [each.device_name for each in harness.instance.disks if each.disk == new.path] == ["dev-1"]
+
+
+def outside(harness: object, **options: object) -> GceProvider:
+    """As from a machine that is no instance."""
+    twin = harness.twin  # type: ignore[attr-defined]
+    provider = GceProvider(Settings("/nonexistent", options={"project": twin.world.project, **options}))
+    provider.disks = Disks(sysfs="/nonexistent", by_id="/nonexistent")
+    provider.clock = harness.clock  # type: ignore[attr-defined]
+    return provider
+
+
+def test_disks_for_another_machine_in_another_zone(tmp_path: Path) -> None:
+    with gce_harness() as harness:
+        volume = harness.volume()
+        assert volume.path is not None
+        fill(volume.path)
+        command = GceCommand(tmp_path / "home", harness)
+        taken = command.json("take", volume.path)
+        before = harness.objects()
+        other = harness.twin.world.run_instance("us-central1-b")
+        harness.origins |= set(harness.twin.world.disks)
+        # From outside any instance, attached to one; and made, attached to none.
+        where = {"instance": f"us-central1-b/{other.name}"}
+        provider, attachment_id = outside(harness, **where), new_attachment_id(utc_now())
+        (found,) = provider.snapshots(taken["set_id"])
+        made = provider.attach_away(found, attachment_id)
+        provider.settle(attachment_id, datetime.now(UTC))
+        assert (made.volume, made.instance) == (f"us-central1-b/{attachment_id}-0", f"us-central1-b/{other.name}")
+        assert made.device == f"/dev/disk/by-id/google-{attachment_id}-0"
+        (listed,) = outside(harness).attachments()
+        assert (listed.id, listed.path, listed.set_id) == (attachment_id, "", taken["set_id"])
+        assert attachment_id in command.error("delete", taken["set_id"], "--yes", "--last", exit_code=5)["line"]
+        command.json("release", attachment_id)
+        assert harness.objects() == before
+        with pytest.raises(PreconditionError) as refused:
+            outside(harness).attach_away(found, attachment_id)
+        assert "-o zone=" in refused.value.line()
+        with pytest.raises(PreconditionError):
+            outside(harness).attach(found, attachment_id, Access.WRITABLE, "/nowhere")
+        # The command, on the instance: in its own zone where none is named.
+        document = command.json("restore", taken["set_id"], "--away", "-o", "zone=us-central1-f")
+        assert document["path"] is None
+        assert [each["volume"] for each in document["volumes"]] == [f"us-central1-f/{document['attachment_id']}-0"]
+        assert document["roots"] == [{"origin": volume.path, "member": 0, "inside": ""}]
+        assert not document["volumes"][0]["instance"]
+        command.json("release", document["attachment_id"])
+        assert harness.objects() == before
+
+
+def test_a_set_in_place_of_the_live_disk(tmp_path: Path) -> None:
+    """By the disk's own swap: the data path is the whole disk. Undone, done again, made final."""
+    with gce_harness() as harness:
+        volume = harness.volume()
+        assert volume.path is not None
+        fill(volume.path)
+        content = describe(volume.path)
+        command = GceCommand(tmp_path / "home", harness)
+        set_id = command.json("take", volume.path)["set_id"]
+        before = harness.objects()
+        ruin(volume.path)
+        ruined = describe(volume.path)
+        plan = command.json("restore", set_id, "--in-place", "--dry-run")
+        assert "gce:" in str(plan), plan
+        command.json("restore", set_id, "--in-place", "--yes")
+        assert describe(volume.path) == content
+        assert os.path.realpath(harness.disks.by_id / "google-dev-1") == mounted_from(volume.path)
+        command.json("restore", "--undo", volume.path)
+        assert describe(volume.path) == ruined and harness.objects() == before
+        command.json("restore", set_id, "--in-place", "--yes")
+        command.json("restore", "--discard", volume.path, "--yes")
+        assert describe(volume.path) == content
+        (disk,) = harness.objects() - before
+        assert not any(key.startswith("snapshotter") for key in harness.twin.world.disks[disk].labels)
+        again = command.json("take", volume.path)
+        assert again["snapshots"][0]["volume"] != volume.id and again["good"]
+
+
+def mounted_from(point: str) -> str:
+    words = ["findmnt", "-n", "-o", "SOURCE", point]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_disks_are_found_from_outside() -> None:
+    with gce_harness() as harness:
+        world, zone = harness.twin.world, harness.instance.zone
+        for name in ("a", "b"):
+            world.add_disk(name, harness.instance, device_name=name, with_bytes=False)
+            world.disks[f"zones/{zone}/disks/{name}"].labels |= {"snapshotter-node": "n1", "snapshotter-type": "rpc"}
+        both = [Volume("gce", f"{zone}/a"), Volume("gce", f"{zone}/b")]
+        assert outside(harness).find({"instance": f"{zone}/{harness.instance.name}"}) == both, "not what it boots from"
+        assert outside(harness, zone=zone).find({"instance": harness.instance.name}) == both
+        assert outside(harness, zone=zone).find({"volumes": ["a"]}) == both[:1]
+        assert outside(harness).find({"volumes": [f"{zone}/b"]}) == both[1:]
+        assert outside(harness).find({"tags": {"snapshotter-node": "n1"}}) == both
+        where = f"{zone}/{harness.instance.name}"
+        assert outside(harness).tagged() == [Tagged("n1", "rpc", tuple(both), where)]
+        for nothing in ({}, {"instance": harness.instance.name}):
+            with pytest.raises(PreconditionError):
+                outside(harness).find(nothing)

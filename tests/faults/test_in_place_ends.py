@@ -1,0 +1,244 @@
+"""How a restore in place ends: discarded (and that cut, or refused), undone with a full journal disk, gone on with
+though the node isn't well. And what else it must not trip over."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snapshotter.core.errors import BusyError, StorageError
+from tests.faults.in_place_kit import Story, difference, journals, ok, picture, point, run_here, story
+
+IN_PLACE = ("restore", "latest", "--in-place", "--yes")
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Story]:
+    with story("copy", tmp_path) as made:
+        made.begin(blocks=20)
+        made.run_and_damage()
+        yield made
+
+
+# ---------------------------------------------------------------------------------------------- volumes, discarded
+
+
+@contextmanager
+def two_volumes() -> Iterator[Story]:
+    """The data path and its database, each a subvolume: two swaps. (Their paths are short: of two long ones a record
+    has no room for the node's address beside them, and who comes back unnamed can't be swapped in.)"""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as place, story("btrfs", Path(place)) as node:
+        for path in (node.data, node.place / "db"):
+            subprocess.run(["btrfs", "subvolume", "create", path], check=True, capture_output=True)
+        (node.data / "database").symlink_to(node.place / "db")
+        node.begin(blocks=20)
+        node.of_database = picture(node.place / "db", {"node.log"})  # type: ignore[attr-defined]
+        node.service.do("start")
+        node.service.do("stop")
+        for path in (node.place / "db").iterdir():
+            path.write_bytes(b"broken")
+        (node.data / "static-nodes.json").write_text("broken")
+        node.old = picture(node.data)
+        yield node
+
+
+def database(node: Story) -> Any:
+    return picture(node.place / "db", {"node.log"})
+
+
+@pytest.mark.root
+def test_a_discard_that_is_cut_between_two_volumes_goes_on_and_never_back() -> None:
+    with two_volumes() as node:
+        plan = ok(node, *IN_PLACE)
+        assert plan["way"] == "swap" and len(plan["aside"]) == 2
+        ok(node, "restore", "--undo", "ours")
+        assert node.as_it_was()
+        ok(node, *IN_PLACE)
+        cut = lambda: kill_after_one_commit()  # noqa: E731
+        killed, said, _ = run_here(node.command, "restore", "--discard", "ours", "--yes", before=cut)
+        assert killed == -signal.SIGKILL, said
+        error = ok(node, "restore", "--undo", "ours", code=3)
+        assert "--discard" in error["cure"]
+        assert node.restored() and database(node) == node.of_database  # type: ignore[attr-defined]
+        ok(node, "restore", "--discard", "ours", "--yes")
+        assert node.restored() and database(node) == node.of_database  # type: ignore[attr-defined]
+        assert not journals(node)
+        listed = subprocess.run(["btrfs", "subvolume", "list", node.place], capture_output=True, text=True).stdout
+        assert "/swaps/" not in listed
+
+
+def kill_after_one_commit() -> None:
+    import os
+
+    from providers.btrfs import BtrfsProvider
+
+    whole = BtrfsProvider.swap_commit
+
+    def commit(self: BtrfsProvider, swap_id: str) -> None:
+        whole(self, swap_id)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    BtrfsProvider.swap_commit = commit  # type: ignore[method-assign]
+
+
+def refuse(name: str) -> Callable[[], None]:
+    def patch() -> None:
+        from providers.btrfs import BtrfsProvider
+
+        def refused(self: BtrfsProvider, _: str) -> None:
+            raise BusyError("something depends on it")
+
+        setattr(BtrfsProvider, name, refused)
+
+    return patch
+
+
+@pytest.mark.root
+def test_a_discard_that_is_refused_leaves_the_way_back() -> None:
+    with two_volumes() as node:
+        ok(node, *IN_PLACE)
+        ok(node, "restore", "--discard", "ours", "--yes", code=5, before=refuse("swap_commit"))
+        ok(node, "restore", "--continue", "ours")
+        assert node.restored()
+        ok(node, "restore", "--undo", "ours")
+        assert node.as_it_was() and not journals(node)
+
+
+@pytest.mark.root
+def test_a_delete_that_is_refused_keeps_the_seal() -> None:
+    with two_volumes() as node:
+        ok(node, "delete", node.set_id, "--yes", "--last", code=5, before=refuse("delete"))
+        (found,) = ok(node, "list", "ours")["sets"]
+        assert found["good"] and found["state"] == "ready"
+        ok(node, *IN_PLACE)
+        assert node.restored()
+
+
+# ----------------------------------------------------------------------------------------------- the journal's disk
+
+
+def full() -> Callable[[], None]:
+    def patch() -> None:
+        from snapshotter.core.journal import Journal
+
+        def append(self: Journal, kind: str, **facts: Any) -> None:
+            raise StorageError("can't write the journal: No space left on device", object=self.path)
+
+        Journal.append = append  # type: ignore[method-assign]
+
+    return patch
+
+
+@pytest.mark.parametrize("kind", ["copy", pytest.param("entries", marks=pytest.mark.root)])
+def test_an_undo_needs_no_room_for_its_journal(tmp_path: Path, kind: str) -> None:
+    with story(kind, tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, *IN_PLACE)
+        (node.data / "made.json").write_text("{}")
+        ok(node, "restore", "--undo", "ours", before=full())
+        assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
+def test_an_undo_that_fails_on_the_way_says_so_whatever_the_journal_could_take(tmp_path: Path) -> None:
+    """Exit 7, the stopped service named; done again, it ends."""
+
+    def patch() -> None:
+        full()()
+        from snapshotter.host import exchange
+
+        whole = exchange.back
+
+        def back(unit: exchange.Unit, *, ran: bool) -> None:
+            if unit.place.endswith("/key"):
+                raise StorageError("the disk is full")
+            whole(unit, ran=ran)
+
+        exchange.back = back
+
+    with story("entries", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, *IN_PLACE)
+        error = ok(node, "restore", "--undo", "ours", code=7, before=patch)
+        assert any("stopped" in left for left in error["left"]) and "--undo" in error["undo_command"]
+        ok(node, "restore", "--undo", "ours")
+        assert node.as_it_was() and node.service.running() and not node.leftovers()
+
+
+# ---------------------------------------------------------------------------------------------------- not well, twice
+
+
+def test_to_continue_one_whose_node_is_not_well_is_no_success(node: Story) -> None:
+    (node.service.home / "bad-start").write_text("nothing")
+    error = ok(node, *IN_PLACE, code=8)
+    assert "--undo" in error["undo_command"] and node.restored()
+    error = ok(node, "restore", "--continue", "ours", code=8)
+    assert "--undo" in error["undo_command"]
+    (node.service.home / "bad-start").unlink()
+    node.service.do("start")
+    ok(node, "restore", "--continue", "ours")
+    assert node.restored() and node.service.running()
+    ok(node, "restore", "--undo", "ours")
+    assert node.as_it_was() and node.service.running()
+
+
+# ------------------------------------------------------------------------------------------------------------ others
+
+
+def test_what_an_earlier_restore_of_the_same_second_set_aside_stays(node: Story) -> None:
+    moment = datetime(2026, 11, 28, 7, 0, 0, tzinfo=UTC)
+
+    def patch() -> None:
+        from snapshotter.verbs import in_place
+
+        in_place.utc_now = lambda: moment  # type: ignore[attr-defined]
+
+    earlier = node.data.parent / f"{node.data.name}.corrupted-20261128t070000z"
+    earlier.mkdir()
+    (earlier / "kept").write_text("by a person")
+    done = ok(node, *IN_PLACE, before=patch)
+    assert node.restored() and done["aside"][0].startswith(f"{earlier}-")
+    ok(node, "restore", "--discard", "ours", "--yes")
+    assert (earlier / "kept").read_text() == "by a person" and node.leftovers() == [str(earlier)]
+
+
+def test_a_key_from_a_set_that_has_none(tmp_path: Path) -> None:
+    from tests.faults.in_place_kit import lay_out
+
+    with story("copy", tmp_path) as node:
+        lay_out(node.data, 20)
+        key = (node.data / "key").read_bytes()
+        (node.data / "key").unlink()
+        for name in ("key.pub", "nodeAddress"):
+            (node.data / name).unlink(missing_ok=True)
+        ok(node, "take", "ours")
+        (node.data / "key").write_bytes(key)
+        before = picture(node.data)
+        error = ok(node, "restore", "latest", "--in-place", "--only", "key", "--yes", code=4)
+        assert "there are no keys in it" in error["message"]
+        assert not difference(picture(node.data), before) and not node.leftovers() and not journals(node)
+
+
+def test_no_identity_is_put_in_while_a_restore_is_open(node: Story, tmp_path: Path) -> None:
+    (tmp_path / "passphrase").write_text("long enough for a test\n")
+    export = tmp_path / "key.age"
+    word = ("--passphrase-file", str(tmp_path / "passphrase"))
+    ok(node, "identity", "export", "ours", "--to", str(export), *word)
+    calls = run_here(node.command, *IN_PLACE)[2]
+    ok(node, "restore", "--undo", "ours")
+    run_here(node.command, *IN_PLACE, kill_at=point(calls, "before-Commands.stop"))
+    key = (node.data / "key").read_bytes()
+    error = ok(node, "identity", "restore", str(export), "ours", *word, code=5)
+    assert "--continue" in error["cure"] and (node.data / "key").read_bytes() == key
+    ok(node, "restore", "--undo", "ours")
+    ok(node, "identity", "restore", str(export), "ours", *word)

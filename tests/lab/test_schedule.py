@@ -1,0 +1,67 @@
+"""What `schedule install` installs, on LVM under a live systemd, and by a cron daemon where there is none."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.lab.lvm_kit import make_file_system, marks, storage
+from tests.support import Command
+from tests.systemd_kit import booted
+from tests.unit.test_schedule import Inside
+
+pytestmark = marks
+SERVICE, TIMER = "snapshotter-chain.service", "snapshotter-chain.timer"
+
+
+def test_timer_and_cron_fire_and_good_sets_appear(tmp_path: Path, measured: Any) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "file").write_text("x")
+    by_cron = Command(tmp_path / "cron", config=f'[node.plain]\npath = "{plain}"\nevery = "1m"\n')
+    data = tmp_path / "chain"
+    data.mkdir()
+    with storage(1500, pool_mb=600) as made:
+        made.thin("data", 400)
+        make_file_system(f"/dev/{made.vg}/data", "xfs")
+        subprocess.run(["mount", f"/dev/{made.vg}/data", str(data)], check=True)
+        daemon = subprocess.Popen(["cron", "-f"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            (data / "file").write_text("x")
+            assert by_cron.json("schedule", "install")["kind"] == "cron"
+            with booted(tmp_path) as systemd:
+                inside = Inside(tmp_path / "etc")
+                inside.nodes(f'[node.chain]\npath = "{data}"\nevery = "1m"\n')
+                inside.systemd = systemd
+                started = time.monotonic()
+                assert inside.json("schedule", "install")["active"]
+                said = systemd.enter("systemd-analyze", "verify", "--man=no", TIMER, SERVICE, check=False)
+                assert (said.returncode, said.stderr, said.stdout) == (0, "", "")
+                said = systemd.enter(
+                    "systemd-analyze", "security", "--no-pager", "--threshold=70", SERVICE, check=False
+                )
+                exposure = re.search(r"exposure level for .*: ([0-9.]+)", said.stdout)
+                assert said.returncode == 0 and exposure is not None, said.stdout
+                while systemd.show(SERVICE, "ExecMainExitTimestampMonotonic") in ("", "0"):
+                    assert time.monotonic() < started + 150
+                    time.sleep(1)
+                status = systemd.enter("systemctl", "status", "--no-pager", SERVICE, check=False).stdout
+                assert systemd.show(SERVICE, "Result") == "success", status
+                sets = inside.json("list", "chain")["sets"]
+                assert sets[0]["good"] and sets[0]["snapshots"][0]["provider"] == "lvm", sets
+                measured(f"timer: a good set by lvm, exposure {exposure[1]}, {time.monotonic() - started:.0f} s")
+                inside.json("schedule", "remove", "--all")
+                for entry in sets:
+                    inside.run("delete", entry["set_id"], "--yes", "--last")
+            while not any(entry["good"] for entry in by_cron.json("list", "plain")["sets"]):
+                assert time.monotonic() < started + 240
+                time.sleep(1)
+            assert len(by_cron.json("schedule", "remove", "--all")["removed"]) == 1
+        finally:
+            by_cron.run("schedule", "remove", "--all")
+            daemon.terminate()
+            daemon.wait(30)
+            subprocess.run(["umount", str(data)], check=False)
