@@ -102,13 +102,17 @@ def from_host(function: Callable[..., None]) -> Callable[..., None]:
     )
 
 
-def providing(function: Callable[..., None]) -> Callable[..., None]:
-    """--provider and -o, for verbs that choose or configure a provider."""
-    function = click.option("-o", "options", multiple=True, metavar="KEY=VALUE", help="An option of the provider.")(
+def provider_options(function: Callable[..., None]) -> Callable[..., None]:
+    """-o, for verbs that configure a provider."""
+    return click.option("-o", "options", multiple=True, metavar="KEY=VALUE", help="An option of the provider.")(
         function
     )
+
+
+def providing(function: Callable[..., None]) -> Callable[..., None]:
+    """--provider and -o, for verbs that choose or configure a provider."""
     return click.option("--provider", metavar="NAME", help="Use this provider, not the nearest that claims the path.")(
-        function
+        provider_options(function)
     )
 
 

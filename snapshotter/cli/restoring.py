@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from snapshotter.cli.call import Call, common, complete_set, complete_target, confirm, from_host
+from snapshotter.cli.call import Call, common, complete_set, complete_target, confirm, from_host, provider_options
 from snapshotter.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,9 +51,10 @@ def in_place(function: Callable[..., None]) -> Callable[..., None]:
 @click.option("--with-identity", is_flag=True, help="Leave the node's keys in the clone of --to.")
 @in_place
 @from_host
+@provider_options
 @common
 def restore(call: Call, set_id: str | None, **given: Any) -> None:
-    """Make a set usable: beside its origin, or in its place.
+    """Make a set usable: beside its origin, on another machine, or in its place.
 
     --to and --mount don't touch the origin; `release DIR` ends them. --in-place proves the set, stops the node, sets
     the old data aside, puts the set's there, and starts the node; until --discard it can be undone."""
@@ -66,11 +67,13 @@ def restore(call: Call, set_id: str | None, **given: Any) -> None:
     goes_with = {
         "only": "live", "aside": "live", "identity": "live", "alone": "live", "with_identity": "to",
         "from_set": "live undo", "dry_run": "to mount live", "yes": "live discard", "from_host": "to mount away live",
+        "options": "to mount away",
     }  # fmt: skip
     for name, those in goes_with.items():
         if given[name] and way not in those.split():
-            option = {"alone": "yes-original-is-stopped", "from_set": "sign-state-from-set"}.get(name, name)
-            raise UsageError(f"--{option.replace('_', '-')} doesn't go with {shown.get(way, '--' + way)}")
+            option = {"alone": "--yes-original-is-stopped", "from_set": "--sign-state-from-set", "options": "-o"}
+            option_name = option.get(name, f"--{name.replace('_', '-')}")
+            raise UsageError(f"{option_name} doesn't go with {shown.get(way, '--' + way)}")
     if way in ("go_on", "undo", "discard"):
         _end_restore(call, set_id, way, given)
         return
@@ -91,12 +94,12 @@ def restore(call: Call, set_id: str | None, **given: Any) -> None:
     from snapshotter.verbs import restore_away as away
 
     if way == "away":
-        made = away.restore_away(call.session(), set_id, from_host=given["from_host"])
+        made = away.restore_away(call.session(options=given["options"]), set_id, from_host=given["from_host"])
         call.answer(made, lambda: human.restored_away(made))
         return
     access = Access.WRITABLE if way == "to" else Access.READ_ONLY
     rest: dict[str, Any] = {name: given[name] for name in ("from_host", "dry_run", "with_identity")}
-    document = beside.restore(call.session(), set_id, given[way], access, **rest)
+    document = beside.restore(call.session(options=given["options"]), set_id, given[way], access, **rest)
     call.answer(document, lambda: human.restored(document, given["dry_run"]))
 
 

@@ -21,6 +21,7 @@ def restore_away(session: Session, selector: str, *, from_host: bool = False) ->
     """Make the set's volumes where the providers' options say. Returns the document; `volumes` says which they are.
     Raises NotFoundError, JudgedBadError (incomplete, damaged), PreconditionError (pending, no such storage)."""
     found = session.select(selector, from_host=from_host)
+    session.fit_options(found)
     warnings = judge(found)
     if found.marks.get("secrets") == "1":
         warnings.append("it holds the node's keys: never start it while the original runs with the same keys")

@@ -62,6 +62,13 @@ class Session(Struct):
             self._made[key] = kind(settings)
         return self._made[key]
 
+    def fit_options(self, found: SnapshotSet) -> None:
+        """Raises UsageError for an option (-o) that none of the set's providers has."""
+        kinds = [provider.load(name) for name in sorted({member.provider for member in found.birth.members})]
+        for key, value in self.options.items():
+            if not any(key in kind.OPTIONS for kind in kinds):
+                provider.parse_options(kinds[0], {key: value})
+
     def everywhere(self, node: Node | None = None) -> tuple[list[Provider], list[catalog.Unavailable]]:
         """One instance of every provider in every way that the config uses it, for the catalog; and those that
         can't be asked, with the reason."""

@@ -4,84 +4,24 @@ takes N nodes of two volumes each and prints what that took. Time is the twin's:
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import json
 import os
 import queue
 import sys
-import threading
 from collections import Counter
 from typing import Any
 
 from providers.ebs import EbsProvider
 from providers.ebs.api import Api
 from snapshotter.core.model import Hold
-from snapshotter.core.remote import Clock
 from snapshotter.provider import Settings
 from snapshotter.testing.harness import make_birth
-from tests.twins.ec2 import Clock as TwinClock
+from tests.faults.fleet_kit import FleetClock, ItsClock, peak_mb
 from tests.twins.ec2 import Limits, Twin
 
 BURST, PER_SECOND = 50.0, 20.0
 LATENCY_S = 0.1
 THREADS = 32
-
-
-class FleetClock(Clock):
-    """Moves to the next wake-up when every thread that works sleeps: work itself takes no time."""
-
-    def __init__(self) -> None:
-        self._time = 1_800_000_000.0
-        self._wakes: list[tuple[float, int]] = []
-        self._numbers = itertools.count()
-        self._busy = 0
-        self._changed = threading.Condition()
-
-    def now(self) -> float:
-        return self._time
-
-    def sleep(self, seconds: float) -> None:
-        with self._changed:
-            mine = (self._time + seconds, next(self._numbers))
-            heapq.heappush(self._wakes, mine)
-            self._rest()
-            self._changed.wait_for(lambda: mine not in self._wakes)
-
-    def _rest(self) -> None:
-        self._busy -= 1
-        if self._busy == 0 and self._wakes:
-            self._time = max(self._time, self._wakes[0][0])
-            while self._wakes and self._wakes[0][0] <= self._time:
-                heapq.heappop(self._wakes)
-                self._busy += 1
-            self._changed.notify_all()
-
-    def work(self, act: Any) -> None:
-        try:
-            act()
-        finally:
-            with self._changed:
-                self._rest()
-
-    def start(self, threads: list[threading.Thread]) -> None:
-        self._busy = len(threads)
-        for thread in threads:
-            thread.start()
-
-
-class ItsClock(TwinClock):
-    def __init__(self, clock: FleetClock) -> None:
-        self.clock = clock
-
-    def now(self) -> float:
-        return self.clock.now()
-
-
-def peak_mb() -> float:
-    """Of this program: getrusage would say the parent's where that was larger."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM"))
 
 
 def run(nodes: int) -> dict[str, Any]:
@@ -126,18 +66,12 @@ def run(nodes: int) -> dict[str, Any]:
                 except Exception as error:
                     failed.append(f"{type(error).__name__}: {error}")
 
-        started = clock.now()
-        threads = [threading.Thread(target=clock.work, args=(worker,)) for _ in range(THREADS)]
-        clock.start(threads)
-        for thread in threads:
-            thread.join()
-        took = clock.now() - started
+        took = clock.run(worker, THREADS)
         calls = len(twin.calls)
         throttled = sum(outcome == "RequestLimitExceeded" for _, outcome in twin.calls)
         taken = Counter(each.volume for each in twin.world.snapshots.values())
         counted = twin.count()
         # An idle check of all: what is there, in pages.
-        clock._busy = 1
         sets = {snapshot.birth.set_id for snapshot in provider.snapshots() if "sealed" in snapshot.marks}
         idle = len(twin.calls) - calls
     return {
