@@ -386,6 +386,9 @@ class EbsProvider(Provider):
     ) -> MountSpec | Tree:
         return self._clones_for(snapshot).attach(snapshot, attachment_id, access, destination, purpose)
 
+    def foresee(self, snapshot: Snapshot) -> list[str]:
+        return self._clones_for(snapshot).foresee(snapshot)
+
     def attach_away(self, snapshot: Snapshot, attachment_id: str) -> Elsewhere:
         return self._clones_for(snapshot).away(snapshot, attachment_id)
 

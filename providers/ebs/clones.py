@@ -33,6 +33,8 @@ _WANTED = {
     "initialization_rate": "VolumeInitializationRate",
 }
 _PARTITION_S = 30.0
+_RATES = (100, 300)  # MiB/s that EC2 takes as an initialization rate
+_GP3_DOLLARS = 0.08  # per GiB and month
 
 
 class Clones:
@@ -66,6 +68,19 @@ class Clones:
             part = Part(disk, partition)
             found.append(poll(lambda part=part: self.disks.device(part), within, first_s=0.1, most_s=1.0))  # type: ignore[misc]
         return copy_mount(found[0], kind, access is Access.READ_ONLY, found[1:])
+
+    def foresee(self, snapshot: Snapshot) -> list[str]:
+        """What its volumes will be, how fast their blocks come, and what is paid for."""
+        options = self.settings.options
+        kind, rate = str(options.get("volume_type") or "gp3"), options.get("initialization_rate")
+        size = sum(int(restorable(self.api, part)["VolumeSize"]) for part in tags.parts(snapshot.id))
+        price = f" (in us-east-1 {size * _GP3_DOLLARS:.2f} $ a month by 2025's list)" if kind == "gp3" else ""
+        made = f"{snapshot.volume} comes back as {size} GiB of {kind}, paid for as long as it exists{price}"
+        if isinstance(rate, int):
+            return [f"{made}; EC2 fills it at {rate} MiB/s, in {_time(size, rate)}, and charges for that by the GiB"]
+        most = _RATES[1]
+        offer = f"-o initialization_rate={most}, which costs, has all of them there in {_time(size, most)}"
+        return [f"{made}; its blocks come slowly, as they are first read, at no rate that EC2 promises: {offer}"]
 
     def away(self, snapshot: Snapshot, attachment_id: str) -> Elsewhere:
         """For the instance or the zone that the options name, else this instance's zone."""
@@ -156,6 +171,13 @@ class Clones:
             self.disks.refuse_mounted(self.disks.find(tags.serial(volume), tags.BY_ID), volume)
         for volume in ours:
             volumes.remove(self.api, volume, self.settings.report)
+
+
+def _time(gib: int, rate: int) -> str:
+    seconds = -(-gib * 1024 // rate)
+    return (
+        f"{seconds} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _maker() -> tuple[int, int] | None:
