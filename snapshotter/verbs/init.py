@@ -60,11 +60,11 @@ def init(session: Session, path: str, *, kind: str | None = None, write: str | N
 
 
 def recall(session: Session, selector: str, *, kind: str | None = None, write: str | None = None) -> dict[str, Any]:
-    """As `init`, of the node that a set was taken of, on whatever host: a full id, or `latest:NODE`, the newest good set
-    of the node of that name. Reads what all providers list; the data path needn't be there.
+    """As `init`, of the node that a set was taken of, on whatever host: a full id, or `latest:NODE`, the newest good
+    set of the node of that name. Reads what all providers list; the data path needn't be there.
 
-    `restore` in the answer is the command that then brings it back. Raises NotFoundError, UsageError (nodes of that name
-    on several hosts), PreconditionError (its paths had no room in its record)."""
+    `restore` in the answer is the command that then brings it back. Raises NotFoundError, UsageError (nodes of that
+    name on several hosts), PreconditionError (its paths had no room in its record)."""
     found = _recalled(session, selector)
     birth = found.birth
     if not birth.paths_known:

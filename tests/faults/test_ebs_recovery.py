@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,11 @@ def world(tmp_path: Path) -> Iterator[World]:
     with ebs_harness() as harness:
         volume = harness.volume()
         assert volume.path is not None
-        fill(volume.path)
+        with sqlite3.connect(f"{volume.path}/node.db") as database:
+            database.execute("create table blocks (height integer)")
+            database.executemany("insert into blocks values (?)", [(height,) for height in range(1000)])
+        database.close()
+        (Path(volume.path) / "genesis.json").write_text("{}")
         yield World(harness, EbsCommand(tmp_path / "home", harness), volume)
 
 
