@@ -103,6 +103,11 @@ class Provider(ABC):
         never a call per node. Default: none."""
         return []
 
+    def ask(self, instance: str, argv: Sequence[str]) -> str:
+        """Have the machine that is `instance` run a command, where the cloud can; never wait for it. Returns a name for
+        a person. Raises PreconditionError where it can't be asked. Default: it can't."""
+        raise PreconditionError("can't be asked to run a command", object=instance)
+
     def advance(self) -> list[str]:
         """Start or move on what the store does in its own time for sealed sets (copies to other regions): names of
         what was moved on. Never waits; called again later. Default: nothing."""

@@ -36,6 +36,7 @@ from snapshotter.core.model import (
     Quiesce,
     Snapshot,
     Space,
+    Tagged,
     Tree,
     Volume,
 )
@@ -161,6 +162,26 @@ class EbsProvider(Provider):
         from providers.ebs import choosing
 
         return [Volume(self.name, name) for name in choosing.find(self._api(), self._seen, select)]
+
+    def tagged(self) -> list[Tagged]:
+        from providers.ebs import fleet
+
+        return fleet.tagged(self._api(), self._seen)
+
+    def ask(self, instance: str, argv: Sequence[str]) -> str:
+        from providers.ebs import fleet
+
+        return fleet.ask(self._api().boto(), instance, argv)
+
+    def of_slot(self, target: str, slot: str) -> Iterator[Snapshot]:
+        filters = [{"Name": f"tag:{tags.SLOT}", "Values": [tags.slot(target, slot)]}]
+        api = self._api()
+        within = api.deadline(f"the slot {slot}")
+        listed = api.pages("describe_snapshots", "Snapshots", within, OwnerIds=["self"], Filters=filters)
+        for item in api.memory.over(listed, "SnapshotId", "snap-"):
+            found = self._snapshot(item)
+            if found is not None and (found.birth.target, found.birth.slot) == (target, slot):
+                yield found
 
     def _plan(self, volumes: Sequence[Volume]) -> Plan:
         from providers.ebs import choosing

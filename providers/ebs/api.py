@@ -127,7 +127,7 @@ class Api:
 
     @property
     def region(self) -> str:
-        return str(self._boto().region_name)
+        return str(self.boto().region_name)
 
     def warm(self, seconds: float) -> None:
         """Make the client that a call within so many seconds will use: it takes its time, and soon there is none."""
@@ -145,9 +145,10 @@ class Api:
             max_pool_connections=32,
             user_agent_extra="snapshotter",
         )
-        return self._boto().client("ec2", config=config)
+        return self.boto().client("ec2", config=config)
 
-    def _boto(self) -> Any:
+    def boto(self) -> Any:
+        """boto3's session."""
         if self._session is None:
             try:
                 import boto3

@@ -35,6 +35,9 @@ COPY_TO = PREFIX + "copy-to"  # on a set: regions
 COPIED = PREFIX + "copied-"  # and a region, on a set: it is whole there
 COPYING = PREFIX + "copying-"  # and a region, on a set's snapshot: when its copy was last asked for (since 1970)
 SOURCE = PREFIX + "source"  # on a copy: region/snapshot
+SLOT = PREFIX + "slot"
+#: On volumes, by whoever runs the fleet: which node they are of, and which type it is.
+NODE, TYPE = PREFIX + "node", PREFIX + "type"
 _MEMBER, _ACCESS, _PURPOSE, _PATH = (PREFIX + name for name in ("member", "access", "purpose", "path"))
 _MARK = PREFIX + "mark-"
 _CHUNK = 250
@@ -88,6 +91,7 @@ def of_set(birth: Birth, operation: str, file_systems: Mapping[str, str], copy_t
         OPERATION: operation,
         FILE_SYSTEM: " ".join(kind or "-" for kind in kinds),
         **({COPY_TO: copy_to} if copy_to else {}),
+        **({SLOT: slot(birth.target, birth.slot)} if birth.slot else {}),
         **{PREFIX + key: value for key, value in record.items()},
     }
 
@@ -97,6 +101,11 @@ def of_copy(labels: Mapping[str, str], source: str, volume: str, operation: str)
     kept = {key: value for key, value in labels.items() if key in (MANAGED, SET, FILE_SYSTEM)}
     record = {key: value for key, value in labels.items() if key.startswith(PREFIX + "birth")}
     return {**kept, **record, OPERATION: operation, SOURCE: source, ORIGIN: volume}
+
+
+def slot(target: str, name: str) -> str:
+    """As SLOT has it."""
+    return f"{target}-{name}"
 
 
 def birth_of(tags: Mapping[str, str], volume: str) -> Birth | None:

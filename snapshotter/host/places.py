@@ -90,7 +90,11 @@ def host_name() -> str:
     """`<hostname>-<8 hex>`: the hex is of the machine id (machine-id(5) asks not to show it itself), and alone decides
     whether two records are of one host, so renaming a host changes nothing."""
     identity = ""
-    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+    # One function is one host, whichever machine of the cloud's it runs on today.
+    function = os.environ.get("AWS_LAMBDA_FUNCTION_NAME") or os.environ.get("K_SERVICE")
+    if function:
+        identity = "function:" + function
+    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id") if not function else ():
         try:
             with open(path, encoding="ascii") as file:
                 identity = file.read().strip()
@@ -98,7 +102,7 @@ def host_name() -> str:
             continue
         if identity:
             break
-    name = os.uname().nodename.split(".")[0].lower()[:20] or "host"
+    name = (function or os.uname().nodename.split(".")[0]).lower()[:20] or "host"
     if not identity:
         identity = "name:" + os.uname().nodename
     return f"{name}-{sha256(b'snapshotter:' + identity.encode()).hexdigest()[:8]}"

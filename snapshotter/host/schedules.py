@@ -35,7 +35,8 @@ _CRON_DAEMONS = frozenset({"cron", "crond", "fcron", "dcron", "bcron-sched"})
 #: ProtectProc, ReadOnlyPaths. ProtectClock and DevicePolicy would close the disks, RestrictSUIDSGID a copy's modes,
 #: MemoryDenyWriteExecute the databases' engines.
 _SERVICE = """{label}
-# Changes here are lost at the next `schedule install`; drop-ins (systemctl edit) stay.
+# Changes here are lost at the next `schedule install`; drop-ins (systemctl edit) stay. What the config's hooks run is
+# under these limits too: a drop-in can lift one.
 [Unit]
 Description=snapshotter: backups of {node}
 After=local-fs.target network-online.target time-sync.target

@@ -320,6 +320,11 @@ def parse(content: bytes | str, source: str) -> Config:
     )
 
 
+def make_node(name: str, table: Mapping[str, Any], source: str) -> Node:
+    """A node from its name and table, as if they were in a file. Raises UsageError."""
+    return _node(name, dict(table), source)
+
+
 def with_preset(table: Mapping[str, Any]) -> dict[str, Any]:
     """A node's raw table over its type's preset; `keep` is merged key by key."""
     kind = table.get("type")

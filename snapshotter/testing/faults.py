@@ -35,6 +35,7 @@ When = Literal["before", "after"]
 #: The calls that change storage, and so are counted.
 MUTATING = (
     "advance",
+    "ask",
     "prepare",
     "create",
     "mark",
@@ -76,6 +77,9 @@ class Proxy(Provider):
 
     def tagged(self) -> list[Tagged]:
         return self.inner.tagged()
+
+    def ask(self, instance: str, argv: Sequence[str]) -> str:
+        return self.mutate("ask", lambda: self.inner.ask(instance, argv))
 
     def advance(self) -> list[str]:
         return self.mutate("advance", self.inner.advance)

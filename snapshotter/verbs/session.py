@@ -25,6 +25,7 @@ class Session(Struct):
     provider_name: str | None = None
     options: Mapping[str, object] = {}
     report: Report = no_report
+    only: str | None = None  # the one provider that there is: a function has no other
     _made: dict[tuple[str, str], Provider] = {}
     _everywhere: tuple[list[Provider], list[catalog.Unavailable]] | None = None
 
@@ -72,9 +73,11 @@ class Session(Struct):
     def everywhere(self, node: Node | None = None) -> tuple[list[Provider], list[catalog.Unavailable]]:
         """One instance of every provider in every way that the config uses it, for the catalog; and those that
         can't be asked, with the reason."""
-        if node is None and self._everywhere is not None:
+        usual = node is None or self.config.nodes.get(node.name) is node
+        if usual and self._everywhere is not None:
             return self._everywhere
-        wanted: list[tuple[str, Node | None]] = [(name, None) for name in provider.names()]
+        every = provider.names() if self.only is None else (self.only,)
+        wanted: list[tuple[str, Node | None]] = [(name, None) for name in every]
         for other in [*self.config.nodes.values(), *([node] if node is not None else [])]:
             wanted += [(name, other) for name in ([other.provider] if other.provider else ["copy"])]
         made: dict[int, Provider] = {}
@@ -87,7 +90,7 @@ class Session(Struct):
                 continue
             made[id(instance)] = instance
         answer = list(made.values()), list(gone.values())
-        if node is None:
+        if usual:
             self._everywhere = answer
         return answer
 

@@ -82,10 +82,11 @@ def test_a_schedule_that_events_would_refuse_is_refused_by_the_template(
 
 def test_the_function_may_do_what_the_docs_grant_the_taker_and_no_more(template: dict[str, Any]) -> None:
     page = (CHECKOUT / "docs" / "aws.md").read_text()
-    match = re.search(r"<!-- policy: taker -->\s*```json\n(.*?)```", page, re.DOTALL)
-    assert match is not None
     policies = template["Resources"]["FunctionRole"]["Properties"]["Policies"]
-    assert policies[0]["PolicyDocument"] == json.loads(match[1])
+    for name, policy in (("taker", policies[0]), ("copier", policies[4]["If"][1])):
+        match = re.search(rf"<!-- policy: {name} -->\s*```json\n(.*?)```", page, re.DOTALL)
+        assert match is not None
+        assert policy["PolicyDocument"] == json.loads(match[1])
     actions = {
         action
         for policy in (*policies[1:3], policies[3]["If"][1])

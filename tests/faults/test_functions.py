@@ -1,0 +1,187 @@
+"""The functions, called by the clouds' own runtimes on loopback, over twins: what is in the cloud afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import CHECKOUT
+from tests.twins.ec2 import Twin
+from tests.unit.functions_kit import lambda_function
+
+DAILY = "[node.n0]\npath = '/data'\nevery = '24h'\nkeep = {daily = 1}\n"
+
+
+def tag(twin: Twin, volume: Any, **tags: str) -> None:
+    twin.world.retag(volume, {f"snapshotter:{name}": value for name, value in tags.items()})
+
+
+def fleet(twin: Twin, nodes: int, volumes: int = 1, kind: str = "validator") -> list[Any]:
+    """Instances, whose data volumes carry the tags."""
+    instances = []
+    for number in range(nodes):
+        instances.append(twin.world.run_instance())
+        for device in "fg"[:volumes]:
+            made = twin.world.add_volume(instances[-1], f"/dev/sd{device}", with_bytes=False)
+            tag(twin, made, node=f"n{number}", type=kind)
+    return instances
+
+
+@pytest.fixture
+def twin() -> Iterator[Twin]:
+    with Twin() as made:
+        yield made
+
+
+def alive(twin: Twin) -> list[dict[str, str]]:
+    return [each.tags for each in twin.world.snapshots.values() if each.gone is None]
+
+
+def test_lambda_takes_the_fleet_once(twin: Twin, tmp_path: Path) -> None:
+    fleet(twin, 3, volumes=2)
+    other = twin.world.add_volume(twin.world.run_instance(), "/dev/sdf", with_bytes=False)  # nobody's
+    with lambda_function(twin.environment(), tmp_path / "log") as call:
+        kind, answer = call({})
+        assert kind == "response", (answer, (tmp_path / "log").read_text())
+        assert answer["schema"] == 1 and answer["nodes"] == 3 and len(answer["taken"]) == 3
+        made = alive(twin)
+        assert len(made) == 6 and all("snapshotter:mark-sealed" in tags for tags in made)
+        assert {tags["snapshotter:mark-grade"] for tags in made} == {"crash"}
+        assert other.id not in {each.volume for each in twin.world.snapshots.values()}
+        kind, answer = call({"detail-type": "EBS Snapshot Notification"})  # a hint, whatever it says
+        assert kind == "response" and answer["taken"] == [] and len(alive(twin)) == 6
+
+
+def test_lambda_raises_after_the_rest(twin: Twin, tmp_path: Path) -> None:
+    fleet(twin, 3)
+    odd = twin.world.add_volume(twin.world.run_instance(), "/dev/sdf", with_bytes=False)
+    tag(twin, odd, node="n-odd", type="nonsense")
+    twin.fail("CreateSnapshots", "refuse", code="SnapshotLimitExceeded")
+    with lambda_function(twin.environment(), tmp_path / "log") as call:
+        kind, answer = call({})
+        assert kind == "error" and answer["errorType"] == "TickFailed"
+        assert "nonsense" in answer["errorMessage"]
+        odd.tagged.clear()
+        for _ in range(2):
+            kind, answer = call({})
+        assert kind == "response", answer
+        assert len({tags["snapshotter:set"] for tags in alive(twin) if "snapshotter:mark-sealed" in tags}) == 3
+
+
+def test_two_at_once_leave_one_set_a_slot(twin: Twin, tmp_path: Path) -> None:
+    """EventBridge calls at least once: two functions, on machines that share nothing."""
+    fleet(twin, 4)
+    own = {**twin.environment(), "SNAPSHOTTER_RUN": str(tmp_path / "other-run")}
+    with (
+        lambda_function({**twin.environment(), "SNAPSHOTTER_RUN": str(tmp_path / "run")}, tmp_path / "log") as one,
+        lambda_function(own, tmp_path / "other-log") as other,
+    ):
+        one.events.put({})
+        other.events.put({})
+        answers = [call.answers.get(timeout=120) for call in (one, other)]
+        assert [kind for kind, _ in answers] == ["response", "response"], answers
+        sealed = [tags for tags in alive(twin) if "snapshotter:mark-sealed" in tags]
+        assert len(sealed) == len({tags["snapshotter:slot"] for tags in sealed}) == 4
+        assert sum(len(answer["taken"]) for _, answer in answers) == 4
+        assert len(alive(twin)) == 4
+
+
+def test_the_config_is_above_the_tags_and_wrong_ones_are_told(twin: Twin, tmp_path: Path) -> None:
+    fleet(twin, 2, kind="")  # no type: no schedule of its own
+    given = {**twin.environment(), "SNAPSHOTTER_CONFIG_TOML": DAILY}
+    with lambda_function(given, tmp_path / "log") as call:
+        kind, answer = call({})
+        assert kind == "response" and len(answer["taken"]) == 1, answer
+    with lambda_function({**given, "SNAPSHOTTER_CONFIG_TOML": "[node.n0]\npaht = 1"}, tmp_path / "log") as call:
+        kind, answer = call({})
+        assert kind == "error" and "paht" in answer["errorMessage"]
+
+
+@pytest.fixture
+def agent() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """SSM's SendCommand on loopback: what it was asked."""
+    asked: list[dict[str, Any]] = []
+
+    class Ssm(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(request)
+            there = "refused" not in asked[0].get("Comment", "") and len(asked) < 3
+            body = {"Command": {"CommandId": "11111111-2222-3333-4444-555555555555"}}
+            if not there:
+                body = {"__type": "InvalidInstanceId", "Message": "no agent there"}
+            content = json.dumps(body).encode()
+            self.send_response(200 if there else 400)
+            self.send_header("Content-Type", "application/x-amz-json-1.1")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Ssm)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_node_is_asked_to_take_it_frozen(twin: Twin, tmp_path: Path, agent: tuple[str, list[dict[str, Any]]]) -> None:
+    url, asked = agent
+    (instance,) = fleet(twin, 1)
+    given = {**twin.environment(), "AWS_ENDPOINT_URL_SSM": url, "SNAPSHOTTER_FREEZE_BY_COMMAND": "yes"}
+    with lambda_function(given, tmp_path / "log") as call:
+        for _ in range(2):  # the second, as nothing came of the first
+            kind, answer = call({})
+            assert kind == "response" and answer["taken"] == [] and "was asked" in answer["busy"][0], answer
+        assert not alive(twin)
+        (command,) = asked[0]["Parameters"]["commands"]
+        words = command.split()
+        assert words[:4] == ["snapshotter", "take", "n0", "--slot"] and words[5:] == ["--no-wait", "--json"]
+        assert asked[0]["InstanceIds"] == [instance.id]
+        kind, answer = call({})  # now there is no agent
+        assert kind == "response" and len(answer["taken"]) == 1 and "from outside" in answer["warnings"][0], answer
+        assert {tags["snapshotter:mark-grade"] for tags in alive(twin)} == {"crash"}
+
+
+def test_cold_start(twin: Twin, measured: Callable[[str], None]) -> None:
+    """From the import of the handler to its first call of EC2, the best of a few: the machine does other things too."""
+    fleet(twin, 1)
+    program = (
+        "import time; t = time.perf_counter()\n"
+        "from snapshotter.functions import lambda_handler\n"
+        "import botocore.httpsession as h\n"
+        "send = h.URLLib3Session.send\n"
+        "def first(self, request):\n"
+        "    print(time.perf_counter() - t, flush=True)\n"
+        "    raise SystemExit\n"
+        "h.URLLib3Session.send = first\n"
+        "lambda_handler({}, None)\n"
+    )
+    times = []
+    for _ in range(7):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, **twin.environment(), "PYTHONPATH": str(CHECKOUT), "AWS_REGION": "eu-central-1"},
+            capture_output=True,
+            text=True,
+            cwd=CHECKOUT,
+        )
+        assert done.stdout, done.stderr[-2000:]
+        times.append(float(done.stdout))
+        time.sleep(0.1)
+    measured(
+        f"lambda: cold start, import to first call: {min(times):.2f} s (of {len(times)}, worst {max(times):.2f} s)"
+    )
+    assert min(times) <= 1.0
