@@ -181,6 +181,11 @@ class Provider(ABC):
         twice is refused, or is the same again. One attachment id may span several snapshots, each with its destination.
         Raises PreconditionError (needs root, no such access), StorageError (invalid image, no space)."""
 
+    def foresee(self, snapshot: Snapshot) -> list[str]:
+        """What a person should know before `attach`: how long it takes and what it costs, a line each. No effects.
+        Default: nothing."""
+        return []
+
     def attach_away(self, snapshot: Snapshot, attachment_id: str) -> Elsewhere:
         """As `attach`, for another machine: the volume is made, and attached where the options say; nothing is mounted,
         and the attachment's path is ''. Raises PreconditionError (the default: this storage is this machine's)."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from providers.ebs import tags
+from providers.ebs import sets, tags
 from snapshotter.core.errors import (
     BusyError,
     Interrupted,
@@ -150,13 +150,13 @@ class EbsProvider(Provider):
         volumes = [volume for volume in found if volume is not None]
         if not volumes or len(volumes) != len(parts):
             return None  # an instance store, a memory file system: nothing that EBS knows
-        if len(parts) > 1 or self.disks.stacked(mount):
+        if self.disks.stacked(mount) or len({part.partition for part in parts}) > 1:
             raise PreconditionError(
-                f"lies on {', '.join(volumes)} through LVM, RAID, encryption, or several devices",
+                f"lies on {', '.join(volumes)} through LVM, RAID or encryption, or on different partitions of them",
                 object=mount.path,
                 cure="name the provider of what is between, or take the volumes from outside by `select`",
             )
-        return Volume(self.name, volumes[0], mounts.top_of(mount), mount.fstype)
+        return Volume(self.name, tags.joined(sorted(volumes)), mounts.top_of(mount), mount.fstype)
 
     def find(self, select: Mapping[str, object]) -> list[Volume]:
         from providers.ebs import choosing
@@ -187,7 +187,7 @@ class EbsProvider(Provider):
         from providers.ebs import choosing
 
         here = self._here() if any(volume.path is not None for volume in volumes) else None
-        ids = [volume.id for volume in volumes]
+        ids = [part for volume in volumes for part in tags.parts(volume.id)]
         return choosing.plan(self._api(), self._seen, ids, here.instance if here else None)
 
     # -- before -------------------------------------------------------------------------------------------------
@@ -292,16 +292,16 @@ class EbsProvider(Provider):
             raise StorageError(
                 f"EC2 took the set, but not of {', '.join(bad)}", object=birth.set_id, cure="take it again"
             )
-        found = [self._snapshot({**of[name], "Tags": tags.as_tags(given)}) for name in plan.volumes]
-        return tuple(snapshot for snapshot in found if snapshot is not None)
+        whole = [{**of[name], "Tags": tags.as_tags(given)} for name in plan.volumes]
+        return tuple(sorted(sets.snapshots(whole), key=lambda snapshot: snapshot.birth.member))
 
     # -- afterwards ---------------------------------------------------------------------------------------------
 
     def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
         if not self._used():
             return
-        for item in self._items(set_id):
-            if (found := self._snapshot(item)) is not None and set_id in (None, found.birth.set_id):
+        for found in sets.snapshots(self._items(set_id)):
+            if set_id in (None, found.birth.set_id):
                 yield found
 
     def _items(self, set_id: str | None) -> Iterator[dict[str, Any]]:
@@ -311,25 +311,6 @@ class EbsProvider(Provider):
         filters = [{"Name": f"tag:{name}", "Values": [value]}]
         listed = api.pages("describe_snapshots", "Snapshots", within, OwnerIds=["self"], Filters=filters)
         yield from api.memory.over(listed, "SnapshotId", "snap-")
-
-    def _snapshot(self, item: Mapping[str, Any]) -> Snapshot | None:
-        labels = tags.read(item)
-        birth = tags.birth_of(labels, str(item["VolumeId"]))
-        if birth is None:
-            return None
-        said = str(item.get("State", "pending"))
-        state = {"completed": ImageState.READY, "error": ImageState.INVALID}.get(said, ImageState.PENDING)
-        why = f"EC2 could not copy it: {item.get('StateMessage') or 'no reason given'}"
-        return Snapshot(
-            provider=self.name,
-            id=str(item["SnapshotId"]),
-            birth=birth,
-            state=state,
-            marks=tags.marks_of(labels),
-            size_bytes=item.get("FullSnapshotSizeInBytes"),
-            order=int(item["StartTime"].timestamp() * 1000),
-            why=why if state is ImageState.INVALID else "",
-        )
 
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         from providers.ebs import volumes
@@ -348,7 +329,7 @@ class EbsProvider(Provider):
                     raise StorageError(f"can't be sealed: {snapshot.why}", object=set_id)
         volumes.tag(
             self._api(),
-            [snapshot.id for snapshot in found],
+            [part for snapshot in found for part in tags.parts(snapshot.id)],
             {tags.mark(name): value for name, value in changes.items()},
         )
 
@@ -364,12 +345,9 @@ class EbsProvider(Provider):
         for item in volumes.described(api, within, {f"tag:{tags.SET}": [set_id]}):
             used = tags.attachment_of(tags.read(item))
             if used is not None and used.set_id == set_id:
-                where = tags.read(item).get(tags.INSTANCE)
-                raise BusyError(
-                    f"is attached at {used.path} of {where} ({used.id})",
-                    object=set_id,
-                    cure=f"snapshotter release {used.path}",
-                )
+                where = f"{used.path or item['VolumeId']} of {tags.read(item).get(tags.INSTANCE)}"
+                cure = f"snapshotter release {used.path or used.id}"
+                raise BusyError(f"is attached at {where} ({used.id})", object=set_id, cure=cure)
         settling = self._uncertain.get(set_id)
         while True:
             found = [item for item in self._items(set_id) if tags.read(item).get(tags.SET) == set_id]
@@ -428,6 +406,9 @@ class EbsProvider(Provider):
         purpose: Purpose = Purpose.RESTORE,
     ) -> MountSpec | Tree:
         return self._clones_for(snapshot).attach(snapshot, attachment_id, access, destination, purpose)
+
+    def foresee(self, snapshot: Snapshot) -> list[str]:
+        return self._clones_for(snapshot).foresee(snapshot)
 
     def attach_away(self, snapshot: Snapshot, attachment_id: str) -> Elsewhere:
         return self._clones_for(snapshot).away(snapshot, attachment_id)

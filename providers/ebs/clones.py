@@ -7,7 +7,7 @@ The record is in the tags that the volume is born with, so whatever a dead run h
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -33,6 +33,8 @@ _WANTED = {
     "initialization_rate": "VolumeInitializationRate",
 }
 _PARTITION_S = 30.0
+_RATES = (100, 300)  # MiB/s that EC2 takes as an initialization rate
+_GP3_DOLLARS = 0.08  # per GiB and month
 
 
 class Clones:
@@ -44,67 +46,91 @@ class Clones:
     def attach(
         self, snapshot: Snapshot, attachment_id: str, access: Access, destination: str, purpose: Purpose
     ) -> MountSpec:
-        birth, here = snapshot.birth, self.here
-        if here is None:
-            why = "this is no EC2 instance"
-            raise PreconditionError(why, object=snapshot.id, cure="restore it on an instance, or with --away")
-        item = restorable(self.api, snapshot)
-        kind, partition = tags.file_system(tags.read(item), birth.member)
+        if self.here is None:
+            cure = "restore it on an instance, or with --away"
+            raise PreconditionError("this is no EC2 instance", object=snapshot.id, cure=cure)
+        birth, instance, report = snapshot.birth, self.here.instance, self.settings.report
+        items = [restorable(self.api, part) for part in tags.parts(snapshot.id)]
+        kind, partition = tags.file_system(tags.read(items[0]), birth.member)
         if kind == "btrfs":
             # Two disks of one btrfs confuse the kernel as soon as it sees them.
-            self.disks.refuse_beside(self.disks.find(tags.serial(snapshot.volume), tags.BY_ID), snapshot.id)
-        maker = processes.identity(os.getpid())
+            for origin in tags.parts(snapshot.volume):
+                self.disks.refuse_beside(self.disks.find(tags.serial(origin), tags.BY_ID), snapshot.id)
         born = tags.of_attachment(
-            attachment_id, birth.set_id, birth.member, destination, access, purpose, here.instance, maker
+            attachment_id, birth.set_id, birth.member, destination, access, purpose, instance, _maker()
         )
-        report = self.settings.report
-        volume = volumes.make(self.api, self._wanted(snapshot, attachment_id, here.zone), born, report)
-        volumes.attach(self.api, volume, here.instance, report)
-        disk = volumes.appeared(self.api, self.disks, volume, report)
-        within = self.api.deadline(f"partition {partition} of {volume}", _PARTITION_S)
-        device = poll(lambda: self.disks.device(Part(disk, partition)), within, first_s=0.1, most_s=1.0)
-        return copy_mount(device, kind, access is Access.READ_ONLY)
+        made = [self._made(each, attachment_id, self.here.zone, born) for each in tags.parts(snapshot.id)]
+        found = []
+        for volume in made:
+            volumes.attach(self.api, volume, instance, report)
+            disk = volumes.appeared(self.api, self.disks, volume, report)
+            within = self.api.deadline(f"partition {partition} of {volume}", _PARTITION_S)
+            part = Part(disk, partition)
+            found.append(poll(lambda part=part: self.disks.device(part), within, first_s=0.1, most_s=1.0))  # type: ignore[misc]
+        return copy_mount(found[0], kind, access is Access.READ_ONLY, found[1:])
+
+    def foresee(self, snapshot: Snapshot) -> list[str]:
+        """What its volumes will be, how fast their blocks come, and what is paid for."""
+        options = self.settings.options
+        kind, rate = str(options.get("volume_type") or "gp3"), options.get("initialization_rate")
+        size = sum(int(restorable(self.api, part)["VolumeSize"]) for part in tags.parts(snapshot.id))
+        price = f" (in us-east-1 {size * _GP3_DOLLARS:.2f} $ a month by 2025's list)" if kind == "gp3" else ""
+        made = f"{snapshot.volume} comes back as {size} GiB of {kind}, paid for as long as it exists{price}"
+        if isinstance(rate, int):
+            return [f"{made}; EC2 fills it at {rate} MiB/s, in {_time(size, rate)}, and charges for that by the GiB"]
+        most = _RATES[1]
+        offer = f"-o initialization_rate={most}, which costs, has all of them there in {_time(size, most)}"
+        return [f"{made}; its blocks come slowly, as they are first read, at no rate that EC2 promises: {offer}"]
 
     def away(self, snapshot: Snapshot, attachment_id: str) -> Elsewhere:
-        """For the instance, or else the zone, that the options name. Raises PreconditionError if neither does, or the
-        instance is in another zone."""
+        """For the instance or the zone that the options name, else this instance's zone."""
         options, birth, report = self.settings.options, snapshot.birth, self.settings.report
         instance, zone = str(options.get("instance") or ""), str(options.get("zone") or "")
         if instance:
             about = volumes.of_instance(self.api, instance, self.api.deadline(instance))
-            if zone not in ("", where := str(about["Placement"]["AvailabilityZone"])):
-                raise PreconditionError(f"is in {where}", object=instance, cure=f"-o zone={where}, or leave it out")
-            zone = where
+            theirs = str(about["Placement"]["AvailabilityZone"])
+            if zone not in ("", theirs):
+                cure = f"-o zone={theirs}, or leave it out"
+                raise PreconditionError(f"is in {theirs}", object=instance, cure=cure)
+            zone = theirs
         zone = zone or (self.here.zone if self.here else "")
         if not zone:
             cure = "-o instance=, or -o zone= for volumes that are attached to none"
             raise PreconditionError("is to be made in which zone?", object=snapshot.id, cure=cure)
-        restorable(self.api, snapshot)
-        maker = processes.identity(os.getpid())
+        for each in tags.parts(snapshot.id):
+            restorable(self.api, each)
         born = tags.of_attachment(
-            attachment_id, birth.set_id, birth.member, "", Access.WRITABLE, Purpose.RESTORE, instance, maker
+            attachment_id,
+            birth.set_id,
+            birth.member,
+            "",
+            Access.WRITABLE,
+            Purpose.RESTORE,
+            instance,
+            _maker(),
         )
         born[tags.AWAY] = _host()
-        volume = volumes.make(self.api, self._wanted(snapshot, attachment_id, zone), born, report)
+        made = [self._made(each, attachment_id, zone, born) for each in tags.parts(snapshot.id)]
         if not instance:
-            return Elsewhere(volume)
-        volumes.attach(self.api, volume, instance, report)
-        # Requested names mean nothing on Nitro: the volume's own link does.
-        return Elsewhere(volume, instance, f"/dev/disk/by-id/{tags.BY_ID}{tags.serial(volume)}")
+            return Elsewhere(tags.joined(made))
+        for volume in made:
+            volumes.attach(self.api, volume, instance, report)
+        devices = [f"/dev/disk/by-id/{tags.BY_ID}{tags.serial(volume)}" for volume in made]
+        return Elsewhere(tags.joined(made), instance, tags.joined(devices))
 
-    def _wanted(self, snapshot: Snapshot, attachment_id: str, zone: str) -> dict[str, Any]:
-        """CreateVolume's parameters."""
+    def _made(self, part: str, attachment_id: str, zone: str, born: Mapping[str, str]) -> str:
+        """A volume of one EBS snapshot, as the options say."""
         options = self.settings.options
         wanted: dict[str, Any] = {
-            "SnapshotId": snapshot.id,
+            "SnapshotId": part,
             "AvailabilityZone": zone,
-            "ClientToken": operation_id("attach", attachment_id, snapshot.id),
+            "ClientToken": operation_id("attach", attachment_id, part),
             "VolumeType": "gp3",
             **{parameter: options[option] for option, parameter in _WANTED.items() if option in options},
         }
         if "KmsKeyId" in wanted:
             wanted["Encrypted"] = True
-        return wanted
+        return volumes.make(self.api, wanted, born, self.settings.report)
 
     def _all(self) -> Iterator[tuple[dict[str, Any], Attachment]]:
         """Volumes that are attachments on this instance, and those made for another machine: by this host, or by
@@ -124,10 +150,14 @@ class Clones:
         return [item["VolumeId"] for item, found in self._all() if found.id == attachment_id]
 
     def listed(self) -> Iterator[Attachment]:
+        """A member of several volumes is one attachment, complete when all of them are."""
+        parts: dict[tuple[str, int], list[Attachment]] = {}
         for item, found in self._all():
             maker = tags.maker_of(tags.read(item))
             held = maker is not None and processes.alive(maker)
-            yield msgspec.structs.replace(found, held=held)
+            parts.setdefault((found.id, found.member), []).append(msgspec.structs.replace(found, held=held))
+        for each in parts.values():
+            yield next((part for part in each if part.since is None), each[0])
 
     def settle(self, attachment_id: str, since: datetime) -> None:
         ours = self._of(attachment_id)
@@ -143,19 +173,30 @@ class Clones:
             volumes.remove(self.api, volume, self.settings.report)
 
 
+def _time(gib: int, rate: int) -> str:
+    seconds = -(-gib * 1024 // rate)
+    return (
+        f"{seconds} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    )
+
+
+def _maker() -> tuple[int, int] | None:
+    return processes.identity(os.getpid())
+
+
 def _host() -> str:
-    """This host in few letters, the same under every name of it."""
+    """This machine, in few letters."""
     return host_name().rpartition("-")[2]
 
 
-def restorable(api: Api, snapshot: Snapshot) -> dict[str, Any]:
-    """What EC2 says of a snapshot that is to be restored now. Raises NotFoundError, StorageError (no image),
+def restorable(api: Api, name: str) -> dict[str, Any]:
+    """What EC2 says of an EBS snapshot that is to be restored now. Raises NotFoundError, StorageError (no image),
     PreconditionError (not yet)."""
-    within = api.deadline(snapshot.id)
-    item: dict[str, Any] = api.call("describe_snapshots", within, SnapshotIds=[snapshot.id])["Snapshots"][0]
+    within = api.deadline(name)
+    item: dict[str, Any] = api.call("describe_snapshots", within, SnapshotIds=[name])["Snapshots"][0]
     if item["State"] == "error":
-        raise StorageError("has no valid image", object=snapshot.id, cure="restore another set")
+        raise StorageError("has no valid image", object=name, cure="restore another set")
     if item["State"] != "completed":
         why = f"EC2 still copies it ({item.get('Progress', '?')})"
-        raise PreconditionError(why, object=snapshot.id, cure="wait until it is ready")
+        raise PreconditionError(why, object=name, cure="wait until it is ready")
     return item

@@ -53,14 +53,15 @@ def _wanted(api: Api) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     ours.sort(key=lambda item: tags.read(item).get(tags.SET, ""))
     for set_id, group in groupby(ours, key=lambda item: tags.read(item).get(tags.SET, "")):
         source = list(group)
-        births = [tags.birth_of(tags.read(item), str(item["VolumeId"])) for item in source]
-        members = {birth.member for birth in births if birth is not None and birth.set_id == set_id}
+        births = [tags.birth_of(tags.read(item), tags.origin_of(item)) for item in source]
         first = next((birth for birth in births if birth is not None), None)
         if first is None or any(item["State"] != "completed" for item in source):
             continue
-        wanted = {number for number, member in enumerate(first.members) if member.provider == tags.NAME}
+        have = {tags.origin_of(item) for item in source}
+        theirs = [member.volume for member in first.members if member.provider == tags.NAME]
+        wanted = {part for volume in theirs for part in tags.parts(volume)}
         sealed = all("sealed" in tags.marks_of(tags.read(item)) for item in source)
-        if sealed and members == wanted and _missing(source):
+        if sealed and have == wanted and _missing(source):
             yield set_id, source
 
 
@@ -123,7 +124,7 @@ def _begin(region: str, there: Api, other: str, item: Mapping[str, Any], within:
     name, labels = str(item["SnapshotId"]), tags.read(item)
     birth = tags.birth_of(labels, str(item["VolumeId"]))
     assert birth is not None
-    given = tags.of_copy(labels, f"{region}/{name}", birth.member, operation_id("copy", name, other))
+    given = tags.of_copy(labels, f"{region}/{name}", tags.origin_of(item), operation_id("copy", name, other))
     try:
         made = there.call(
             "copy_snapshot",

@@ -44,7 +44,10 @@ class Swaps:
         return next((item for known, item in self.open() if known == swap_id), None)
 
     def swap(self, swap_id: str, snapshot: Snapshot, volume: str) -> None:
-        item = restorable(self.api, snapshot)
+        if len(tags.parts(volume)) > 1:
+            why = "lies on several volumes: they can't change places at one instant"
+            raise PreconditionError(why, object=volume, cure="restore it with --to")
+        item = restorable(self.api, snapshot.id)
         if tags.file_system(tags.read(item), snapshot.birth.member)[0] == "btrfs":
             why = "is a btrfs: the kernel may not see it beside its origin"
             raise PreconditionError(why, object=snapshot.id, cure="restore it on another instance")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -59,6 +59,17 @@ def volume_of(identity: str) -> str | None:
     return f"vol-{identity[3:]}" if identity.startswith("vol") and identity[3:4] != "-" else None
 
 
+def parts(name: str) -> list[str]:
+    """What a volume of ours consists of: a btrfs over several devices is one volume, `vol-1+vol-2`, and its snapshot is
+    `snap-1+snap-2`, in the same order."""
+    return name.split("+")
+
+
+def joined(names: Iterable[str]) -> str:
+    """Inverse of `parts`."""
+    return "+".join(names)
+
+
 def as_tags(values: Mapping[str, str]) -> list[dict[str, str]]:
     """As EC2's calls take them."""
     return [{"Key": key, "Value": value} for key, value in values.items()]
@@ -85,11 +96,11 @@ def of_set(birth: Birth, operation: str, file_systems: Mapping[str, str], copy_t
     }
 
 
-def of_copy(labels: Mapping[str, str], source: str, member: int, operation: str) -> dict[str, str]:
+def of_copy(labels: Mapping[str, str], source: str, volume: str, operation: str) -> dict[str, str]:
     """The tags of a copy in another region of a set's snapshot that has these. Its marks come with its seal."""
     kept = {key: value for key, value in labels.items() if key in (MANAGED, SET, FILE_SYSTEM)}
     record = {key: value for key, value in labels.items() if key.startswith(PREFIX + "birth")}
-    return {**kept, **record, OPERATION: operation, SOURCE: source, _MEMBER: str(member)}
+    return {**kept, **record, OPERATION: operation, SOURCE: source, ORIGIN: volume}
 
 
 def birth_of(tags: Mapping[str, str], volume: str) -> Birth | None:
@@ -99,14 +110,18 @@ def birth_of(tags: Mapping[str, str], volume: str) -> Birth | None:
     birth = unpack({key.removeprefix(PREFIX): value for key, value in tags.items() if key.startswith(PREFIX)})
     if birth is None or birth.set_id != tags.get(SET):
         return None
-    if SOURCE in tags:
-        number = tags.get(_MEMBER, "")
-        known = number.isdigit() and int(number) < len(birth.members) and "sealed" in marks_of(tags)
-        return birth.of_member(int(number)) if known else None
+    if SOURCE in tags and "sealed" not in marks_of(tags):
+        return None
     for index, member in enumerate(birth.members):
-        if (member.provider, member.volume) == (NAME, volume):
+        if member.provider == NAME and volume in parts(member.volume):
             return birth.of_member(index)
     return None
+
+
+def origin_of(item: Mapping[str, Any]) -> str:
+    """The volume that a snapshot is of. EC2 gives a copy one that means nothing."""
+    labels = read(item)
+    return labels.get(ORIGIN, "") if SOURCE in labels else str(item["VolumeId"])
 
 
 def file_system(tags: Mapping[str, str], member: int) -> tuple[str, int]:

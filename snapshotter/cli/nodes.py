@@ -14,19 +14,34 @@ from snapshotter.core.errors import Exit, UsageError
 
 
 @click.command()
-@click.argument("path", type=click.Path())
+@click.argument("path", required=False, type=click.Path())
+@click.option("--from", "source", metavar="SET", help="Of the node that a set was taken of: an id, or latest:NODE.")
 @click.option("--type", "kind", type=click.Choice(["validator", "rpc", "archive"]), help="Presets schedule, retention.")
 @click.option("--write", is_flag=True, help="Append it to the config instead of only printing it.")
 @providing
 @common
-def init(call: Call, path: str, kind: str | None, write: bool, provider: str | None, options: tuple[str, ...]) -> None:
+def init(
+    call: Call,
+    path: str | None,
+    source: str | None,
+    kind: str | None,
+    write: bool,
+    provider: str | None,
+    options: tuple[str, ...],
+) -> None:
     """Find what runs at PATH, print its config."""
     from snapshotter.verbs import init as verb
 
+    if (path is None) == (source is None):
+        raise UsageError("give one of PATH and --from SET", cure="--from latest:NODE where the node isn't there yet")
     where = (call.config or verb.usual_config()) if write else None
     if write and call.config and not os.path.exists(call.config):
         call.config = None  # it is about to be made
-    document = verb.init(call.session(provider, options), path, kind=kind, write=where)
+    session = call.session(provider, options)
+    if path is None:
+        document = verb.recall(session, str(source), kind=kind, write=where)
+    else:
+        document = verb.init(session, path, kind=kind, write=where)
     call.answer(document, lambda: document["toml"] + (f"# written to {where}" if where else ""))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 
 from msgspec import Struct
 
@@ -46,8 +47,17 @@ class Disks(Struct, frozen=True):
     def below(self, mount: Mount) -> list[Part]:
         """The whole disks, or partitions of them, that a mounted file system lies on, through whatever is between
         (LVM, md, crypt). [] for one that lies on none."""
+        return list(dict.fromkeys(part for number in self._devices(mount) for part in self._parts(number)))
+
+    def stacked(self, mount: Mount) -> bool:
+        """Whether something (LVM, md, crypt) is between the mount and its disks."""
+        slaves = [f"{self.sysfs}/dev/block/{number}/slaves" for number in self._devices(mount)]
+        return any(os.path.isdir(each) and os.listdir(each) for each in slaves)
+
+    def _devices(self, mount: Mount) -> list[str]:
+        """`major:minor` of what the file system itself was made on."""
         if mount.device.partition(":")[0] != "0":
-            return self._parts(mount.device)
+            return [mount.device]
         # btrfs and the like: the kernel names no one device, the mount's source is one of them.
         try:
             found = os.stat(mount.source).st_rdev
@@ -59,14 +69,8 @@ class Disks(Struct, frozen=True):
         for one in os.listdir(together) if os.path.isdir(together) else []:
             devices = f"{together}/{one}/devices"
             if os.path.isdir(devices) and name in os.listdir(devices):
-                numbers = [_read(f"{devices}/{each}/dev") for each in sorted(os.listdir(devices))]
-                return list(dict.fromkeys(part for number in numbers for part in self._parts(number)))
-        return self._parts(first)
-
-    def stacked(self, mount: Mount) -> bool:
-        """Whether something (LVM, md, crypt) is between the mount and its disks."""
-        slaves = f"{self.sysfs}/dev/block/{mount.device}/slaves"
-        return os.path.isdir(slaves) and bool(os.listdir(slaves))
+                return [_read(f"{devices}/{each}/dev") for each in sorted(os.listdir(devices))]
+        return [first]
 
     def _parts(self, device: str) -> list[Part]:
         here = os.path.realpath(f"{self.sysfs}/dev/block/{device}")
@@ -160,8 +164,10 @@ def file_system(device: str) -> str:
     return run(["blkid", "-p", "-o", "value", "-s", "TYPE", device], timeout=30).stdout.strip()
 
 
-def copy_mount(device: str, kind: str, read_only: bool) -> MountSpec:
-    """How the copy of a mounted file system is mounted beside it: a copy of an XFS has its origin's UUID."""
+def copy_mount(device: str, kind: str, read_only: bool, others: Sequence[str] = ()) -> MountSpec:
+    """How the copy of a mounted file system is mounted beside it: a copy of an XFS has its origin's UUID. `others`:
+    the rest of a btrfs over several devices, which the kernel needn't have scanned."""
     kind = kind or file_system(device)
-    how = ("ro", "nosuid", "nodev") if read_only else ()
-    return MountSpec(device, kind, how + (("nouuid",) if kind == "xfs" else ()))
+    how: tuple[str, ...] = ("ro", "nosuid", "nodev") if read_only else ()
+    how += ("nouuid",) if kind == "xfs" else ()
+    return MountSpec(device, kind, how + tuple(f"device={other}" for other in others))

@@ -326,6 +326,10 @@ class _Freeze(Held):
             os.close(self._fds.popitem()[1][1])
 
 
+#: File systems whose own commands hang while they are frozen.
+NEVER_FROZEN = frozenset({"zfs", "btrfs"})
+
+
 def _refuse_freezing(point: str, ours: int) -> None:
     mount = mount_of(point)
     if mount.path == "/" or os.stat("/").st_dev == os.stat(point).st_dev:
@@ -334,7 +338,7 @@ def _refuse_freezing(point: str, ours: int) -> None:
         )
     if os.stat(point).st_dev == ours:
         raise PreconditionError("our own records are there", object=point, cure="set SNAPSHOTTER_RUN to another place")
-    if mount.fstype in ("zfs", "btrfs"):
+    if mount.fstype in NEVER_FROZEN:
         raise PreconditionError(f"{mount.fstype} is never frozen", object=point, cure="its snapshots need no freeze")
     if on_device_mapper(mount.device):
         raise PreconditionError("LVM is never frozen", object=point, cure="the device mapper does that itself")

@@ -30,7 +30,7 @@ from snapshotter.nodes.target import canonical, mount_at, node_name, target_id
 from snapshotter.verbs import in_place_ways as ways
 from snapshotter.verbs import open_restores
 from snapshotter.verbs.in_place_ways import Ground, Swap
-from snapshotter.verbs.restore import judge
+from snapshotter.verbs.restore import foreseen, judge
 from snapshotter.verbs.session import Session
 
 UNMASKED = (
@@ -200,6 +200,8 @@ def restore(
     """`measure`: how fast the disk writes. Raises any of core.errors; changes nothing."""
     found = session.select(selector, careful=True, from_host=from_host)
     warnings = judge(found)
+    if measure:
+        warnings += foreseen(session, found)
     if found.corrupt:
         raise JudgedBadError("was verified and found corrupt", object=found.set_id, cure="restore another set")
     birth = found.birth

@@ -1,4 +1,5 @@
-"""init: look at a data path, find what can be found, and print (or write) the node's part of the config."""
+"""init: look at a data path, find what can be found, and print (or write) the node's part of the config. Where there is
+no node yet, on the machine that is to be the next one, a set of it says what it was (`recall`)."""
 
 from __future__ import annotations
 
@@ -7,8 +8,10 @@ import pwd
 import re
 from typing import Any
 
-from snapshotter.core.errors import PreconditionError, UsageError
+from snapshotter.core.errors import NotFoundError, PreconditionError, UsageError
+from snapshotter.core.model import SnapshotSet
 from snapshotter.host import mounts, processes
+from snapshotter.host.places import host_name, same_host
 from snapshotter.nodes import config, profiles, rpc
 from snapshotter.nodes.target import canonical, resolve
 from snapshotter.verbs import plan as planning
@@ -51,7 +54,63 @@ def init(session: Session, path: str, *, kind: str | None = None, write: str | N
         "why": why,
         "toml": toml,
         "written": write,
+        "set_id": None,
+        "restore": None,
     }
+
+
+def recall(session: Session, selector: str, *, kind: str | None = None, write: str | None = None) -> dict[str, Any]:
+    """As `init`, of the node that a set was taken of, on whatever host: a full id, or `latest:NODE`, the newest good
+    set of the node of that name. Reads what all providers list; the data path needn't be there.
+
+    `restore` in the answer is the command that then brings it back. Raises NotFoundError, UsageError (nodes of that
+    name on several hosts), PreconditionError (its paths had no room in its record)."""
+    found = _recalled(session, selector)
+    birth = found.birth
+    if not birth.paths_known:
+        cure = "write the config by hand"
+        raise PreconditionError("its record had no room for its paths", object=found.set_id, cure=cure)
+    if birth.node in session.config.nodes:
+        raise UsageError("is in the config already", object=birth.node, cure="restore it")
+    known: dict[str, Any] = {"path": birth.path, "profile": birth.profile}
+    if kind:
+        known["type"] = kind
+    outside = [root.path for root in birth.roots[1:] if not mounts.is_under(root.path, birth.path)]
+    toml = config.to_toml(config.Node(name=birth.node, **known))
+    command = f"snapshotter restore {found.set_id} --in-place"
+    command += "" if same_host(birth.host, host_name()) else " --from-host"
+    toml += f"# as {found.set_id} of {birth.host} says; to bring it back: {command}\n"
+    if outside:
+        toml += f"# it had other directories too: {', '.join(outside)}\n"
+    if write:
+        _append(write, toml)
+    providers = sorted({member.provider for member in birth.members})
+    return {
+        "node": birth.node,
+        "found": {**known, "provider": ", ".join(providers)},
+        "why": f"{found.set_id} says so",
+        "toml": toml,
+        "written": write,
+        "set_id": found.set_id,
+        "restore": command,
+    }
+
+
+def _recalled(session: Session, selector: str) -> SnapshotSet:
+    word, _, name = selector.partition(":")
+    entries = session.catalog()
+    if word != "latest":
+        return entries.pick(selector, from_host=True)
+    good = [found for found in entries.sets if found.good and (not name or found.birth.node == name)]
+    if not good:
+        gone = ", ".join(each.provider for each in entries.unavailable)
+        cure = "`snapshotter list` shows what there is" + (f"; not asked: {gone}" if gone else "")
+        raise NotFoundError("there is no good set", object=selector, cure=cure)
+    newest = {found.birth.target: found for found in good}  # oldest first: the last of each stays
+    if len(newest) > 1:
+        some = ", ".join(f"{found.set_id} of {found.birth.node} on {found.birth.host}" for found in newest.values())
+        raise UsageError(f"is of several nodes: {some}", object=selector, cure="give the full id of one")
+    return good[-1]
 
 
 def usual_config() -> str:

@@ -78,6 +78,7 @@ def restore(
         "warnings": warnings,
     }
     if dry_run:
+        warnings += foreseen(session, found)
         return {**document, "attachment_id": None}
     with Around(session.node_of(found.birth.target), "restore", set=found.set_id, destination=top) as around:
         _bring_all(session, found, document, places, access, with_identity=with_identity)
@@ -150,6 +151,12 @@ def _withhold(session: Session, found: SnapshotSet, pairs: Sequence[tuple[str, s
 
 def _shown(change: repoint.Change) -> str:
     return f"{change.key} in {change.path}" if change.key else change.path
+
+
+def foreseen(session: Session, found: SnapshotSet) -> list[str]:
+    """What the providers say beforehand of making it usable: time and cost."""
+    holding = {provider.name: provider for provider in session.providers_of(found)}
+    return [line for snapshot in found.snapshots for line in holding[snapshot.provider].foresee(snapshot)]
 
 
 def judge(found: SnapshotSet) -> list[str]:

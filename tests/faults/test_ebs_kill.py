@@ -4,6 +4,7 @@ reaped there is one good set or none, nothing frozen, no stray volume.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -27,6 +28,7 @@ class EbsCommand(Command):
     def __init__(self, home: Path, harness: EbsHarness) -> None:
         super().__init__(home)
         self.harness = harness
+        self.later = 0  # seconds, by the command's clock
 
     def argv(self, *words: str) -> list[str]:
         program, *_ = super().argv()
@@ -34,7 +36,8 @@ class EbsCommand(Command):
         return [program, "-m", "tests.unit.ebs_command", by_id, *words, "--config", str(self.config)]
 
     def environment(self) -> dict[str, str]:
-        return super().environment() | self.harness.twin.environment(keys=False)
+        given = super().environment() | self.harness.twin.environment(keys=False)
+        return given | {"SECONDS_LATER": str(self.later)}
 
     def killed(self, action: str, nth: int, kind: str, *words: str) -> bool:
         """Run it with a SIGKILL at a call; False if there was no such call."""
@@ -142,6 +145,32 @@ def test_killed_at_calls_of_restore(world: World, kind: str, request: pytest.Fix
         assert describe(restored["path"]) == content
         world.command.json("release", str(clone))
         assert world.harness.objects() == before
+    else:
+        assert not whole, "it made more calls than were tried"
+
+
+@pytest.mark.parametrize("kind", ["kill", "kill-after"])
+def test_killed_at_calls_of_copy(world: World, kind: str, request: pytest.FixtureRequest) -> None:
+    """The next that asks goes on: in the end there is one copy, whole, and nothing else."""
+    whole = bool(request.config.getoption("--full"))
+    command, twin = world.command, world.harness.twin
+    places = [("*", nth) for nth in range(1, 30)] if whole else [("CopySnapshot", 1), ("CreateTags", 1)]
+    command.config.parent.mkdir(exist_ok=True)
+    command.config.write_text('[aws]\ncopy_to = ["eu-west-1"]\n')
+    for action, nth in places:
+        taken = command.json("take", world.path)["set_id"]
+        through = not command.killed(action, nth, kind, "advance")
+        for _ in range(4):
+            command.later += 300
+            last = json.loads(command.run("advance").stdout)["advanced"]
+        (copy,) = [each for each in twin.world.snapshots.values() if each.region == "eu-west-1" and each.gone is None]
+        assert copy.tags["snapshotter:set"] == taken and "snapshotter:mark-sealed" in copy.tags
+        assert not last, "there is nothing left to be done"
+        copy.gone = twin.clock.now()
+        command.json("delete", taken, "--yes", "--last")
+        assert not world.harness.objects()
+        if through:
+            break
     else:
         assert not whole, "it made more calls than were tried"
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
 
 from providers.ebs import EbsProvider
 from snapshotter.core.remote import Clock
+from snapshotter.provider import Settings
 from tests.unit.ebs_kit import DisksHere
 
 
@@ -18,6 +21,10 @@ class Hasty(Clock):
     def now(self) -> float:
         return time.monotonic() + self.skipped
 
+    def wall(self) -> float:
+        """The test's word for how late it is."""
+        return super().wall() + float(os.environ.get("SECONDS_LATER", "0"))
+
     def sleep(self, seconds: float) -> None:
         moment = min(seconds, 0.05)
         time.sleep(moment)
@@ -27,6 +34,9 @@ class Hasty(Clock):
 if __name__ == "__main__":
     EbsProvider.disks = DisksHere(by_id=sys.argv.pop(1))
     EbsProvider.clock = Hasty()
+    if sys.argv[1] == "advance":  # what a tick does beside its nodes
+        print(json.dumps({"schema": 1, "advanced": EbsProvider(Settings("/nonexistent")).advance()}))
+        sys.exit(0)
     from snapshotter import provider
     from snapshotter.__main__ import main
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import botocore.loaders
 
-from providers.ebs import EbsProvider, api
+from providers.ebs import EbsProvider, api, here
 from providers.ebs.tags import BY_ID, VENDOR, serial
 from snapshotter.core.model import Hold, Snapshot, Volume
 from snapshotter.core.remote import Clock
@@ -104,23 +104,45 @@ class EbsHarness(Harness):
         provider.harness = self
         return provider
 
-    def volume(self) -> Volume:
-        self._made += 1
-        made = self.twin.world.add_volume(self.instance, f"/dev/sd{'fghijklmnop'[self._made]}")
-        self.origins.add(made.id)
-        device = self.disks.device(made.id)
+    def volume(self, devices: int = 1) -> Volume:
+        """A file system (a btrfs may lie over several devices), mounted."""
+        made = []
+        for _ in range(devices):
+            self._made += 1
+            made.append(self.twin.world.add_volume(self.instance, f"/dev/sd{'fghijklmnop'[self._made]}"))
+        self.origins |= {each.id for each in made}
+        names = [self.disks.device(each.id) for each in made]
         lazy = ["-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1", "-I", "256"]
         subprocess.run(
-            [f"mkfs.{self.kind}", "-q", *(lazy if self.kind == "ext4" else []), device],
+            [f"mkfs.{self.kind}", "-q", *(lazy if self.kind == "ext4" else []), *names],
             check=True,
             capture_output=True,
         )
         point = self.scratch / f"data-{self._made}"
         point.mkdir()
-        subprocess.run(["mount", device, str(point)], check=True)
-        assert made.attached is not None
-        self.points[point] = made.attached.device
+        together = [word for other in names[1:] for word in ("-o", f"device={other}")]
+        subprocess.run(["mount", *together, names[0], str(point)], check=True)
+        assert made[0].attached is not None
+        self.points[point] = made[0].attached.device
         return self.claimed(point)
+
+    def replaced(self) -> None:
+        """The instance is lost with its disks, and this machine is another."""
+        for point in self.points:
+            mounts.unmount(os.path.realpath(point))
+        self.points.clear()
+        lost = [each.id for each in self.twin.world.of_instance(self.instance.id) if each.size == 1]
+        gone = [self.disks.device(each) for each in lost]
+        self.twin.world.terminate(self.instance)
+        for device in gone:  # a machine that was never there knows nothing of them
+            subprocess.run(["btrfs", "device", "scan", "--forget", device], capture_output=True)
+        give_up = time.monotonic() + 20
+        while [each for each in self.twin.world.of_instance(self.instance.id) if each.id in lost]:
+            assert time.monotonic() < give_up, "the kernel lets go of loop devices in its own time"
+            time.sleep(0.05)
+        here._ask.cache_clear()
+        self.instance = self.twin.here = self.twin.world.run_instance()
+        self.origins |= {volume.id for volume in self.twin.world.of_instance(self.instance.id)}
 
     def claimed(self, point: Path) -> Volume:
         claimed = self.provider().claim(mounts.mount_of(str(point)), str(point))

@@ -14,7 +14,7 @@ import pytest
 
 from providers.ebs import EbsProvider
 from providers.ebs.tags import VENDOR
-from snapshotter.core.errors import PreconditionError
+from snapshotter.core.errors import PreconditionError, StorageError
 from snapshotter.core.model import Access, Hold, ImageState, Volume, new_attachment_id, utc_now
 from snapshotter.host.disks import Disks
 from snapshotter.host.mounts import mount_of
@@ -60,6 +60,61 @@ def test_a_btrfs_is_not_brought_beside_its_origin() -> None:
         content = describe(volume.path)
         with harness.unmounted():
             assert content_of(harness, found) == content
+
+
+@pytest.mark.root
+def test_a_btrfs_over_two_devices_is_one_volume() -> None:
+    with ebs_harness("btrfs") as harness:
+        volume = harness.volume(devices=2)
+        assert volume.path is not None
+        names = volume.id.split("+")
+        assert names == sorted(names) and len(names) == 2
+        fill(volume.path)
+        content = describe(volume.path)
+        provider = harness.provider()
+        birth = take(provider, harness, [volume])
+        assert len([each for each in harness.twin.world.snapshots.values() if each.gone is None]) == 2
+        assert harness.twin.count()["CreateSnapshots"] == 1
+        seal(provider, birth)
+        ruin(volume.path)
+        (found,) = ready(provider, harness, birth.set_id)
+        assert (found.state, found.volume, found.marks.get("sealed") is not None) == (ImageState.READY, volume.id, True)
+        with pytest.raises(PreconditionError, match="btrfs"):
+            harness.provider().attach(found, new_attachment_id(utc_now()), Access.WRITABLE, harness.destination())
+        with pytest.raises(PreconditionError, match="several volumes"):
+            harness.provider().swap("w20261122t100630z-5f3a9c", found, volume)
+        # On another instance, bit for bit, and the origin as well as the image are as they were.
+        harness.replaced()
+        for access in Access:
+            attached = attach(harness, found, access)
+            assert describe(attached.path, writable=access is Access.WRITABLE) is not None
+            (listed,) = harness.provider().attachments()
+            assert (listed.id, listed.member) == (attached.id, 0)
+            attached.end()
+        assert content_of(harness, found) == content
+        # Half of it is no image.
+        harness.twin.world.snapshots[found.id.split("+")[1]].error = "An internal error"
+        (half,) = harness.provider().snapshots(birth.set_id)
+        assert half.state is ImageState.INVALID
+        harness.provider().delete(birth.set_id)
+        assert not harness.objects()
+
+
+@pytest.mark.root
+def test_one_of_two_devices_without_its_snapshot_is_no_image() -> None:
+    with ebs_harness("btrfs") as harness:
+        volume = harness.volume(devices=2)
+        assert volume.path is not None
+        fill(volume.path)
+        provider = harness.provider()
+        birth = take(provider, harness, [volume])
+        (found,) = ready(provider, harness, birth.set_id)
+        gone = found.id.split("+")[0]
+        harness.twin.world.snapshots[gone].gone = harness.twin.clock.now()
+        (left,) = harness.provider().snapshots(birth.set_id)
+        assert left.state is ImageState.INVALID and volume.id.split("+")[0] in left.why
+        with pytest.raises(StorageError):
+            harness.provider().mark(birth.set_id, {"sealed": "20261122t100630z"})
 
 
 @pytest.mark.root
