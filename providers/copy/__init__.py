@@ -281,7 +281,7 @@ class CopyProvider(Provider):
         with ExitStack() as undo, told(place):
             store = undo.enter_context(Sets.make(place))
             self._used.append(place)
-            self._cache.add(place)
+            unknown = self._cache.add(place)
             for left in store.leftovers():
                 try:
                     store.remove(left)
@@ -296,6 +296,11 @@ class CopyProvider(Provider):
                 lock = store.lock(scratch, wait_s=5.0)
             undo.callback(os.close, lock)
             making = Making(store, birth, self.settings)
+            if unknown:
+                making.notes.append(
+                    f"the store {place} can't be noted in {self._cache.file} ({unknown}): "
+                    "its sets are listed only where its node's path is given, or -o store="
+                )
             try:
                 text = encode_birth(birth)
                 fd = os.open(f"{scratch}/birth.json", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=store.fd)
@@ -393,7 +398,7 @@ class CopyProvider(Provider):
             # Only the rename here: the writers are held, and the core calls `delete` once they aren't.
             self._abandon(making, remove=False)
             raise
-        self.notes = [*dict.fromkeys(text for part in making.parts for text in part.mirror.warnings)]
+        self.notes = [*making.notes, *dict.fromkeys(text for part in making.parts for text in part.mirror.warnings)]
         for part in making.parts:
             self.notes += [f"{part.top}/{path} is a store of copies: left out" for path in sorted(part.left_out)]
         del MAKING[birth.set_id]
