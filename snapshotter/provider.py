@@ -139,7 +139,8 @@ class Provider(ABC):
     @abstractmethod
     def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
         """Every snapshot that carries our label (of one set, or all), each image's validity asked of the storage.
-        Other tools' objects, and ours that have no readable record, are not listed. No effects."""
+        Other tools' objects, and ours that have no readable record, are not listed. Marks that are there and can't be
+        read are not none: `marks_known` says so. No effects."""
 
     def of_slot(self, target: str, slot: str) -> Iterator[Snapshot]:
         """Those of one scheduled time of one target. A store that is shared by a fleet asks for just these (by a label
@@ -151,8 +152,7 @@ class Provider(ABC):
         """Change marks on every member that is here, all or none (None removes; `core.labels.apply_marks`, whose
         ValueError for what is no mark of ours gets out). Setting `sealed`
         is the last thing written, and returns only when neither the image nor the mark can be lost to a power cut.
-        Raises
-        NotFoundError."""
+        Raises NotFoundError, StorageError (the marks can't be read, so others would be lost)."""
 
     def finish(self, set_id: str) -> None:
         """Every member of the sealed set is READY: remove what only the making of the images needed. Absent is done.

@@ -295,6 +295,22 @@ def check_ours(path: str, fd: int) -> None:
         )
 
 
+def unreadable(path: str) -> bool:
+    """Whether there is a store of this user's at `path` whose marker is damaged or of a newer version."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        if os.fstat(fd).st_uid == os.geteuid():
+            read_object(MARKER, fd)
+        return False
+    except (ValueError, OSError):
+        return True
+    finally:
+        os.close(fd)
+
+
 def is_store(fd: int) -> bool:
     """Whether the open directory is a store of this or another version, whoever's. The marker counts only if it is the
     directory's owner's: else anybody could put one into /tmp."""

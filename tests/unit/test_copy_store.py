@@ -129,7 +129,8 @@ def test_a_newer_store_is_not_touched(place: Place) -> None:
     place.take()
     (place.store / "snapshotter.store").write_text('{"schema":2}')
     assert "update" in refusal(place.provider(), place.volume()).cure
-    assert not list(place.provider().snapshots())
+    with pytest.raises(StorageError, match="update snapshotter"):  # nor listed as if it were empty
+        list(place.provider().snapshots())
 
 
 @pytest.mark.root
@@ -405,7 +406,29 @@ def test_damaged_records_hide_no_others(place: Place) -> None:
         (f"{new_attachment_id(utc_now())}.1.json", json.dumps({"schema": 1, "id": attachment_id})),
     ):
         (place.store / "attachments" / name).write_text(text)
-    assert [each.id for each in place.provider().attachments()] == [attachment_id]
+    provider = place.provider()
+    assert [each.id for each in provider.attachments()] == [attachment_id]
+    assert len(provider.notes) == 1 and "damaged" in provider.notes[0]
+    other = place.take()
+    with pytest.raises(BusyError, match="look at it"):
+        provider.delete(other.set_id)  # it may be this one's
+    unsealed = place.take(seal=False)
+    provider.delete(unsealed.set_id)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"schema": 2, "marks": {"sealed": "20261122t100630z"}}', '{"schema": 1, "marks": 3}']
+)
+def test_marks_that_cannot_be_read_are_kept(place: Place, content: str) -> None:
+    """It may have been sealed, and pinned: for `reap` it is no leftover, and no other mark is written over these."""
+    birth = place.take()
+    marks = place.store / "sets" / birth.set_id / "marks.json"
+    marks.write_text(content)
+    found = place.snapshot(birth)
+    assert not found.marks_known and found.state is ImageState.INVALID
+    with pytest.raises(StorageError):
+        place.provider().mark(birth.set_id, {"pinned": "1"})
+    assert marks.read_text() == content
 
 
 # -- the stores that are known --------------------------------------------------------------------------------------
