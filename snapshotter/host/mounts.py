@@ -84,9 +84,8 @@ def is_under(path: str, top: str) -> bool:
 
 def mount_of(path: str, mounts: Sequence[Mount] | None = None) -> Mount:
     """The mount that the canonical path `path` lies on, found as the kernel finds it: down the path from the root
-    mount,
-    stepping into each mount on the way, so that one which a later mount hides isn't met. Raises NotFoundError (a mount
-    namespace without a root that we can see)."""
+    mount, stepping into each mount on the way, so that one which a later mount hides isn't met. Raises NotFoundError (a
+    mount namespace without a root that we can see)."""
     mounts = table() if mounts is None else mounts
     ids = {mount.id for mount in mounts}
     tops = [mount for mount in mounts if mount.parent not in ids or mount.parent == mount.id]

@@ -302,8 +302,8 @@ class Scanner:
     def _open_files(self, base: str, pid: int, *, writable: bool) -> Iterator[tuple[str, str]]:
         """Descriptors whose file is below the paths: its path, and the descriptor's own in /proc.
 
-        A descriptor's link has its owner's write bit if the file is
-        open for writing (and no bits with O_PATH), which spares reading fdinfo for most."""
+        A descriptor's link has its owner's write bit if the file is open for writing (and no bits with O_PATH), which
+        spares reading fdinfo for most."""
         with os.scandir(f"{base}/fd") as entries:
             for entry in entries:
                 try:

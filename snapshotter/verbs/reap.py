@@ -24,8 +24,8 @@ from snapshotter.verbs.session import Session
 
 def reap(session: Session, entries: Catalog | None = None) -> dict[str, Any]:
     """Returns what was let go and removed, and what is kept for now and why. `entries`: the catalog, if it was read
-    just now; what is to go is looked at again anyway.
-    Raises UndoIncompleteError if something of a dead run could not be undone."""
+    just now; what is to go is looked at again anyway. Raises UndoIncompleteError if something of a dead run could not
+    be undone."""
     let_go: list[str] = []
     left: list[str] = []
     try:
