@@ -105,12 +105,12 @@ def read(
                     found[key] = snapshot
         except SnapshotterError as error:
             gone.append(Unavailable(provider.name, error.line()))
-        notes += provider.notes
         try:
             for attachment in provider.attachments() if slot is None else ():
                 attachments[(attachment.id, attachment.provider, attachment.member)] = attachment
         except SnapshotterError as error:
             gone.append(Unavailable(provider.name, error.line()))
+        notes += provider.notes
     by_set: dict[str, list[Attachment]] = {}
     for attachment in attachments.values():
         by_set.setdefault(attachment.set_id, []).append(attachment)
@@ -138,6 +138,8 @@ def _assemble(found: list[Snapshot], attachments: tuple[Attachment, ...], cannot
     unasked = [birth.members[index] for index in missing if birth.members[index].provider in cannot_ask]
     if unasked:
         state, why = State.UNKNOWN, f"can't ask {unasked[0].provider} about {unasked[0].volume}"
+    elif not all(snapshot.marks_known for snapshot in found):  # never "incomplete": that would be reaped
+        state, why = State.DAMAGED, "its marks can't be read: damaged, or of a newer version of snapshotter"
     elif "sealed" not in marks:
         state, why = State.INCOMPLETE, "never sealed"
     elif missing:

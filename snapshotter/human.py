@@ -50,8 +50,11 @@ class Meter:
         if now - self._shown < 0.1 and not finished:
             return
         self._shown = now
-        self._out.write("\r\x1b[K" + ("" if finished else self.line(progress, now - self._started)))
-        self._out.flush()
+        try:
+            self._out.write("\r\x1b[K" + ("" if finished else self.line(progress, now - self._started)))
+            self._out.flush()
+        except OSError:
+            pass  # the terminal has gone; the work goes on
 
     @staticmethod
     def line(progress: Progress, elapsed_s: float) -> str:

@@ -139,7 +139,8 @@ class Provider(ABC):
     @abstractmethod
     def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
         """Every snapshot that carries our label (of one set, or all), each image's validity asked of the storage.
-        Other tools' objects, and ours that have no readable record, are not listed. No effects."""
+        Other tools' objects, and ours that have no readable record, are not listed. Marks that are there and can't be
+        read are not none: `marks_known` says so. No effects."""
 
     def of_slot(self, target: str, slot: str) -> Iterator[Snapshot]:
         """Those of one scheduled time of one target. A store that is shared by a fleet asks for just these (by a label
@@ -149,10 +150,9 @@ class Provider(ABC):
     @abstractmethod
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         """Change marks on every member that is here, all or none (None removes; `core.labels.apply_marks`, whose
-        ValueError for what is no mark of ours gets out). Setting `sealed`
-        is the last thing written, and returns only when neither the image nor the mark can be lost to a power cut.
-        Raises
-        NotFoundError."""
+        ValueError for what is no mark of ours gets out). Setting `sealed` is the last thing written, and returns only
+        when neither the image nor the mark can be lost to a power cut. Raises NotFoundError, StorageError (the marks
+        can't be read, so others would be lost)."""
 
     def finish(self, set_id: str) -> None:
         """Every member of the sealed set is READY: remove what only the making of the images needed. Absent is done.
@@ -177,9 +177,8 @@ class Provider(ABC):
         """Make the image usable, and record that first. Never mounts: it says how (`MountSpec`), or fills
         `destination`, an absent or empty directory, itself (`Tree`). WRITABLE must leave the snapshot's bytes as they
         are; READ_ONLY must not be writable. A destination that isn't empty is left alone; the same part of an
-        attachment
-        twice is refused, or is the same again. One attachment id may span several snapshots, each with its destination.
-        Raises PreconditionError (needs root, no such access), StorageError (invalid image, no space)."""
+        attachment twice is refused, or is the same again. One attachment id may span several snapshots, each with its
+        destination. Raises PreconditionError (needs root, no such access), StorageError (invalid image, no space)."""
 
     def foresee(self, snapshot: Snapshot) -> list[str]:
         """What a person should know before `attach`: how long it takes and what it costs, a line each. No effects.
@@ -195,11 +194,10 @@ class Provider(ABC):
 
     @abstractmethod
     def settle(self, attachment_id: str, since: datetime) -> None:
-        """The attachment is complete and now a person's: durably record `since` (UTC, with microseconds), on every
-        part of it
-        that is here. Until then `attachments()` lists it with `since` None: half-made. The core calls this last,
-        after mounting and
-        re-pointing, so that a later ctime in a clone means that somebody wrote to it. Raises NotFoundError."""
+        """The attachment is complete and now a person's: durably record `since` (UTC, with microseconds), on every part
+        of it that is here. Until then `attachments()` lists it with `since` None: half-made. The core calls this last,
+        after mounting and re-pointing, so that a later ctime in a clone means that somebody wrote to it. Raises
+        NotFoundError."""
 
     @abstractmethod
     def attachments(self) -> Iterator[Attachment]:

@@ -306,6 +306,8 @@ class BtrfsProvider(Provider):
             if fd is None or not found:
                 return False
             for member in found:
+                if not member.marks_known:
+                    raise StorageError("its marks are damaged, or of a newer version", object=set_id)
                 if changes.get("sealed") and member.state is not ImageState.READY:
                     raise StorageError(f"can't be sealed: {member.why}", object=set_id)
             if write:

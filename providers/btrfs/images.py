@@ -56,7 +56,10 @@ def of_set(key: str, fd: int, set_id: str) -> Iterator[Snapshot]:
     birth = decode_birth((read_record(fd, "birth") or b"").decode("ascii", "replace"))
     if birth is None or birth.set_id != set_id:
         return
-    read = (read_object(fd, "marks") or {}).get("marks", {})
+    content = read_object(fd, "marks")
+    read = (content or {}).get("marks", {})
+    marks_known = isinstance(read, dict) and (content is not None or read_record(fd, "marks") is None)
+    read = read if marks_known else {}
     marks = {name: value for name, value in read.items() if name in MARK_NAMES and isinstance(value, str)}
     order = read_record(fd, "order") or b""
     for number, member in enumerate(birth.members):
@@ -71,6 +74,7 @@ def of_set(key: str, fd: int, set_id: str) -> Iterator[Snapshot]:
             marks=marks,
             order=int(order) if order.isdigit() else 0,
             why=why,
+            marks_known=marks_known,
         )
 
 

@@ -80,6 +80,7 @@ from snapshotter.host.store import (
     store_around,
     sync_directory,
     told,
+    unreadable,
     write_object,
 )
 from snapshotter.provider import Option, Provider, Settings, Traits
@@ -281,7 +282,7 @@ class CopyProvider(Provider):
         with ExitStack() as undo, told(place):
             store = undo.enter_context(Sets.make(place))
             self._used.append(place)
-            self._cache.add(place)
+            unknown = self._cache.add(place)
             for left in store.leftovers():
                 try:
                     store.remove(left)
@@ -296,6 +297,11 @@ class CopyProvider(Provider):
                 lock = store.lock(scratch, wait_s=5.0)
             undo.callback(os.close, lock)
             making = Making(store, birth, self.settings)
+            if unknown:
+                making.notes.append(
+                    f"the store {place} can't be noted in {self._cache.file} ({unknown}): "
+                    "its sets are listed only where its node's path is given, or -o store="
+                )
             try:
                 text = encode_birth(birth)
                 fd = os.open(f"{scratch}/birth.json", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=store.fd)
@@ -393,7 +399,7 @@ class CopyProvider(Provider):
             # Only the rename here: the writers are held, and the core calls `delete` once they aren't.
             self._abandon(making, remove=False)
             raise
-        self.notes = [*dict.fromkeys(text for part in making.parts for text in part.mirror.warnings)]
+        self.notes = [*making.notes, *dict.fromkeys(text for part in making.parts for text in part.mirror.warnings)]
         for part in making.parts:
             self.notes += [f"{part.top}/{path} is a store of copies: left out" for path in sorted(part.left_out)]
         del MAKING[birth.set_id]
@@ -424,6 +430,8 @@ class CopyProvider(Provider):
             self.notes += [note for note in store.damaged if note not in self.notes]
         # Last, so that all others are listed. Who asks for one set has seen it, or asks several instances.
         for path in [] if set_id is not None else self._where():
+            if unreadable(path):
+                raise StorageError("is a store that this version can't read", object=path, cure="update snapshotter")
             if (point := self._cache.away(path)) is not None:
                 raise StorageError(
                     f"the store is not there, and nothing is mounted at {point}",
@@ -440,6 +448,8 @@ class CopyProvider(Provider):
                 members = list(store.snapshots(set_id)) if there else []
                 if not members:
                     continue
+                if not members[0].marks_known:
+                    raise StorageError(members[0].why, object=set_id, cure=f"look at {store.path}/{at}/marks.json")
                 if changes.get("sealed"):
                     if why := next((each.why for each in members if each.state is not ImageState.READY), ""):
                         raise StorageError(f"can't be sealed: {why}", object=set_id)
@@ -469,6 +479,8 @@ class CopyProvider(Provider):
                             object=set_id,
                             cure=f"snapshotter release {record.get('path')}",
                         )
+                if store.damaged and store.has(f"{at}/marks.json"):  # whose attachment that is, nobody knows
+                    raise BusyError(store.damaged[0], object=set_id, cure="look at it, then remove that file")
                 store.discard(at, set_id)
         for name in store.names("trash"):
             if name.startswith(set_id + "."):
@@ -553,6 +565,7 @@ class CopyProvider(Provider):
         for store in self._known():
             with told(store.path):
                 records = list(store.records())
+            self.notes += [note for note in store.damaged if note not in self.notes]
             for _, record in records:
                 try:
                     maker = record["maker"]

@@ -90,6 +90,7 @@ class Making(Struct):
     settings: Settings
     parts: list[Part] = []
     mapped: frozenset[tuple[int, int]] = frozenset()
+    notes: list[str] = []  # what a person should know of it
     pid: int = field(default_factory=os.getpid)
     open: ExitStack = field(default_factory=ExitStack)
 

@@ -55,16 +55,17 @@ class Sets(Store):
             birth = None
         if birth is None or birth.set_id != set_id:
             if self.has(at):  # not just deleted by another process
-                self.damaged.append(f"{self.path}/{at} has a damaged record (birth.json), so it is no set: left alone")
+                self.damaged.append(f"{self.path}/{at}: its birth.json is damaged, or of a newer version: left alone")
             return
         why = ""
         marks: dict[str, str] = {}
+        marks_known = True
         order, parts = 0, dict[int, Any]()
         try:
             read = (read_object(f"{at}/marks.json", self.fd) or {}).get("marks", {})
             marks = {name: value for name, value in read.items() if name in MARK_NAMES and isinstance(value, str)}
         except (OSError, ValueError, AttributeError):
-            why = "its marks are damaged"
+            why, marks_known = "its marks are damaged, or of a newer version", False
         try:
             order, parts = self.image(set_id)
         except (OSError, ValueError, TypeError, AttributeError):
@@ -88,6 +89,7 @@ class Sets(Store):
                 size_bytes=size if isinstance(size, int) else None,
                 order=order,
                 why=wrong,
+                marks_known=marks_known,
             )
 
     def image(self, set_id: str) -> tuple[int, dict[int, Any]]:
@@ -140,8 +142,8 @@ class Sets(Store):
         return found
 
     def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(file, content) of each attachment's part here. Damaged ones, never of ours as a write is one step, are
-        left out."""
+        """(file, content) of each attachment's part here. Those that can't be read (never torn ones of ours, as a write
+        is one step) are left out, and named in `damaged`."""
         for name in self.names("attachments"):
             attachment_id, _, rest = name.partition(".")
             if not ATTACHMENT_ID.fullmatch(attachment_id) or not rest.endswith(".json"):
@@ -149,6 +151,7 @@ class Sets(Store):
             try:
                 record = read_object(f"attachments/{name}", self.fd)
             except (ValueError, OSError):
+                self.damaged.append(f"{self.path}/attachments/{name} is damaged, or of a newer version: left alone")
                 continue
             if record is not None and record.get("id") == attachment_id:
                 yield f"attachments/{name}", record

@@ -100,7 +100,7 @@ def run(argv: list[str]) -> int:
     except click.Abort:
         return _fail(UsageError("not confirmed: nothing was changed"), as_json)
     except click.ClickException as error:
-        return _fail(UsageError(error.format_message(), cure="see --help"), as_json)
+        return _fail(UsageError(error.format_message().rstrip("."), cure="see --help"), as_json)
     except OSError as error:
         if verbose:
             _traceback()

@@ -74,7 +74,7 @@ class Call:
             if self.as_json:
                 print_json(document)
             elif shown := text():
-                click.echo(shown)
+                click.echo(plain(shown, keep="\n"))
         except BrokenPipeError:  # the reader (head, less) has gone: what was to be done is done
             mute(sys.stdout)
         if exit_code:

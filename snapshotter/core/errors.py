@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
-def plain(text: str) -> str:
-    """`text` with control characters shown, not sent: a file's name must not drive a terminal."""
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+def plain(text: str, *, keep: str = "") -> str:
+    """`text` with control characters (but those in `keep`) shown, not sent: a file's name must not drive a terminal."""
+    return _CONTROL.sub(lambda match: match[0] if match[0] in keep else f"\\x{ord(match[0]):02x}", text)
 
 
 class Exit(IntEnum):

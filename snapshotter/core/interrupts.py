@@ -1,8 +1,7 @@
 """Signals that ask a run to end, as an exception at a moment when it can be undone. Must not know what is undone.
 
 `install()` turns SIGINT, SIGTERM and SIGHUP into `Interrupted`, raised in the main thread wherever it is. Code that
-must not be
-cut in half (an undo, the seal and its commit) runs under `deferred()`: the signal is raised when that ends.
+must not be cut in half (an undo, the seal and its commit) runs under `deferred()`: the signal is raised when that ends.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ def install() -> None:
 @contextmanager
 def deferred() -> Iterator[None]:
     """No `Interrupted` inside; one that came is raised at the end, or, where another exception is on its way, at the
-    end
-    of the next block: a run that was asked to end doesn't go on with the next node."""
+    end of the next block: a run that was asked to end doesn't go on with the next node."""
     global _depth, _pending
     if _thread.get_ident() != _MAIN:  # nothing can be raised in here
         yield

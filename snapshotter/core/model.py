@@ -182,6 +182,8 @@ class Snapshot(Struct, frozen=True):
     size_bytes: int | None = None
     order: int = 0
     why: str = ""  # why it is INVALID, for a person
+    #: False: there are marks, but they can't be read (damaged, of a newer schema): it may have been sealed, or pinned.
+    marks_known: bool = True
 
     @property
     def volume(self) -> str:

@@ -36,7 +36,8 @@ class Mount(Struct, frozen=True):
         return "ro" in self.options or "ro" in self.super_options
 
 
-def _unescape(field: bytes) -> str:
+def unescape(field: bytes) -> str:
+    """Octal escapes undone, bytes decoded as the file system's names are."""
     if b"\\" in field:
         field = _ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), field)
     return os.fsdecode(field)
@@ -59,12 +60,12 @@ def parse(table: bytes) -> list[Mount]:
                 id=ids[0],
                 parent=ids[1],
                 device=os.fsdecode(left[2]),
-                root=_unescape(left[3]),
-                path=_unescape(left[4]),
-                options=frozenset(_unescape(left[5]).split(",")),
-                fstype=_unescape(right[0]),
-                source=_unescape(right[1]),
-                super_options=frozenset(_unescape(right[2]).split(",")),
+                root=unescape(left[3]),
+                path=unescape(left[4]),
+                options=frozenset(unescape(left[5]).split(",")),
+                fstype=unescape(right[0]),
+                source=unescape(right[1]),
+                super_options=frozenset(unescape(right[2]).split(",")),
             )
         )
     return found
@@ -83,9 +84,8 @@ def is_under(path: str, top: str) -> bool:
 
 def mount_of(path: str, mounts: Sequence[Mount] | None = None) -> Mount:
     """The mount that the canonical path `path` lies on, found as the kernel finds it: down the path from the root
-    mount,
-    stepping into each mount on the way, so that one which a later mount hides isn't met. Raises NotFoundError (a mount
-    namespace without a root that we can see)."""
+    mount, stepping into each mount on the way, so that one which a later mount hides isn't met. Raises NotFoundError (a
+    mount namespace without a root that we can see)."""
     mounts = table() if mounts is None else mounts
     ids = {mount.id for mount in mounts}
     tops = [mount for mount in mounts if mount.parent not in ids or mount.parent == mount.id]

@@ -111,6 +111,14 @@ class Permissions:
             for chain, access in self._objects
         )
 
+    def private(self, uid: int) -> bool:
+        """True if nobody but root and `uid` could write anything there, whoever else there is."""
+        return all(
+            access.uid in (0, uid)
+            and not (access.mode & 0o022 and all(above.uid not in (0, uid) or above.mode & 0o011 for above in chain))
+            for chain, access in self._objects
+        )
+
 
 def _access(path: str, found: os.stat_result) -> _Access:
     """An ACL gives others at most what the mode's group bits (its mask) show, so it is read only where these give

@@ -15,9 +15,9 @@ from snapshotter.core.digest import sha256
 from snapshotter.core.errors import PreconditionError
 
 
-def private_directory(path: str) -> str:
+def private_directory(path: str, cure: str = "") -> str:
     """`path`, made with mode 0700 if it isn't there. Raises PreconditionError if it is another user's, or a link:
-    somebody may have laid it there for us to write through."""
+    somebody may have laid it there for us to write through. `cure`: what helps if it can't be had."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
@@ -26,9 +26,11 @@ def private_directory(path: str) -> str:
             pass
         found = os.lstat(path)
     except OSError as error:
-        raise PreconditionError(f"can't make it: {error.strerror}", object=path) from None
+        raise PreconditionError(
+            f"can't make it: {error.strerror}", object=path, cure=cure or f"make {os.path.dirname(path)} writable"
+        ) from None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise PreconditionError("is not a directory of ours", object=path, cure="remove it")
+        raise PreconditionError("is not a directory of ours", object=path, cure=cure or "remove it")
     if found.st_mode & 0o077:
         os.chmod(path, 0o700)
     return path
@@ -62,11 +64,10 @@ def replace_file(path: str, content: bytes, mode: int) -> None:
 def run_directory() -> str:
     """For the records of a running quiesce: void after a reboot, as is every pause and freeze. One place per user,
     whatever the environment: what cron's run left held, a login shell's `reap` must find."""
-    if given := os.environ.get("SNAPSHOTTER_RUN"):
-        return private_directory(os.path.abspath(given))
-    if os.geteuid() == 0:
-        return private_directory("/run/snapshotter")
-    return private_directory(f"/tmp/snapshotter-{os.geteuid()}")  # noqa: S108 checked to be ours
+    usual = "/run/snapshotter" if os.geteuid() == 0 else f"/tmp/snapshotter-{os.geteuid()}"  # noqa: S108 checked to be ours
+    given = os.environ.get("SNAPSHOTTER_RUN")
+    cure = "set SNAPSHOTTER_RUN, for every run, to one directory that we can make or own"
+    return private_directory(os.path.abspath(given) if given else usual, cure)
 
 
 def lock_directory() -> str:

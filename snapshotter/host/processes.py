@@ -29,6 +29,8 @@ _ANY_MAP = re.compile(rb"^([0-9a-f]+-[0-9a-f]+) .... [0-9a-f]+ ([0-9a-f]+):([0-9
 _DELETED = " (deleted)"
 #: Every daemon has some of these.
 _NEVER_DATA = ("/dev/null", "/dev/pts/", "/memfd:")
+#: Stands for all that a /proc with `hidepid` doesn't show.
+_HIDDEN = (0, 0)
 
 #: Process id and start time (clock ticks after boot): a pid alone may be somebody else's by now.
 Identity = tuple[int, int]
@@ -49,7 +51,7 @@ class Process(Struct, frozen=True):
         return self.pid, self.starttime
 
     def __str__(self) -> str:
-        return f"{self.name} (pid {self.pid})"
+        return f"{self.name} (pid {self.pid})" if self.pid else self.name
 
 
 class Scan(Struct, frozen=True):
@@ -98,7 +100,7 @@ def _stat(where: str) -> _Stat | None:
     """Of /proc/<where>/stat; None if gone. The name may hold blanks and brackets: the fields start after the last."""
     try:
         line = _read(f"/proc/{where}/stat")
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # PermissionError: hidepid=noaccess
         return None
     before, _, after = line.rpartition(b")")
     fields = after.split()
@@ -197,6 +199,7 @@ class Scanner:
                 self._add_place(below.device, below.root, below.path)
         self._permissions: Permissions | None = None
         self._judged: dict[Identity, tuple[bool, Process]] = {}
+        self._hidden = _hides_processes(own)
         self._idle: set[Identity] = set()  # could write, but had nothing open for writing
 
     def _add_place(self, device: str, directory: str, path: str) -> None:
@@ -218,6 +221,9 @@ class Scanner:
         Some processes may not be looked into even by their own user (sshd's and systemd's helpers of a session) or by
         root. So before one is refused the kernel is asked, by a read lease, whether anybody whom we don't see has any
         file there open for writing. If not, it is `assumed` too. Leases are for a file's owner and root.
+
+        Where /proc hides others' processes, one that stands for all of them is judged likewise: it is `assumed` not to
+        write only if mode and ACL let nobody else, or the lease says so.
         """
         writers: list[Process] = []
         mapped: set[tuple[int, int]] = set()
@@ -247,6 +253,9 @@ class Scanner:
             except (FileNotFoundError, ProcessLookupError):
                 continue  # it has ended
             could, process = self._judged[who]
+            (refused if could else assumed).append(process)
+        if self._hidden and only is None:
+            could, process = self._judged.get(_HIDDEN) or self._judge_hidden()
             (refused if could else assumed).append(process)
         if any(process.identity not in self._idle for process in refused) and self._nobody_unseen_writes():
             self._idle.update(process.identity for process in refused)
@@ -293,8 +302,8 @@ class Scanner:
     def _open_files(self, base: str, pid: int, *, writable: bool) -> Iterator[tuple[str, str]]:
         """Descriptors whose file is below the paths: its path, and the descriptor's own in /proc.
 
-        A descriptor's link has its owner's write bit if the file is
-        open for writing (and no bits with O_PATH), which spares reading fdinfo for most."""
+        A descriptor's link has its owner's write bit if the file is open for writing (and no bits with O_PATH), which
+        spares reading fdinfo for most."""
         with os.scandir(f"{base}/fd") as entries:
             for entry in entries:
                 try:
@@ -430,6 +439,23 @@ class Scanner:
             self._permissions = Permissions(self._paths)
         process = Process(pid, seen.starttime, seen.name, int(status[b"Uid"][1]), seen.state)
         return self._permissions.allow(uids, gids), process
+
+    def _judge_hidden(self) -> tuple[bool, Process]:
+        if self._permissions is None:
+            self._permissions = Permissions(self._paths)
+        process = Process(*_HIDDEN, "other users' processes, which /proc hides (hidepid)", -1, "?")
+        self._judged[_HIDDEN] = not self._permissions.private(os.geteuid()), process
+        return self._judged[_HIDDEN]
+
+
+def _hides_processes(mounts: Sequence[Mount]) -> bool:
+    """Whether /proc doesn't show us all processes. Source: proc(5), `hidepid` and `gid`."""
+    if os.geteuid() == 0:
+        return False
+    options = dict(option.partition("=")[::2] for option in mount_of("/proc", mounts).super_options)
+    hides = options.get("hidepid", "off")
+    shown = int(options.get("gid", "-1")) in (os.getegid(), *os.getgroups()) and hides not in ("ptraceable", "4")
+    return hides not in ("off", "0") and not shown
 
 
 def scan(paths: Sequence[str]) -> Scan:

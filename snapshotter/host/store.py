@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterErr
 from snapshotter.core.labels import loads
 from snapshotter.host import mounts, tree
 from snapshotter.host.mounts import is_under
+from snapshotter.host.places import replace_file
 
 MARKER = "snapshotter.store"
 SCHEMA = 1
@@ -293,6 +295,22 @@ def check_ours(path: str, fd: int) -> None:
         )
 
 
+def unreadable(path: str) -> bool:
+    """Whether there is a store of this user's at `path` whose marker is damaged or of a newer version."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        if os.fstat(fd).st_uid == os.geteuid():
+            read_object(MARKER, fd)
+        return False
+    except (ValueError, OSError):
+        return True
+    finally:
+        os.close(fd)
+
+
 def is_store(fd: int) -> bool:
     """Whether the open directory is a store of this or another version, whoever's. The marker counts only if it is the
     directory's owner's: else anybody could put one into /tmp."""
@@ -380,7 +398,8 @@ def check_place(store: str, tops: Sequence[str]) -> None:
 
 class KnownStores:
     """Paths of stores that were used on this host, one per line in a file, each with the mount point that it was found
-    on (after a tab): a cache, so all is best effort."""
+    on (after a tab; tab, line break and backslash as in mountinfo). No truth is lost with it: who names a store finds
+    it."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -389,10 +408,10 @@ class KnownStores:
         """Path -> mount point ('' if not known)."""
         try:
             with open(self.file, "rb") as file:
-                lines = [os.fsdecode(line).partition("\t") for line in file.read().split(b"\n")]
+                lines = [line.partition(b"\t") for line in file.read().split(b"\n")]
         except OSError:
             return {}
-        return {path: point for path, _, point in lines if path.startswith("/")}
+        return {mounts.unescape(path): mounts.unescape(point) for path, _, point in lines if path.startswith(b"/")}
 
     def away(self, path: str) -> str | None:
         """The mount point of this store's disk if it isn't mounted now, so that the store is away and not gone."""
@@ -405,25 +424,35 @@ class KnownStores:
             return None
         return point
 
-    def add(self, path: str) -> None:
-        known = self.read()
+    def add(self, path: str) -> str:
+        """Returns why it could not be noted, '' if it is."""
         try:
             point = mounts.mount_of(path).path
         except SnapshotterError:
             point = ""
-        if known.get(path) == point or "\n" in path + point or "\t" in path + point:
-            return
-        if len(known) >= 50:  # those whose disk isn't mounted stay: nothing else tells of them
-            known = {each: at for each, at in known.items() if os.path.isdir(each) or self.away(each)}
-        known[path] = point
-        scratch = f"{self.file}.{os.getpid()}.tmp"
+        if self.read().get(path) == point:
+            return ""
         try:
             os.makedirs(os.path.dirname(self.file), 0o700, exist_ok=True)
-            with open(scratch, "wb") as file:
-                file.write(b"".join(os.fsencode(f"{each}\t{at}\n") for each, at in known.items()))
-            os.replace(scratch, self.file)
-        except OSError:
-            return
+            above = os.open(os.path.dirname(self.file), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(above, fcntl.LOCK_EX)  # another take may be noting its own
+                known = self.read()
+                if len(known) >= 50:  # those whose disk isn't mounted stay: nothing else tells of them
+                    known = {each: at for each, at in known.items() if os.path.isdir(each) or self.away(each)}
+                lines = [_escape(each) + b"\t" + _escape(at) + b"\n" for each, at in {**known, path: point}.items()]
+                replace_file(self.file, b"".join(lines), 0o600)
+            finally:
+                os.close(above)
+        except OSError as error:
+            return error.strerror or str(error)
+        except PreconditionError as error:
+            return error.message
+        return ""
+
+
+def _escape(path: str) -> bytes:
+    return re.sub(rb"[\t\n\\]", lambda match: b"\\%03o" % match[0][0], os.fsencode(path))
 
 
 def room(path: str) -> tuple[int, int]:

@@ -260,8 +260,7 @@ _RANGES = {
 
 def usual_files() -> list[str]:
     """Where a config is looked for when none is named, the first that exists. Root has one place only: a config can
-    name
-    commands, and under sudo HOME may be another user's."""
+    name commands, and under sudo HOME may be another user's."""
     user = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     mine = [f"{user}/snapshotter/config.toml"] if os.geteuid() != 0 and user.startswith("/") else []
     return [*mine, SYSTEM_FILE]
@@ -269,8 +268,8 @@ def usual_files() -> list[str]:
 
 def load(explicit: str | None = None) -> Config:
     """The config: `explicit`, or the first that exists of `usual_files`, or an empty one. Raises UsageError (missing
-    though named, wrong), PreconditionError
-    (there, but can't be read: falling through to another file would protect other nodes than were asked for)."""
+    though named, wrong), PreconditionError (there, but can't be read: falling through to another file would protect
+    other nodes than were asked for)."""
     for path in [explicit] if explicit is not None else usual_files():
         try:
             with open(path, "rb") as file:

@@ -19,10 +19,9 @@ from snapshotter.verbs.session import Session
 
 
 def init(session: Session, path: str, *, kind: str | None = None, write: str | None = None) -> dict[str, Any]:
-    """Find profile, unit, owner, RPC and provider of the node at `path`; returns the TOML and what was found.
-    `kind` is validator, rpc or archive. `write` is the config file to append to: made if it isn't there, written
-    whole or not
-    at all, refused if the node is in it already."""
+    """Find profile, unit, owner, RPC and provider of the node at `path`; returns the TOML and what was found. `kind` is
+    validator, rpc or archive. `write` is the config file to append to: made if it isn't there, written whole or not at
+    all, refused if the node is in it already."""
     node = resolve(path, session.config)
     if node.name in session.config.nodes:
         raise UsageError("is in the config already", object=node.name, cure="edit the config instead")

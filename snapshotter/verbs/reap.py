@@ -1,10 +1,8 @@
 """reap: remove what an interrupted run left behind, and let go what it still holds.
 
 Only unsealed sets of this host whose deadline is past and whose locks are free, half-made and `verify` attachments of
-dead
-runs, what a driver alone can see of its dead runs, and dead runs' pauses and freezes. Never a pending, damaged or
-unknown set, never
-a person's clone.
+dead runs, what a driver alone can see of its dead runs, and dead runs' pauses and freezes. Never a pending, damaged or
+unknown set, never a person's clone.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from snapshotter.catalog import Catalog
+from snapshotter.catalog import Catalog, Unavailable
 from snapshotter.core.errors import BusyError, SnapshotterError, UndoIncompleteError
 from snapshotter.core.model import Purpose, State, utc_now
 from snapshotter.host import mounts, processes, quiesce
@@ -26,17 +24,26 @@ from snapshotter.verbs.session import Session
 
 def reap(session: Session, entries: Catalog | None = None) -> dict[str, Any]:
     """Returns what was let go and removed, and what is kept for now and why. `entries`: the catalog, if it was read
-    just now; what is to go is looked at again anyway.
-    Raises UndoIncompleteError if something of a dead run could not be undone."""
-    let_go = quiesce.reap()
-    providers, gone = session.everywhere()
+    just now; what is to go is looked at again anyway. Raises UndoIncompleteError if something of a dead run could not
+    be undone."""
+    let_go: list[str] = []
     left: list[str] = []
+    try:
+        let_go = quiesce.reap()
+    except UndoIncompleteError as error:  # one that is stuck keeps no other leftover
+        left += error.left
+    providers, gone = session.everywhere()
     kept: list[dict[str, str]] = []
     removed: list[str] = []
     released: list[str] = []
     notes: list[str] = []
     for provider in providers:
-        for parts in grouped(tuple(provider.attachments())):
+        try:
+            listed = tuple(provider.attachments())
+        except SnapshotterError as error:
+            gone.append(Unavailable(provider.name, error.line()))
+            continue
+        for parts in grouped(listed):
             dead = any(part.since is None or part.purpose is Purpose.VERIFY for part in parts)
             if not dead or any(part.held for part in parts):
                 continue
@@ -90,6 +97,6 @@ def reap(session: Session, entries: Catalog | None = None) -> dict[str, Any]:
         "released": sorted(set(released)),
         "scratch": scratch,
         "kept": kept,
-        "unavailable": [{"provider": entry.provider, "reason": entry.reason} for entry in gone],
+        "unavailable": [{"provider": entry.provider, "reason": entry.reason} for entry in dict.fromkeys(gone)],
         "warnings": notes,
     }

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from snapshotter.core.errors import BusyError, NotFoundError
+from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, SnapshotterError
 from snapshotter.core.model import Access, Attachment, parse_compact_time
 from snapshotter.host import mounts, processes, tree
 from snapshotter.host.locks import Locks
+from snapshotter.provider import Provider
 from snapshotter.verbs.documents import attachment_document
 from snapshotter.verbs.restore import layout, staging_directory
 from snapshotter.verbs.session import Session
@@ -17,11 +18,24 @@ from snapshotter.verbs.session import Session
 def release(session: Session, where: str, *, discard_changes: bool = False) -> dict[str, Any]:
     """Unmount and remove what a restore made at `where` (a directory, or an attachment id). Returns its document.
     Raises NotFoundError, BusyError (in use, or written since)."""
-    providers, _ = session.everywhere()
-    parts = [(provider, found) for provider in providers for found in provider.attachments()]
-    attachment_id = _identify([found for _, found in parts], where)
+    providers, gone = session.everywhere()
+    parts: list[tuple[Provider, Attachment]] = []
+    unasked = [entry.provider for entry in gone]
+    for provider in providers:
+        try:
+            parts += [(provider, found) for found in provider.attachments()]
+        except SnapshotterError:
+            unasked.append(provider.name)
+    attachment_id = _identify([found for _, found in parts], where, unasked)
     ours = [(provider, found) for provider, found in parts if found.id == attachment_id]
     attachments = [found for _, found in ours]
+    members = {
+        member.provider for entry in session.catalog(attachments[0].set_id).sets for member in entry.birth.members
+    }
+    if hidden := sorted(members.intersection(unasked)):  # its part of this attachment would be forgotten
+        raise PreconditionError(
+            f"provider {hidden[0]} can't be asked now", object=where, cure="make it work, then try again"
+        )
     paths = places_of(session, attachments)
     trees = {found.path for found in attachments if found.tree}
     if any(found.held for found in attachments):
@@ -55,14 +69,15 @@ def places_of(session: Session, parts: list[Attachment]) -> list[str]:
     return sorted(paths, key=lambda path: path.count("/"), reverse=True)
 
 
-def _identify(attachments: list[Attachment], where: str) -> str:
+def _identify(attachments: list[Attachment], where: str, unasked: list[str]) -> str:
     wanted = os.path.realpath(where)
     for found in attachments:
         if where == found.id or (found.path and os.path.realpath(found.path) == wanted):
             return found.id
-    raise NotFoundError(
-        "nothing of ours is attached there", object=where, cure="`snapshotter show SET` names attachments"
-    )
+    cure = "`snapshotter show SET` names attachments"
+    if unasked:
+        cure += f"; not asked: {', '.join(dict.fromkeys(unasked))}"
+    raise NotFoundError("nothing of ours is attached there", object=where, cure=cure)
 
 
 def refuse_foreign_mount(path: str, trees: set[str]) -> None:

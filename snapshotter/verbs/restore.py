@@ -58,8 +58,7 @@ def restore(
     keys are replaced by placeholders (`withheld` names them) unless `with_identity`.
 
     Returns the `restore` document. Raises NotFoundError, JudgedBadError (incomplete, damaged), PreconditionError
-    (pending, no
-    root for a mount, a read-only image that leads into live data), UsageError (a bad destination)."""
+    (pending, no root for a mount, a read-only image that leads into live data), UsageError (a bad destination)."""
     found = session.select(selector, from_host=from_host)
     session.fit_options(found)
     warnings = judge(found)

@@ -1,8 +1,7 @@
 """take: an image of everything under a node's data path, without stopping it.
 
 plan -> locks -> undo stack -> prepare -> quiesce -> create -> end of the quiesce, checked -> marks and seal -> wait
-until
-ready. Before the seal every way out undoes everything; after it the set is kept.
+until ready. Before the seal every way out undoes everything; after it the set is kept.
 """
 
 from __future__ import annotations
@@ -48,8 +47,7 @@ def take(
     slot: str = "",
 ) -> dict[str, Any]:
     """Take one target. Returns the set's document with `existing` (a set of the same slot was there already),
-    `warnings`
-    and `left_out`; for `dry_run` the plan's. Raises any of core.errors."""
+    `warnings` and `left_out`; for `dry_run` the plan's. Raises any of core.errors."""
     node = resolve(target, session.config)
     how: dict[str, Any] = {"quiesce": quiesce, "budget_s": budget_s, "require": require, "allow_skew": allow_skew}
     return take_node(session, node, dry_run=dry_run, wait_s=wait_s if wait else 0.0, slot=slot, **how)

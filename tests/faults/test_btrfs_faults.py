@@ -459,7 +459,12 @@ def test_damaged_records_hide_nothing_else(harness: BtrfsHarness, volume: Volume
     at = str(harness.store / "sets" / bad.set_id)
     os.setxattr(at, "trusted.snapshotter.marks", b"\xff{not json")
     (found,) = harness.provider().snapshots(bad.set_id)
-    assert not found.marks
+    assert not found.marks and not found.marks_known, "it may be sealed, so it is nobody's leftover"
+    newer = b'{"schema":2,"marks":{"sealed":"20261122t100630z"}}'
+    os.setxattr(at, "trusted.snapshotter.marks", newer)
+    with pytest.raises(StorageError):
+        harness.provider().mark(bad.set_id, {"pinned": "1"})
+    assert os.getxattr(at, "trusted.snapshotter.marks") == newer
     os.setxattr(at, "trusted.snapshotter.birth", b"\xff\x00")
     assert [found.birth.set_id for found in harness.provider().snapshots()] == [good.set_id]
     (harness.store / "sets" / "s20261122t100630z-5f3a9c").symlink_to("/etc")

@@ -74,6 +74,7 @@ def test_states() -> None:
     assert state_of(snapshot(one)) is State.INCOMPLETE
     assert state_of(snapshot(one, state=ImageState.INVALID, **GOOD)) is State.DAMAGED
     assert state_of(snapshot(one, state=ImageState.PENDING, **GOOD)) is State.PENDING
+    assert state_of(replace(snapshot(one), marks_known=False)) is State.DAMAGED, "it may have been sealed"
     assert state_of(snapshot(two, 0, **GOOD)) is State.DAMAGED, "a member is gone"
     assert state_of(snapshot(two, 0, **GOOD), snapshot(two, 1)) is State.INCOMPLETE, "sealed on one of two"
     assert state_of(snapshot(two, 0, **GOOD), snapshot(two, 1, **GOOD)) is State.READY

@@ -313,6 +313,7 @@ def test_init_finds_and_writes(command: Command, data: Path) -> None:
     said = command.json("init", str(data), "--type", "validator", "--write")
     assert said["found"]["profile"] == "besu" and said["found"]["provider"] == "copy"
     assert command.config.stat().st_mode & 0o077 == 0
+    command.config.write_text(f'state = "{data.parent}/state"\n' + command.config.read_text())
     taken = command.json("take", "node")
     assert taken["path"] == str(data)
     assert "already" in command.error("init", str(data), "--write", exit_code=2)["line"]
@@ -322,10 +323,27 @@ def test_init_keeps_what_the_config_says(command: Command, data: Path, tmp_path:
     other = tmp_path / "place" / "other"
     other.mkdir()
     (other / "file").write_text("content")
-    command.config.write_text(f'# mine\n[node.a]\npath = "{data}"\n')
+    mine = f'# mine\nstate = "{tmp_path}/state"\n[node.a]\npath = "{data}"\n'
+    command.config.write_text(mine)
     command.json("init", str(other), "--write")
-    assert command.config.read_text().startswith("# mine\n[node.a]")
+    assert command.config.read_text().startswith(mine)
     assert {entry["node"] for entry in command.json("take", "--all")["sets"]} == {"a", "other"}
+
+
+def test_a_name_does_not_drive_the_terminal(command: Command, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"place\x1b[2J") / os.fsdecode(b"n\x1b]0;title\x07")
+    odd.mkdir(parents=True)
+    (odd / "file").write_text("content")
+    for words in (["take", str(odd)], ["show", f"latest:{odd}"], ["take", str(odd), "-n"], ["providers", str(odd)]):
+        done = command.run(*words)
+        assert done.returncode == 0, done.stderr
+        assert "\\x1b[2J" in done.stdout and "\x1b" not in done.stdout + done.stderr
+    assert command.json("show", f"latest:{odd}")["path"] == str(odd)
+
+
+def test_a_run_directory_that_cannot_be_had_names_the_cure(command: Command, data: Path) -> None:
+    (command.home / "run").write_text("in the way")
+    assert "set SNAPSHOTTER_RUN" in command.error("take", str(data), exit_code=3)["cure"]
 
 
 def test_providers_and_profiles(command: Command, data: Path) -> None:

@@ -17,6 +17,7 @@ from providers.copy import CopyProvider
 from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, StorageError
 from snapshotter.core.model import Access, Hold, ImageState, Purpose, Volume, new_attachment_id, new_set_id, utc_now
 from snapshotter.host import mounts
+from snapshotter.host.store import KnownStores
 from snapshotter.provider import Settings
 from snapshotter.testing.harness import describe, fill, make_birth
 from tests.support import loop_file_system
@@ -128,7 +129,8 @@ def test_a_newer_store_is_not_touched(place: Place) -> None:
     place.take()
     (place.store / "snapshotter.store").write_text('{"schema":2}')
     assert "update" in refusal(place.provider(), place.volume()).cure
-    assert not list(place.provider().snapshots())
+    with pytest.raises(StorageError, match="update snapshotter"):  # nor listed as if it were empty
+        list(place.provider().snapshots())
 
 
 @pytest.mark.root
@@ -404,4 +406,60 @@ def test_damaged_records_hide_no_others(place: Place) -> None:
         (f"{new_attachment_id(utc_now())}.1.json", json.dumps({"schema": 1, "id": attachment_id})),
     ):
         (place.store / "attachments" / name).write_text(text)
-    assert [each.id for each in place.provider().attachments()] == [attachment_id]
+    provider = place.provider()
+    assert [each.id for each in provider.attachments()] == [attachment_id]
+    assert len(provider.notes) == 1 and "damaged" in provider.notes[0]
+    other = place.take()
+    with pytest.raises(BusyError, match="look at it"):
+        provider.delete(other.set_id)  # it may be this one's
+    unsealed = place.take(seal=False)
+    provider.delete(unsealed.set_id)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"schema": 2, "marks": {"sealed": "20261122t100630z"}}', '{"schema": 1, "marks": 3}']
+)
+def test_marks_that_cannot_be_read_are_kept(place: Place, content: str) -> None:
+    """It may have been sealed, and pinned: for `reap` it is no leftover, and no other mark is written over these."""
+    birth = place.take()
+    marks = place.store / "sets" / birth.set_id / "marks.json"
+    marks.write_text(content)
+    found = place.snapshot(birth)
+    assert not found.marks_known and found.state is ImageState.INVALID
+    with pytest.raises(StorageError):
+        place.provider().mark(birth.set_id, {"pinned": "1"})
+    assert marks.read_text() == content
+
+
+# -- the stores that are known --------------------------------------------------------------------------------------
+
+
+def test_stores_noted_at_once_are_all_known(tmp_path: Path) -> None:
+    """A store that isn't known any more has sets that no `list` shows."""
+    file = str(tmp_path / "state" / "copy-stores")
+    children = []
+    for number in range(8):
+        if (child := os.fork()) == 0:
+            os._exit(any(KnownStores(file).add(f"/stores/{number}/{each}") for each in range(4)))
+        children.append(child)
+    assert not any(os.waitpid(child, 0)[1] for child in children)
+    assert set(KnownStores(file).read()) == {f"/stores/{number}/{each}" for number in range(8) for each in range(4)}
+
+
+def test_a_store_of_any_name_is_found_again(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"a\nb\tc\\134 \xff")
+    odd.mkdir()
+    place = Place(odd)
+    fill(str(place.data))
+    birth = place.take()
+    assert list(KnownStores(str(odd / "state" / "copy-stores")).read()) == [str(place.store)]
+    other = CopyProvider(Settings(str(odd / "state")))
+    assert [each.birth.set_id for each in other.snapshots()] == [birth.set_id]
+
+
+def test_a_store_that_cannot_be_noted_is_said(place: Place) -> None:
+    (place.top / "state").write_text("in the way")
+    provider, volume = place.provider(), place.volume()
+    birth = make_birth([volume])
+    provider.create([volume], birth, Hold())
+    assert "can't be noted" in provider.notes[0] and str(place.store) in provider.notes[0]

@@ -4,6 +4,7 @@ alone where we may not look."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import struct
@@ -351,11 +352,15 @@ def test_btrfs_maps_are_told_as_stat_tells_them(tmp_path: Path, children: Childr
         subprocess.run(["umount", str(point)], check=True)
 
 
-def as_nobody(data: Path, look: Callable[[processes.Scan], bool]) -> None:
-    """`look` at a scan that an unprivileged user makes."""
+def as_nobody(data: Path, look: Callable[[processes.Scan], bool], hidepid: str = "") -> None:
+    """`look` at a scan that an unprivileged user makes, where /proc may hide other users' processes."""
     pid = os.fork()
     if pid == 0:
         try:
+            if hidepid:
+                assert ctypes.CDLL(None).unshare(0x00020000) == 0  # CLONE_NEWNS
+                subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+                subprocess.run(["mount", "-t", "proc", "-o", f"hidepid={hidepid}", "proc", "/proc"], check=True)
             os.setgroups([])
             os.setgid(NOBODY)
             os.setuid(NOBODY)
@@ -419,6 +424,28 @@ def test_one_that_is_permitted_and_has_a_file_open_is_refused(theirs: Path, chil
         (theirs / "other").touch()
         os.chown(theirs / "other", OTHER, OTHER)
     as_nobody(theirs, lambda found: pid in pids(found.refused))
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("how", ["noaccess", "invisible", "ptraceable"])
+def test_a_proc_that_hides_processes_hides_no_writer(theirs: Path, children: Children, how: str) -> None:
+    def could(found: processes.Scan) -> bool:
+        return pids(found.refused) == [0] and "hidepid" in str(found.refused[0])
+
+    pid = of_user(children, OTHER, "fd = os.open(sys.argv[1], os.O_WRONLY)", theirs / "file")
+    as_nobody(theirs, lambda found: pids(found.assumed) == [0] and not found.refused, how)  # by mode nobody else may
+    (theirs / "file").chmod(0o666)
+    as_nobody(theirs, could, how)
+    (theirs / "file").chmod(0o644)
+    (theirs / "other").touch()  # root's: that is as before
+    as_nobody(theirs, lambda found: not found.refused, how)
+    os.chown(theirs / "other", OTHER, OTHER)
+    as_nobody(theirs, could, how)
+    os.kill(pid, signal.SIGKILL)
+    children.all[-1].wait()
+    os.chown(theirs / "other", NOBODY, NOBODY)
+    (theirs / "file").chmod(0o666)
+    as_nobody(theirs, lambda found: pids(found.assumed) == [0] and not found.refused, how)  # nobody has it open
 
 
 @pytest.mark.root
