@@ -22,6 +22,7 @@ from snapshotter.host.service import prove_stopped
 from snapshotter.nodes import health, profiles
 from snapshotter.verbs import in_place_stage as staging
 from snapshotter.verbs.in_place_plan import Plan
+from snapshotter.verbs.in_place_ways import Ground
 from snapshotter.verbs.restore import judge
 from snapshotter.verbs.session import Session
 
@@ -109,6 +110,10 @@ class Work:
     def away(self) -> bool:
         """Old data goes to another disk first, so that there is room."""
         return any(ground.away for ground in self.plan.grounds)
+
+    def brought_back(self, ground: Ground) -> bool:
+        """Whether its old data, that had been copied to another disk, is in its place again."""
+        return self.journal.last("back", ground.path) is not None
 
     @property
     def live(self) -> str:
