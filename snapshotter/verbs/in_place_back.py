@@ -34,10 +34,11 @@ def backward(work: Work) -> None:
     if changed:
         try:
             if not ran and work.mixed():
-                ran, units = True, _as_left(work, units)
+                units = _as_left(work, units)
                 work.notes.append(
                     "it may have run on a mix of old and new since the restore was interrupted: see to it"
                 )
+            ran = ran or work.may_have_run()
             work.stop()
             if work.plan.way == "copy" and ran and not before:
                 units = _with_made(work, units)
