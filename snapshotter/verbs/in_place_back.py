@@ -29,14 +29,16 @@ def backward(work: Work) -> None:
     before = work.journal.last("undo") or {}
     ran = work.begun("start") or bool(before.get("ran"))
     run_again = bool(work.plan.running) or runs or bool(before.get("run_again"))
-    units = work.units()
+    # Where the copy of the old was brought back from another disk, what stands there is that, and nobody else's.
+    units = [unit for unit in work.units() if not work.brought_back(staging.ground_of(work.plan, unit.place))]
     if changed:
         try:
             if not ran and work.mixed():
-                ran, units = True, _as_left(work, units)
+                units = _as_left(work, units)
                 work.notes.append(
                     "it may have run on a mix of old and new since the restore was interrupted: see to it"
                 )
+            ran = ran or work.may_have_run()
             work.stop()
             if work.plan.way == "copy" and ran and not before:
                 units = _with_made(work, units)
@@ -118,7 +120,7 @@ def _bring_back(work: Work) -> None:
     for ground in work.plan.grounds:
         saved = work.journal.last("saved", ground.path)
         removing = work.journal.last("removing", ground.path) is not None  # else the original never left
-        if saved is not None and removing and work.journal.last("back", ground.path) is None:
+        if saved is not None and removing and not work.brought_back(ground):
             signing.into_copy(work, ground)
             away.bring_back(ground, saved["entries"], work.session.report)
             work.journal.append("back", step=ground.path)

@@ -102,7 +102,7 @@ def _saved(work: Work, only: Ground | None = None) -> dict[str, str]:
     path = work.plan.path
     found = {path: path} if only is None else {}
     for ground in [only] if only else work.plan.grounds:
-        if (record := work.journal.last("saved", ground.path)) is not None:
+        if (record := work.journal.last("saved", ground.path)) is not None and not work.brought_back(ground):
             found |= _entries(ground, record["entries"], ground.aside)
     return found
 

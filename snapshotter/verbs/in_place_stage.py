@@ -51,7 +51,7 @@ def views(session: Session, plan: Plan, found: SnapshotSet, attachment_id: str) 
                     snapshot, attachment_id, Access.READ_ONLY, place, Purpose.VERIFY
                 )
             else:
-                place = f"{_ground_of(plan, root.path).staged}.image-{root.member}"
+                place = f"{ground_of(plan, root.path).staged}.image-{root.member}"
                 spec = holding[snapshot.provider].attach(
                     snapshot, attachment_id, Access.WRITABLE, place, Purpose.VERIFY
                 )
@@ -79,13 +79,14 @@ def forget(session: Session, attachment_id: str) -> None:
             os.rmdir(place)
 
 
-def _ground_of(plan: Plan, root: str) -> Ground:
-    return max((g for g in plan.grounds if is_under(root, g.path)), key=lambda g: len(g.path))
+def ground_of(plan: Plan, path: str) -> Ground:
+    """The one that a path of production is in."""
+    return max((g for g in plan.grounds if is_under(path, g.path)), key=lambda g: len(g.path))
 
 
 def staged_of(plan: Plan, root: str) -> str:
     """Where the new content of a root is made ready."""
-    ground = _ground_of(plan, root)
+    ground = ground_of(plan, root)
     return root.replace(ground.path, ground.staged, 1)
 
 
@@ -115,7 +116,7 @@ def names_of(plan: Plan, profile: Profile, seen: Mapping[str, str]) -> dict[str,
         for pattern in patterns:
             for name in files.expand(places, pattern):
                 production = _meant(plan, places, name)
-                ground = _ground_of(plan, production)
+                ground = ground_of(plan, production)
                 entry = os.path.relpath(production, ground.path)
                 if entry == ".":
                     chosen[ground.path] = None
@@ -161,7 +162,7 @@ def fill(session: Session, plan: Plan, names: Names, seen: Mapping[str, str], ga
     for ground in plan.grounds:
         if ground.path not in names:
             continue
-        for root in [root for root in plan.roots if _ground_of(plan, root) == ground]:
+        for root in [root for root in plan.roots if ground_of(plan, root) == ground]:
             chosen = _inside(names[ground.path], os.path.relpath(root, ground.path))
             with told(staged_of(plan, root)):
                 notes += _copy(session, plan, seen[root], staged_of(plan, root), ground, root, chosen, gained)

@@ -191,10 +191,9 @@ def _exchange(work: Work) -> None:
         with told(unit.place):
             exchange.forward(unit)
     exchange.sync_parents([path for unit in units for path in (unit.place, unit.aside)])
-    for ground in work.plan.grounds:
-        record = next((r for r in work.journal.all("staged") if r["path"] == ground.staged), None)
-        if record is not None and not any(exchange.where_old(unit) == unit.staged for unit in units):
-            exchange.remove(ground.staged, tuple(record["known"]))  # what is left of it: directories, empty
+    if not any(exchange.where_old(unit) == unit.staged for unit in units):
+        for record in work.journal.all("staged"):
+            exchange.remove(record["path"], tuple(record["known"]))  # what is left of it: directories, empty
 
 
 def _swap(work: Work) -> None:

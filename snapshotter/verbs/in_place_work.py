@@ -22,6 +22,7 @@ from snapshotter.host.service import prove_stopped
 from snapshotter.nodes import health, profiles
 from snapshotter.verbs import in_place_stage as staging
 from snapshotter.verbs.in_place_plan import Plan
+from snapshotter.verbs.in_place_ways import Ground
 from snapshotter.verbs.restore import judge
 from snapshotter.verbs.session import Session
 
@@ -110,6 +111,10 @@ class Work:
         """Old data goes to another disk first, so that there is room."""
         return any(ground.away for ground in self.plan.grounds)
 
+    def brought_back(self, ground: Ground) -> bool:
+        """Whether its old data, that had been copied to another disk, is in its place again."""
+        return self.journal.last("back", ground.path) is not None
+
     @property
     def live(self) -> str:
         """Where the old content of the data path is, until it changes places."""
@@ -132,16 +137,20 @@ class Work:
         gone = [unit for unit in units if unit.new is None and exchange.known(unit.place) is None]
         return len(there) + len(gone) == len(units) and bool(units) if all_of_them else bool(there or gone)
 
-    def mixed(self) -> bool:
-        """Whether the node may have run on a mix of old and new: the exchange was killed in the middle, and since then
-        something has started the node, or may have: the machine was started anew, and a service that can't be masked
-        (so one without a unit) is whatever starts it at boot."""
-        if self.begun("start") or not self.moved() or self.moved(all_of_them=True):
+    def may_have_run(self) -> bool:
+        """Whether the node may have run on new content before it was meant to: some of that stands in its place, and
+        something has started it, or could have: the machine was started anew, and a service that can't be masked (so
+        one without a unit) is whatever starts it at boot."""
+        if self.begun("start") or not self.moved():
             return False
         if self.service is not None and self.service.running():
             return True
         masked = self.plan.masked or (self.service is not None and self.service.can_mask)
         return not masked and self.journal.facts.get("boot") != boot_id()
+
+    def mixed(self) -> bool:
+        """Whether it may have, on a mix of old and new: the exchange was killed in the middle."""
+        return self.may_have_run() and not self.moved(all_of_them=True)
 
     # ----------------------------------------------------------------------------------------------- the service
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -95,6 +99,91 @@ def test_a_test_restore_in_a_temporary_place(node: Story) -> None:
     assert node.as_it_was() and not place.exists()
 
 
+def test_the_key_encrypted(node: Story, tmp_path: Path) -> None:
+    """`age -d FILE | tar x` opens it, in ten years too."""
+    import io
+    import tarfile
+
+    from pyrage import passphrase
+
+    (tmp_path / "passphrase").write_text("of the guide's\n")
+    file = tmp_path / "validator-1.age"
+    ok(node, "identity", "export", "ours", "--to", str(file), "--passphrase-file", str(tmp_path / "passphrase"))
+    key = (node.data / "key").read_bytes()
+    assert file.stat().st_mode & 0o777 == 0o600 and key.strip() not in file.read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(passphrase.decrypt(file.read_bytes(), "of the guide's"))) as tar:
+        member = tar.extractfile("key")
+        assert member is not None and member.read() == key
+
+
+def test_configuration_in_the_data_path_is_part_of_every_set(node: Story) -> None:
+    place = node.place / "test-restore"
+    ok(node, "restore", SET, "--to", str(place))
+    assert (place / "static-nodes.json").read_bytes() == (node.data / "static-nodes.json").read_bytes()
+    ok(node, "release", str(place), "--discard-changes")
+
+
+def test_kept_for_so_long(node: Story, tmp_path: Path) -> None:
+    from snapshotter.nodes import config
+
+    kept = {}
+    for kind in ("validator", "rpc", "archive"):
+        (tmp_path / "config.toml").write_text(f'[node.ours]\npath = "{node.data}"\ntype = "{kind}"\n')
+        found = config.load(str(tmp_path / "config.toml")).nodes["ours"]
+        kept[kind] = found.every, found.keep.daily, found.keep.weekly
+    assert kept == {"validator": (86400, 7, 0), "rpc": (7 * 86400, 0, 4), "archive": (7 * 86400, 0, 4)}
+
+
+def test_no_peers_after_a_restart(node: Story) -> None:
+    """The node runs and its chain rises, but it has nobody: exit 8, what to look at, and the way back."""
+    text = node.command.config.read_text()
+    with alone() as url:
+        node.command.config.write_text(text + f'rpc = "{url}"\n')
+        try:
+            error = ok(node, "restore", SET, "--in-place", "--yes", code=8)
+        finally:
+            node.command.config.write_text(text)
+    assert "no peers" in error["message"]
+    assert "bootnodes" in error["cure"] and "30303 open, TCP and UDP" in error["cure"]
+    assert error["undo_command"] == f"snapshotter restore --undo {node.data}"
+    ok(node, "restore", "--undo", "ours")
+    assert node.as_it_was() and node.service.running()
+
+
+@contextmanager
+def alone() -> Iterator[str]:
+    """The RPC of a node that rises and once had peers."""
+    heights, peers = iter(range(100, 10_000)), iter([3])
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            said = {
+                "eth_blockNumber": lambda: hex(next(heights)),
+                "net_peerCount": lambda: hex(next(peers, 0)),
+                "eth_syncing": lambda: False,
+            }.get(asked["method"])
+            answer = {"result": said()} if said else {"error": {"code": -32601, "message": "no such method"}}
+            content = json.dumps({"jsonrpc": "2.0", "id": asked["id"], **answer}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 # ----------------------------------------------------------------------------------------------- its four errors
 
 
@@ -149,7 +238,7 @@ def test_the_document_names_each_command() -> None:
 
     commands = {name: cli.get_command(click.Context(cli), name) for name in COMMANDS}
     text = (CHECKOUT / "docs" / "from-the-guide.md").read_text()
-    typed = set(re.findall(r"`snapshotter ([a-z]+)", text)) - {"schedule", "identity"}
+    typed = set(re.findall(r"`snapshotter ([a-z]+)", text))
     assert typed <= set(commands), typed - set(commands)
     known = {option for command in commands.values() if command for each in command.params for option in each.opts}
     for option in set(re.findall(r"(?<!-)(--[a-z][a-z-]+)", text)):

@@ -83,6 +83,31 @@ def test_after_a_boot_that_started_nothing_the_way_back_is_open(node: Story) -> 
     assert node.as_it_was() and node.service.running() and not node.leftovers()
 
 
+def test_one_that_something_starts_between_the_renames_and_our_start(node: Story) -> None:
+    """As a container with a restart policy. It is undone; what that run has made anew by a rename goes with it."""
+
+    def patch() -> None:
+        from snapshotter.host import exchange
+
+        whole, calls = exchange.sync_parents, []
+
+        def sync_parents(paths: list[str]) -> None:
+            whole(paths)
+            if not calls:
+                calls.append(1)
+                node.service.do("start")
+                (node.data / "new").write_text("by the wrong run")
+                os.replace(node.data / "new", node.data / "static-nodes.json")
+                (node.data / "made.json").write_text("by the wrong run")
+
+        exchange.sync_parents = sync_parents  # type: ignore[assignment]
+
+    error = ok(node, *IN_PLACE, code=5, before=patch)
+    assert "in use" in error["message"] or "starts it again" in error["message"]
+    assert node.as_it_was(), difference(picture(node.data), node.old)
+    assert node.service.running() and not node.leftovers() and not journals(node)
+
+
 def made_anew(node: Story) -> None:
     """What a node makes of its own at the top, and what isn't its."""
     (node.data / "made").mkdir()

@@ -212,6 +212,20 @@ def test_a_validator_is_asked_whether_it_is_alone(tmp_path: Path) -> None:
         assert node.restored()
 
 
+def test_two_at_once(node: Story) -> None:
+    """One does it, the other is told that the target is locked, or that old data is still set aside."""
+    runs = [node.command.start(*IN_PLACE, "--json") for _ in range(3)]
+    ended = sorted((run.communicate(timeout=240)[1] != "", run.returncode) for run in runs)
+    assert sorted(code for _, code in ended) == [0, 5, 5], ended
+    assert node.restored() and node.service.running() and len(journals(node)) == 1
+    undoing = [node.command.start("restore", "--undo", "ours", "--json") for _ in range(2)]
+    codes = sorted(run.wait(timeout=240) for run in undoing)
+    for run in undoing:
+        run.communicate()
+    assert codes[0] == 0 and codes[1] in (4, 5), codes
+    nothing_changed(node)
+
+
 def test_the_journal_may_not_be_in_what_is_moved(node: Story) -> None:
     text = node.command.config.read_text()
     node.command.config.write_text(text.replace(f"{node.command.home}/state", f"{node.data}/state", 1))
