@@ -178,9 +178,8 @@ class EbsProvider(Provider):
         api = self._api()
         within = api.deadline(f"the slot {slot}")
         listed = api.pages("describe_snapshots", "Snapshots", within, OwnerIds=["self"], Filters=filters)
-        for item in api.memory.over(listed, "SnapshotId", "snap-"):
-            found = self._snapshot(item)
-            if found is not None and (found.birth.target, found.birth.slot) == (target, slot):
+        for found in sets.snapshots(api.memory.over(listed, "SnapshotId", "snap-")):
+            if (found.birth.target, found.birth.slot) == (target, slot):
                 yield found
 
     def _plan(self, volumes: Sequence[Volume]) -> Plan:
