@@ -108,6 +108,8 @@ def _said(path: Path) -> str:
 def nvme_disks(scratch: Path, megabytes: int = 2048) -> Iterator[NvmeDisks]:
     """Disks on a btrfs of their own, and the port that they are reached by; all undone at the end."""
     subprocess.run(["modprobe", "-a", "nvmet", "nvmet_tcp", "nvme_tcp"], check=True, capture_output=True)
+    if not _TARGET.is_dir():  # nobody needed it at boot
+        subprocess.run(["mount", "-t", "configfs", "configfs", "/sys/kernel/config"], check=True)
     scratch.mkdir(parents=True, exist_ok=True)
     with loop_file_system("btrfs", scratch, megabytes) as point:
         _PORT.mkdir()
