@@ -15,6 +15,8 @@ from snapshotter.core.command import run
 from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, StorageError
 from snapshotter.core.model import MountSpec
 
+#: File systems whose own commands hang while they are frozen.
+NEVER_FROZEN = frozenset({"zfs", "btrfs"})
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 

@@ -17,7 +17,7 @@ from snapshotter.core.command import run
 from snapshotter.core.errors import BusyError, PreconditionError, QuiesceError, StorageError, UndoIncompleteError
 from snapshotter.host import watchdog
 from snapshotter.host.holding import Held, leftovers, reap
-from snapshotter.host.mounts import mount_of
+from snapshotter.host.mounts import NEVER_FROZEN, mount_of
 from snapshotter.host.places import run_directory
 from snapshotter.host.processes import Identity, Process, Scan, Scanner, alive, ancestors, named, stopped
 from snapshotter.host.service import Service
@@ -324,10 +324,6 @@ class _Freeze(Held):
     def _close(self) -> None:
         while self._fds:
             os.close(self._fds.popitem()[1][1])
-
-
-#: File systems whose own commands hang while they are frozen.
-NEVER_FROZEN = frozenset({"zfs", "btrfs"})
 
 
 def _refuse_freezing(point: str, ours: int) -> None:
