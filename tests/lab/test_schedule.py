@@ -46,7 +46,7 @@ def test_timer_and_cron_fire_and_good_sets_appear(tmp_path: Path, measured: Any)
                 exposure = re.search(r"exposure level for .*: ([0-9.]+)", said.stdout)
                 assert said.returncode == 0 and exposure is not None, said.stdout
                 while systemd.show(SERVICE, "ExecMainExitTimestampMonotonic") in ("", "0"):
-                    assert time.monotonic() < started + 150
+                    assert time.monotonic() < started + 300
                     time.sleep(1)
                 status = systemd.enter("systemctl", "status", "--no-pager", SERVICE, check=False).stdout
                 assert systemd.show(SERVICE, "Result") == "success", status
@@ -56,7 +56,7 @@ def test_timer_and_cron_fire_and_good_sets_appear(tmp_path: Path, measured: Any)
                 systemd.enter("systemctl", "stop", TIMER, SERVICE)
                 assert len(inside.json("schedule", "remove", "--all")["removed"]) == 1
             while not any(entry["good"] for entry in by_cron.json("list", "plain")["sets"]):
-                assert time.monotonic() < started + 240
+                assert time.monotonic() < started + 420
                 time.sleep(1)
         finally:
             by_cron.run("schedule", "remove", "--all")
