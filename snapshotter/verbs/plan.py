@@ -18,7 +18,6 @@ from snapshotter.core.labels import decode_birth, encode_birth
 from snapshotter.core.model import Birth, Grade, Member, Quiesce, Root, SnapshotSet, Volume, new_set_id
 from snapshotter.host import mounts
 from snapshotter.host.places import host_name
-from snapshotter.host.quiesce import NEVER_FROZEN
 from snapshotter.nodes import profiles
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.profiles import Profile
@@ -292,8 +291,11 @@ def _quiesce(node: Node, asked: str | None, owners: Sequence[Provider], volumes:
             )
         return chosen
     needs = {owner.traits.quiesce for owner in owners}
-    if Quiesce.FREEZE in needs and any(volume.fstype in NEVER_FROZEN for volume in volumes):
-        return Quiesce.PAUSE
+    if Quiesce.FREEZE in needs:
+        from snapshotter.host.quiesce import NEVER_FROZEN  # takes longer to load than a snapshot to make
+
+        if any(volume.fstype in NEVER_FROZEN for volume in volumes):
+            return Quiesce.PAUSE
     if needs == {Quiesce.FREEZE}:
         return Quiesce.FREEZE  # all of them together, so it needn't be one instant
     if Quiesce.PAUSE in needs or not _one_instant(owners, volumes):
