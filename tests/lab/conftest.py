@@ -36,6 +36,7 @@ SAMPLED: dict[str, set[str]] = {
     # Minutes each: under --full.
     "test_lvm_hot": set(),
     "test_lvm_kills": set(),
+    "test_schedule": {"test_the_timer_fires_and_a_good_set_appears"},
     "test_zfs_errors": {
         "test_a_dataset_that_is_gone",
         "test_what_is_held_or_cloned_by_others_is_busy[command]",
