@@ -19,7 +19,6 @@ flock on a set's directory says that somebody makes, marks, attaches or deletes 
 from __future__ import annotations
 
 import os
-import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,7 +26,8 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 from providers.copy import clones
-from providers.copy.making import MAKING, Making, Part, leave_stores_out, mount_points, own
+from providers.copy.foreseeing import previous, room_needed
+from providers.copy.making import MAKING, Making, Part, own
 from providers.copy.sets import NAME, Sets
 from snapshotter.core.errors import (
     BusyError,
@@ -61,12 +61,7 @@ from snapshotter.core.model import (
     Volume,
 )
 from snapshotter.host import mounts, processes, tree
-from snapshotter.host.mirror import (
-    CLEAN,
-    Mirror,
-    Shares,
-    manifest_lines,
-)
+from snapshotter.host.mirror import Mirror, Shares
 from snapshotter.host.mounts import Mount
 from snapshotter.host.store import (
     STORE_CURE,
@@ -175,7 +170,7 @@ class CopyProvider(Provider):
         above = place if os.path.isdir(place) else os.path.dirname(place)
         needed = 0
         for volume in volumes:
-            needed += self._room_needed(volume, birth, above)
+            needed += room_needed(volume, birth, above)
         total, free = room(above)
         reserve = int(total * self.settings.floor)
         if needed + reserve > free:
@@ -185,74 +180,6 @@ class CopyProvider(Provider):
                 object=place,
                 cure="free some space, lower `floor`, or " + STORE_CURE,
             )
-
-    def _room_needed(self, volume: Volume, birth: Birth, above: str) -> int:
-        """Bytes that a copy of the volume takes, after one walk. Raises PreconditionError."""
-        assert volume.path is not None
-        refused: list[str] = []
-        devices: list[str] = []
-        sizes: dict[tuple[int, int], tuple[int, str, tree.Entry]] = {}
-        privileged = os.geteuid() == 0
-
-        def seen(at: int, name: str, path: str, found: os.stat_result) -> None:
-            if stat.S_ISREG(found.st_mode):
-                if not privileged and not os.access(name, os.R_OK, dir_fd=at, effective_ids=True):
-                    refused.append(path)
-                used = min(found.st_blocks * 512, found.st_size + 4096)
-                sizes[found.st_dev, found.st_ino] = (used, path, tree.entry_of(found))
-            elif not privileged and (stat.S_ISBLK(found.st_mode) or stat.S_ISCHR(found.st_mode)):
-                devices.append(path)
-
-        try:
-            with tree.open_tree(volume.path) as top:
-                tree.walk(
-                    top,
-                    mount_points(volume.path),
-                    seen=seen,
-                    unreadable=refused.append,
-                    leave_out=leave_stores_out(set()),
-                )
-                if refused:
-                    raise PreconditionError(
-                        f"{len(refused)} of its files or directories can't be read, the first is {refused[0]!r}",
-                        object=volume.path,
-                        cure="run as root, or as the user who owns them",
-                    )
-                if devices:
-                    raise PreconditionError(
-                        f"{devices[0]!r} is a device node, which only root can copy",
-                        object=volume.path,
-                        cure="run as root, or move it away",
-                    )
-                if self._clones(top, volume, [path for used, path, _ in sizes.values() if used], above):
-                    return 0
-        except OSError as error:
-            raise PreconditionError(f"can't be read: {error.strerror}", object=volume.path) from None
-        shared = self._previous(birth, volume, above)
-        try:
-            return sum(used for used, path, entry in sizes.values() if shared is None or not shared.has(path, entry))
-        finally:
-            if shared is not None:
-                shared.dirs.close()
-
-    @staticmethod
-    def _clones(top: tree.Dirs, volume: Volume, files: list[str], above: str) -> bool:
-        """Whether the volume's blocks can be shared with files in `above`."""
-        for path in files[:1]:
-            parent, name = tree.parent_and_name(path)
-            try:
-                fd = tree.open_to_read(name, top.get(parent))
-            except OSError:
-                break
-            try:
-                tried = tree.can_clone(fd, above)
-            finally:
-                os.close(fd)
-            if tried is not None:
-                return tried
-        assert volume.path is not None
-        here, there = mounts.mount_of(volume.path), mounts.mount_of(os.path.realpath(above))
-        return here.device == there.device and here.fstype in ("btrfs", "xfs", "bcachefs")
 
     def space(self, volumes: Sequence[Volume]) -> Space:
         named = self._named()
@@ -342,7 +269,7 @@ class CopyProvider(Provider):
         target = undo.enter_context(tree.open_tree(f"{at}/{number}/tree", dir_fd=store.fd))
 
         def load() -> Shares | None:
-            shares = self._previous(birth, volume, store.path)
+            shares = previous(birth, volume, store.path)
             if shares is not None:
                 undo_shares.callback(shares.dirs.close)
             return shares
@@ -350,36 +277,6 @@ class CopyProvider(Provider):
         undo_shares = undo.enter_context(ExitStack())
         flush = tree.write_back_overlay if mounts.mount_of(volume.path).fstype == "overlay" else tree.write_back
         return Part(number, volume, Mirror(source, target, attic, load_shares=load, flush=flush))
-
-    def _previous(self, birth: Birth, volume: Volume, place: str) -> Shares | None:
-        """The newest good image of the same volume of the same target in the store `place`."""
-        store = Sets.open(place)
-        if store is None:
-            return None
-        with store:
-            good = [
-                each
-                for each in store.snapshots()
-                if each.birth.target == birth.target
-                and each.volume == volume.id
-                and each.state is ImageState.READY
-                and "sealed" in each.marks
-                and each.marks.get("grade") != "skewed"
-                and each.marks.get("verify-outcome") != "corrupt"
-            ]
-            if not good:
-                return None
-            newest = max(good, key=lambda each: (each.order, each.birth.set_id))
-            at = f"sets/{newest.birth.set_id}/{newest.birth.member}"
-            clean: dict[str, tuple[int, int, int, int]] = {}
-            try:
-                with open(os.open(f"{at}/manifest", os.O_RDONLY | os.O_CLOEXEC, dir_fd=store.fd)) as file:
-                    for path, flags, _, entry in manifest_lines(file):
-                        if flags == CLEAN and stat.S_ISREG(entry.mode):
-                            clean[path] = (entry.ino, entry.size, entry.mtime_ns, entry.ctime_ns)
-                return Shares(tree.open_tree(f"{at}/tree", dir_fd=store.fd), clean)
-            except (OSError, ValueError, TypeError):
-                return None  # nothing to share with: a full copy
 
     def create(self, volumes: Sequence[Volume], birth: Birth, hold: Hold) -> tuple[Snapshot, ...]:
         def tick() -> None:
