@@ -91,7 +91,7 @@ def test_two_at_once_leave_one_set_a_slot(twin: Twin, tmp_path: Path) -> None:
     ):
         one.events.put({})
         other.events.put({})
-        answers = [call.answers.get(timeout=120) for call in (one, other)]
+        answers = [call.answer() for call in (one, other)]
         assert [kind for kind, _ in answers] == ["response", "response"], answers
         sealed = [tags for tags in alive(twin) if "snapshotter:mark-sealed" in tags]
         assert len(sealed) == len({tags["snapshotter:slot"] for tags in sealed}) == 4

@@ -9,7 +9,6 @@ import json
 import os
 import queue
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -17,25 +16,21 @@ from datetime import UTC, datetime
 from typing import Any
 from unittest import mock
 
-from providers.ebs import EbsProvider
-from providers.ebs.api import Api
 from snapshotter import functions
-from tests.faults.ebs_fleet import BURST, LATENCY_S, PER_SECOND, FleetClock, ItsClock, peak_mb
-from tests.faults.test_functions import fleet
-from tests.twins.ec2 import Limits, Twin
+from tests.faults.fleet_kit import FleetClock, ItsClock, peak_mb
 from tests.unit.upkeep_kit import CLOCKS
 
 DAY_S = 86400.0
+LATENCY_S = 0.1
 
 
 class Clock(FleetClock):
     def __init__(self) -> None:
-        super().__init__()
-        self._time = time.time()
+        super().__init__(time.time())
         self._busy = 1
 
-    def wall(self) -> float:
-        return self.now()
+    def pass_by(self, seconds: float) -> None:
+        self._time += seconds
 
     def pool(self, size: int) -> Pool:
         return Pool(self, size)
@@ -67,11 +62,7 @@ class Pool:
                     return
                 done.append(act(item))
 
-        threads = [threading.Thread(target=self.clock.work, args=(worker,)) for _ in range(self.size)]
-        self.clock.start(threads)
-        for thread in threads:
-            thread.join()
-        self.clock._busy = 1
+        self.clock.run(worker, self.size)
         return done
 
 
@@ -81,6 +72,12 @@ class EbsFleet:
     provider = "ebs"
 
     def __init__(self, clock: Clock, nodes: int) -> None:
+        # Each cloud's library is loaded in its own process only: memory is measured.
+        from providers.ebs import EbsProvider
+        from providers.ebs.api import Api
+        from tests.faults.ebs_fleet import BURST, PER_SECOND
+        from tests.twins.ec2 import Limits, Twin
+
         limits = Limits(buckets={"*": (BURST, PER_SECOND)}, spacing_s=15.0, upload_s=30.0)
         self.twin = Twin(None, limits, ItsClock(clock))
         make = Api._make
@@ -92,7 +89,9 @@ class EbsFleet:
 
         Api._make = slow  # type: ignore[method-assign]
         EbsProvider.clock = clock
-        fleet(self.twin, nodes)
+        for number in range(nodes):
+            volume = self.twin.world.add_volume(self.twin.world.run_instance(), "/dev/sdf", with_bytes=False)
+            self.twin.world.retag(volume, {"snapshotter:node": f"n{number}"})
 
     def slots(self) -> list[str]:
         world = self.twin.world
@@ -108,9 +107,10 @@ class GceFleet:
         from google.auth.transport.requests import AuthorizedSession
 
         from providers.gce import GceProvider
+        from tests.faults.gce_fleet import PER_MINUTE
         from tests.twins import gce
 
-        limits = gce.Limits(per_minute={"get": 1500, "list": 1500, "change": 1500, "operation": 1500}, upload_s=30.0)
+        limits = gce.Limits(per_minute=PER_MINUTE, upload_s=30.0)
         self.twin = gce.Twin(None, limits, ItsClock(clock))
         request = AuthorizedSession.request
 
@@ -165,7 +165,7 @@ def run(kind: str, nodes: int, days: int) -> list[dict[str, Any]]:
                         "peak_mb": peak_mb(),
                     }
                 )
-                clock._time += DAY_S
+                clock.pass_by(DAY_S)
     return found
 
 

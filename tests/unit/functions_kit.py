@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -29,10 +30,23 @@ class Lambda:
         self.events: queue.Queue[dict[str, Any]] = queue.Queue()
         self.answers: queue.Queue[tuple[str, Any]] = queue.Queue()
         self.seconds = 900.0
+        self.process: subprocess.Popen[bytes] | None = None
+        self.log = Path()
 
-    def __call__(self, event: dict[str, Any], patience_s: float = 120) -> tuple[str, Any]:
+    def __call__(self, event: dict[str, Any]) -> tuple[str, Any]:
         self.events.put(event)
-        return self.answers.get(timeout=patience_s)
+        return self.answer()
+
+    def answer(self, patience_s: float = 200) -> tuple[str, Any]:
+        """The next. Longer than an image in the making holds its slot up."""
+        try:
+            return self.answers.get(timeout=patience_s)
+        except queue.Empty:
+            assert self.process is not None
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGABRT)  # Python says where it was
+                self.process.wait(10)
+            raise AssertionError(f"no answer, exit {self.process.returncode}: {self.log.read_text()}") from None
 
     def handler(self) -> type[BaseHTTPRequestHandler]:
         cloud = self
@@ -55,6 +69,7 @@ class Lambda:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 cloud.answers.put((self.path.rpartition("/")[2], json.loads(body)))
                 self.send_response(202)
+                self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
@@ -79,6 +94,7 @@ def lambda_function(environment: dict[str, str], log: Path) -> Iterator[Lambda]:
         "AWS_LAMBDA_FUNCTION_VERSION": "1",
         "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "256",
         "AWS_REGION": "eu-central-1",
+        "PYTHONFAULTHANDLER": "1",
         **environment,
     }
     with log.open("w") as out:
@@ -90,6 +106,7 @@ def lambda_function(environment: dict[str, str], log: Path) -> Iterator[Lambda]:
             stdout=out,
             stderr=out,
         )
+    cloud.process, cloud.log = process, log
     try:
         yield cloud
     finally:
