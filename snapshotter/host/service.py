@@ -13,7 +13,6 @@ from msgspec import Struct
 
 from snapshotter.core.command import run
 from snapshotter.core.errors import BusyError, PreconditionError, StorageError
-from snapshotter.core.journal import sync_directory
 from snapshotter.host.mounts import table
 
 #: Where a link to /dev/null masks a unit, whatever else defines it, also over a power cut. `systemctl mask` can't: it
@@ -195,6 +194,8 @@ class SystemdUnit(Struct, frozen=True):
         return os.path.join(_MASKS, real)
 
     def mask(self) -> None:
+        from snapshotter.core.journal import sync_directory  # a take needs neither
+
         link = self._link()
         try:
             os.makedirs(_MASKS, exist_ok=True)
@@ -211,6 +212,8 @@ class SystemdUnit(Struct, frozen=True):
             )
 
     def unmask(self) -> None:
+        from snapshotter.core.journal import sync_directory
+
         link = self._link()
         try:
             if os.readlink(link) == "/dev/null":

@@ -175,6 +175,25 @@ def test_an_undo_that_fails_on_the_way_says_so_whatever_the_journal_could_take(t
         assert node.as_it_was() and node.service.running() and not node.leftovers()
 
 
+@pytest.mark.root
+def test_old_data_that_was_brought_back_from_another_disk_is_not_taken_for_the_new_runs(tmp_path: Path) -> None:
+    """The undo is killed as it removes the copy: done again, it leaves what it has brought back."""
+    with story("away", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        restore = ("restore", node.set_id, *node.in_place)
+        ok(node, *restore)
+        calls = run_here(node.command, "restore", "--undo", "ours")[2]
+        assert node.as_it_was()
+        ok(node, *restore)
+        last = calls.count("before-remove")
+        killed, _, _ = run_here(node.command, "restore", "--undo", "ours", kill_at=point(calls, "before-remove", last))
+        assert killed == -signal.SIGKILL and journals(node)
+        ok(node, "restore", "--undo", "ours")
+        assert node.as_it_was(), difference(picture(node.data), node.old)
+        assert node.service.running() and not node.leftovers()
+
+
 # ---------------------------------------------------------------------------------------------------- not well, twice
 
 

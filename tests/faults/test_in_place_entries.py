@@ -75,6 +75,15 @@ def test_one_that_was_only_killed_goes_on(node: Story) -> None:
     assert not difference(now, node.of_set) and node.service.running()
 
 
+def test_what_was_made_ready_twice_leaves_nothing(node: Story) -> None:
+    """Killed while it was made ready: --continue makes it anew."""
+    calls = run_here(node.command, *IN_PLACE)[2]
+    ok(node, "restore", "--undo", "ours")
+    run_here(node.command, *IN_PLACE, kill_at=point(calls, "before-Mirror.update"))
+    ok(node, "restore", "--continue", "ours")
+    assert not [name for name in os.listdir(node.data) if "restoring" in name]
+
+
 def test_after_a_boot_that_started_nothing_the_way_back_is_open(node: Story) -> None:
     cut_in_the_middle(node)
     another_boot(node)
