@@ -200,6 +200,8 @@ def wait_for_dead_runs() -> None:
 
 #: Not any "not found": warnings speak of devices, links and physical volumes that aren't.
 _ABSENT = re.compile(r'Failed to find logical volume|Volume group "\S+" not found|[Ll]ogical volume \S+ not found')
+#: A killed command's, or somebody's own.
+_ORPHAN = re.compile(r"Thin pool (\S+) \([0-9:]+\) already contains? thin device with device_id ([0-9]+)")
 
 
 def failure(done: Outcome, object: str) -> SnapshotterError:
@@ -208,6 +210,12 @@ def failure(done: Outcome, object: str) -> SnapshotterError:
     text = " ".join(done.stderr.split())
     if _ABSENT.search(text):
         return NotFoundError("there is no such logical volume", object=object, cure="`lvs` shows what there is")
+    if orphan := _ORPHAN.search(text):
+        return StorageError(
+            f"the thin pool {orphan[1]} has a device {orphan[2]} that LVM knows nothing of, and wants that number next",
+            object=object,
+            cure=f"if it is nobody's: dmsetup message {orphan[1]} 0 'delete {orphan[2]}'",
+        )
     if "already exists" in text:
         return BusyError("exists already", object=object, cure="try again, which chooses another name")
     if "in use" in text or "is used by another device" in text:

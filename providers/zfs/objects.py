@@ -112,6 +112,13 @@ def labelled(properties: Sequence[str], *, native: bool = False) -> list[Object]
     return read(list(found)) if native else [_object(name, found[name]) for name in found]
 
 
+def sure(*properties: str) -> list[Object]:
+    """As `labelled`, for what is to be changed: each asked for by its name, as a value of many lines may speak of
+    others in the listing of all."""
+    found = read([each.name for each in labelled(properties)])
+    return [each for each in found if any(name in each.ours or name in each.received for name in properties)]
+
+
 def _object(name: str, found: tool.Properties) -> Object:
     return Object(
         name=name,

@@ -39,7 +39,7 @@ def open_swaps(found: Sequence[Object]) -> Iterator[tuple[str, Object | None, Ob
 
 
 def _find(swap_id: str) -> tuple[Object | None, Object | None]:
-    for found, clone, aside in open_swaps(objects.labelled((SWAP, ASIDE))):
+    for found, clone, aside in open_swaps(objects.sure(SWAP, ASIDE)):
         if found == swap_id:
             return clone, aside
     tool.refuse_blind()
@@ -88,7 +88,7 @@ def _check(swap_id: str, snapshot: Object, volume: str) -> None:
         raise PreconditionError("is in another pool than the set", object=volume, cure="restore with --to, and copy")
     if here[volume].get("keystatus", ("-", ""))[0] == "unavailable":
         raise PreconditionError("its encryption key isn't loaded", object=volume, cure=f"zfs load-key {volume}")
-    for other, clone, aside in open_swaps(objects.labelled((SWAP, ASIDE))):
+    for other, clone, aside in open_swaps(objects.sure(SWAP, ASIDE)):
         records = [each.record(prop) for each, prop in ((clone, SWAP), (aside, ASIDE)) if each is not None]
         if other == swap_id or any(record and record.get("volume") == volume for record in records):
             raise BusyError(f"swap {other} is open", object=volume, cure="take it back or commit it")
@@ -152,13 +152,12 @@ def _retire(name: str, swap_id: str) -> None:
 def sweep() -> list[str]:
     """Remove the kept clones that nothing hangs on any more; their names."""
     removed = []
-    for each in objects.labelled((KEPT,)):
-        for found in objects.read([each.name]):  # asked for by its name: a value of many lines may speak of others
-            # By another name a person keeps it.
-            ours = ".clone-" in found.name and found.record(KEPT) is not None
-            if ours and not tool.snapshots_of(found.name) and not _mounted(found.name):
-                tool.destroy(found.name)
-                removed.append(found.name)
+    for found in objects.sure(KEPT):
+        # By another name a person keeps it.
+        ours = ".clone-" in found.name and found.record(KEPT) is not None
+        if ours and not tool.snapshots_of(found.name) and not _mounted(found.name):
+            tool.destroy(found.name)
+            removed.append(found.name)
     return removed
 
 
