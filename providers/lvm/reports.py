@@ -124,7 +124,12 @@ class Row(msgspec.Struct, frozen=True):
 
 def parse(text: str) -> list[Row]:
     """The rows of `lvs --reportformat json --units b --nosuffix`. Raises ValueError for anything else."""
-    return [_row(found) for report in loads(text)["report"] for found in report["lv"]]
+    return [_row(found) for report in loads(report_of(text))["report"] for found in report["lv"]]
+
+
+def report_of(stdout: str) -> str:
+    """LVM may say "Retrying metadata scan." on stdout first."""
+    return stdout[max(0, stdout.find("{")) :]
 
 
 def _row(found: Mapping[str, str]) -> Row:

@@ -272,7 +272,12 @@ def swap_commit(report: Report, swap_id: str) -> bool:
         clone, aside = known.clone, known.aside
         if clone is not None and clone.name != known.place:
             raise StorageError("the swap was never finished", object=swap_id, cure="take it back")
-        if aside is not None and (clone is not None or _committed(known)):
+        if aside is not None and clone is not None and aside.name != f"{swap_id}-aside":
+            # By another name a person keeps it: it is theirs.
+            group.lvm(
+                "lvchange", *(w for text in _tags_of(aside) for w in ("--deltag", text)), aside.id, object=aside.id
+            )
+        elif aside is not None and (clone is not None or _committed(known)):
             _refuse_dependents(rows, aside)
             if not _committed(known):
                 group.lvm("lvchange", "--addtag", tag("committed", "1"), aside.id, object=aside.id)
@@ -283,6 +288,10 @@ def swap_commit(report: Report, swap_id: str) -> bool:
             ]
             group.lvm("lvchange", *(w for text in gone for w in ("--deltag", text)), clone.id, object=clone.id)
     return True
+
+
+def _tags_of(aside: Row) -> list[str]:
+    return [text for text in aside.tags if text.startswith((tag("aside", ""), tag("place", ""), tag("committed", "")))]
 
 
 def finish_commits(rows: Sequence[Row]) -> list[str]:

@@ -255,6 +255,7 @@ class ZfsProvider(Provider):
 
     def _delete(self, names: Sequence[str], set_id: str) -> None:
         members = objects.of_set(objects.read(names), set_id)
+        members = [each for each in members if each.ours.get(BIRTH) == tool.local_value(each.name, BIRTH)]
         for each in members:
             for record in attaching.mounts_of(each).values():
                 raise attaching.attached(set_id, record)

@@ -113,10 +113,15 @@ def labelled(properties: Sequence[str], *, native: bool = False) -> list[Object]
 
 
 def sure(*properties: str) -> list[Object]:
-    """As `labelled`, for what is to be changed: each asked for by its name, as a value of many lines may speak of
-    others in the listing of all."""
-    found = read([each.name for each in labelled(properties)])
-    return [each for each in found if any(name in each.ours or name in each.received for name in properties)]
+    """As `labelled`, for what is to be changed: only what each has set on itself for certain. `zfs get` prints a value
+    of many lines as it is, also an inherited one, and these may look like any object's properties: so each is asked
+    for alone."""
+    found = []
+    for each in labelled(properties):
+        ours = {key: value for key in each.ours if (value := tool.local_value(each.name, key))}
+        if ours:
+            found.append(msgspec.structs.replace(each, ours=ours))
+    return found
 
 
 def _object(name: str, found: tool.Properties) -> Object:

@@ -69,6 +69,7 @@ def begin(swap_id: str, snapshot: Object, volume: str) -> None:
         tool.change("rename", "-u", clone, volume, object=clone)
         _move_children(aside, volume)
         _restore_canmount(volume, record)
+        _make_mount_point(volume)
         _mount(volume, record)
     except BaseException:
         back(swap_id)
@@ -125,6 +126,7 @@ def back(swap_id: str) -> None:
         if clone is not None and library.exists(_beside(volume, swap_id)[0]):
             _move_children(_beside(volume, swap_id)[0], volume)
         _restore_canmount(volume, record)
+    _make_mount_point(volume)
     _mount(volume, record)
     if clone is not None:
         _retire(_beside(volume, swap_id)[0], swap_id)
@@ -281,9 +283,16 @@ def _restore_canmount(volume: str, record: dict[str, Any]) -> None:
     tool.change("set", f"canmount={record.get('canmount') or 'on'}", volume, object=volume)
 
 
+def _make_mount_point(volume: str) -> None:
+    """`zfs rename` removes a mount point that it finds empty; who unmounted it before the swap will mount it again."""
+    point = tool.get(("mountpoint",), [volume]).get(volume, {}).get("mountpoint", ("", ""))[0]
+    if point.startswith("/"):
+        os.makedirs(point, exist_ok=True)
+
+
 def _mount(volume: str, record: dict[str, Any]) -> None:
     """Mounted where it was before the swap."""
     for path, options in record.get("mounted", ()):
         if not any(mount.path == path for mount in _mounted(volume)):
-            os.makedirs(path, exist_ok=True)  # `zfs rename` removes a mount point that it finds empty
+            os.makedirs(path, exist_ok=True)
             mounts.mount(MountSpec(volume, "zfs", tuple(options)), path)

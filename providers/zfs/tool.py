@@ -209,6 +209,12 @@ def get_set(properties: Sequence[str]) -> dict[str, Properties]:
     return found
 
 
+def local_value(name: str, key: str) -> str:
+    """What this one object has set on itself as this one property, to the letter; '' if nothing."""
+    outcome = run(["zfs", "get", "-Hp", "-s", "local", "-o", "value", key, name], timeout=_READING_S)
+    return outcome.stdout.removesuffix("\n")
+
+
 def get_local(name: str) -> dict[str, str]:
     """All properties that are set on this object itself. Raises StorageError if it isn't there."""
     found: dict[str, Properties] = {}

@@ -363,6 +363,10 @@ def test_what_goes_with_a_volume() -> None:
         assert hanging_on([image, of_its_pool, other], image) == other
 
 
+def test_what_lvm_says_before_its_report_is_no_part_of_it() -> None:
+    assert parse("  Retrying metadata scan.\n" + REPORT) == parse(REPORT)
+
+
 def test_reports_that_are_none_are_refused() -> None:
     for text in ("", "{}", '{"report": []', json.dumps({"report": [{"lv": [{"lv_name": "x"}]}]})):
         with pytest.raises((ValueError, KeyError)):
