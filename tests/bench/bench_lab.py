@@ -26,7 +26,7 @@ from tests.bench.bench_kit import CHECKOUT, Spread, environment, spread, timed
 from tests.lab import lvm_kit, zfs_kit
 
 PEERS = Path("/opt/peers")
-SETS, GROUPS, MEMBERS = 400, 8, 5  # 2,000 snapshots of 40 datasets
+SETS, GROUPS, MEMBERS = 1000, 20, 2  # 2,000 snapshots of 40 datasets
 
 
 class Here:
@@ -230,7 +230,7 @@ def on_zfs(report: Report, here: Here, home: Path, rounds: int) -> None:
 
 
 def many(report: Report, here: Here, rounds: int, sets: int) -> None:
-    """Sets of five datasets each, as takes leave them, made in one call a set."""
+    """Sets of two datasets each, as takes leave them, made in one call a set."""
     with zfs_kit.build("openzfs"), zfs_kit.pool(512) as pool:
         library = sys.modules["libzfs_core"]
         groups: list[list[str]] = []
