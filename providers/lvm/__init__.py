@@ -21,20 +21,17 @@ from datetime import datetime
 
 import msgspec
 
-from providers.lvm import room
+from providers.lvm import images, room
 from providers.lvm.commands import WAIT_S, Group, changing, recover_all, wait_for_dead_runs
 from providers.lvm.reports import (
     LIMITS,
     NAME,
-    QUOTA,
     Row,
-    attachment_record,
     birth_of,
     birth_tags,
     find,
     maker_lives,
     maker_tag,
-    mark_tag,
     marks,
     pool_of,
     read,
@@ -51,7 +48,7 @@ from snapshotter.core.errors import (
     SnapshotterError,
     StorageError,
 )
-from snapshotter.core.labels import apply_marks, check_marks
+from snapshotter.core.labels import check_marks
 from snapshotter.core.model import (
     SET_ID,
     Access,
@@ -66,15 +63,12 @@ from snapshotter.core.model import (
     Space,
     Tree,
     Volume,
-    utc_now,
 )
-from snapshotter.host import block, mounts
+from snapshotter.host import block
 from snapshotter.host.mounts import Mount
-from snapshotter.host.places import host_name, same_host
 from snapshotter.provider import Option, Provider, Settings, Traits
 
 _FRESH_S = 10.0  # `prepare` believes what `check` has just read: a report costs half of a snapshot
-_QUOTA = re.compile(r"quota|(usr|grp|prj)j?quota(=[A-Za-z0-9_+./-]+)?|[ugp]qnoenforce|jqfmt=\w+")
 
 
 class _Prepared(msgspec.Struct, frozen=True):
@@ -109,6 +103,8 @@ class LvmProvider(Provider):
         self._seen: tuple[float, list[Row]] = float("-inf"), []
         self._prepared: dict[str, _Prepared] = {}
         self._made: dict[str, list[_Made]] = {}  # set id -> its images, until they are marked
+        self._begun: set[str] = set()  # sets of this run: their groups could be read
+        self._blind = ""  # why LVM's last report may lack volumes
         self._covered: set[str] = set()  # volumes whose file system lies on something that lies on them
 
     # -- which volume ---------------------------------------------------------------------------------------------
@@ -170,11 +166,19 @@ class LvmProvider(Provider):
                 message, _, cure = self.availability()[0].partition(": ")
                 raise PreconditionError(message, object=self.name, cure=cure)
             return []
-        return self._rows(read(groups))
+        rows, self._blind = read(groups)
+        return self._rows(rows)
 
     def _rows(self, rows: list[Row]) -> list[Row]:
         """All of them; tests look at their own groups only."""
         return rows
+
+    def _refuse_blind(self) -> None:
+        """What LVM's last report doesn't show may be there: raise StorageError if it could not look everywhere."""
+        if self._blind:
+            raise StorageError(
+                f"LVM can't look into all of its groups: {self._blind}", object=self.name, cure="see what `vgs` says"
+            )
 
     def _settled_report(self) -> list[Row]:
         """What LVM says once no command of a dead run works any more. Raises BusyError if one goes on and on."""
@@ -185,6 +189,8 @@ class LvmProvider(Provider):
 
     def check(self, volumes: Sequence[Volume], birth: Birth) -> None:
         rows = self._report(_groups(volumes))
+        if self._blind:
+            raise PreconditionError(self._blind, object=_groups(volumes)[0], cure="see what `vgs` says")
         self._seen = time.monotonic(), rows
         for group, theirs in _by_group(volumes).items():
             tags = [
@@ -256,11 +262,16 @@ class LvmProvider(Provider):
             find(rows, volume.id)
         if any(born is not None and born.set_id == birth.set_id for born in map(birth_of, rows)):
             raise BusyError("exists already", object=birth.set_id, cure="choose another id")
-        if left := _leftovers(rows, volumes):
+        if left := images.leftovers(rows, volumes):
             for set_id in left:
-                self.delete(set_id)
+                if (busy := images.in_use(rows, set_id)) is not None:
+                    # What can be opened has its image: nothing of it is queued for the next lvcreate. It can wait.
+                    self.notes.append(f"{set_id}, which a dead run left, stays: {busy.message}; {busy.cure}")
+                else:
+                    self.delete(set_id)
             rows = self._report(_groups(volumes))
         orders = [int(order) + 1 for row in rows if (order := row.labels.get("order", "")).isdigit()]
+        self._begun.add(birth.set_id)
         self._prepared[birth.set_id] = _Prepared(max([int(time.time()), *orders]), rows)
         self._seen = float("-inf"), []
 
@@ -268,7 +279,7 @@ class LvmProvider(Provider):
         self.prepare(volumes, birth, 0.0)
         ready = self._prepared.pop(birth.set_id)
         sizes = self._cow_sizes(ready.rows, volumes)
-        quota = {volume.id: _quota_tags(volume) for volume in volumes}
+        quota = {volume.id: images.quota_tags(volume) for volume in volumes}
         wait_s = WAIT_S if hold.deadline is None else max(0.0, (hold.deadline - time.monotonic()) / 2)
         made: dict[int, Snapshot] = {}
         with ExitStack() as stack:
@@ -309,6 +320,7 @@ class LvmProvider(Provider):
             found = snapshot(row, rows)
             if found is not None and set_id in (None, found.birth.set_id):
                 yield found
+        self._refuse_blind()  # hides no other group: last
 
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         check_marks(changes)
@@ -316,45 +328,38 @@ class LvmProvider(Provider):
         made = self._made.pop(set_id, None)
         if made is not None:  # known to the letter: the report would tell nothing new, and cost as much as the seal
             origins = [part.origin for part in made]
-            work = {part.id: _retag({}, changes, [part.maker] if sealing else []) for part in made}
+            work = {part.id: images.retag({}, changes, [part.maker] if sealing else []) for part in made}
         else:
             rows = self._report()
             members = {
                 row.id: (row, found) for row in rows if (found := snapshot(row, rows)) and found.birth.set_id == set_id
             }
             if not members:
+                self._refuse_blind()
                 raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all")
             for _, found in members.values():
                 if sealing and found.state is not ImageState.READY:
                     raise StorageError(f"can't be sealed: {found.why}", object=set_id)
             origins = [row for row, _ in members.values()]
             old = [text for row in origins for text in row.tags if text.startswith(tag("maker", ""))]
-            work = {at: _retag(marks(row), changes, old if sealing else []) for at, (row, _) in members.items()}
+            work = {at: images.retag(marks(row), changes, old if sealing else []) for at, (row, _) in members.items()}
         try:
-            _carry_out(work, set_id)
+            images.carry_out(work, set_id)
         except NotFoundError:
             raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all") from None
         if sealing:
-            _flush(origins)
+            images.flush(origins)
 
     def delete(self, set_id: str) -> None:
         _check_id(SET_ID, set_id)
         self._prepared.pop(set_id, None)
         self._made.pop(set_id, None)
         rows = self._settled_report()
-        ours = [row for row in rows if (born := birth_of(row)) is not None and born.set_id == set_id]
-        for row in rows:
-            record = attachment_record(row)
-            if ours and record is not None and record.get("set_id") == set_id:
-                where = record.get("path")
-                raise BusyError(
-                    f"is attached at {where} ({record['id']})", object=set_id, cure=f"snapshotter release {where}"
-                )
-        for row in ours:
-            for other in rows:
-                # lvremove -y would take it along: a classic snapshot that somebody made of our image.
-                if (other.vg, other.origin) == (row.vg, row.name) and other.attr[0] in "sS":
-                    raise BusyError(f"{other.id} hangs on it", object=set_id, cure=f"lvremove {other.id}, if unneeded")
+        ours = images.of_set(rows, set_id)
+        if not ours and set_id not in self._begun:
+            self._refuse_blind()
+        if (busy := images.in_use(rows, set_id)) is not None:
+            raise busy
         for vg in sorted({row.vg for row in ours}):
             theirs = [row for row in ours if row.vg == vg]
             origins = [row for row in rows if row.vg == vg and row.name in {our.origin for our in theirs}]
@@ -388,17 +393,24 @@ class LvmProvider(Provider):
     def settle(self, attachment_id: str, since: datetime) -> None:
         from providers.lvm import clones
 
-        clones.settle(self._report(), attachment_id, since)
+        rows = self._report()
+        if not clones.parts(rows, attachment_id):
+            self._refuse_blind()
+        clones.settle(rows, attachment_id, since)
 
     def attachments(self) -> Iterator[Attachment]:
         from providers.lvm import clones
 
-        return clones.listed(self._report())
+        yield from clones.listed(self._report())
+        self._refuse_blind()
 
     def detach(self, attachment_id: str) -> None:
         from providers.lvm import clones
 
-        clones.detach(self._settled_report(), attachment_id)
+        rows = self._settled_report()
+        if not clones.parts(rows, attachment_id):
+            self._refuse_blind()
+        clones.detach(rows, attachment_id)
 
     # -- taking the origin's place --------------------------------------------------------------------------------
 
@@ -412,18 +424,21 @@ class LvmProvider(Provider):
         from providers.lvm import swaps
 
         wait_for_dead_runs()
-        swaps.swap_back(self._report, swap_id)
+        if not swaps.swap_back(self._report, swap_id):
+            self._refuse_blind()
 
     def swap_commit(self, swap_id: str) -> None:
         from providers.lvm import swaps
 
         wait_for_dead_runs()
-        swaps.swap_commit(self._report, swap_id)
+        if not swaps.swap_commit(self._report, swap_id):
+            self._refuse_blind()
 
     def swaps(self) -> Iterator[str]:
         from providers.lvm.swaps import open_swaps
 
-        return iter(open_swaps(self._report()))
+        yield from open_swaps(self._report())
+        self._refuse_blind()
 
 
 # ------------------------------------------------------------------------------------------------------- small parts
@@ -464,55 +479,3 @@ def _by_group(volumes: Sequence[Volume]) -> dict[str, list[Volume]]:
 
 def _groups(volumes: Sequence[Volume]) -> list[str]:
     return sorted(_by_group(volumes))
-
-
-def _leftovers(rows: Sequence[Row], volumes: Sequence[Volume]) -> list[str]:
-    """Sets of these volumes that were never sealed, and whose makers are dead or whose deadline is past. Whoever takes
-    these volumes holds their locks, so no other run on this host is making one."""
-    ids = {volume.id for volume in volumes}
-    found: dict[str, bool] = {}
-    for row in rows:
-        birth = birth_of(row)
-        if birth is None or "sealed" in marks(row) or not same_host(birth.host, host_name()):
-            continue
-        if any(member.provider == NAME and member.volume in ids for member in birth.members):
-            found[birth.set_id] = not maker_lives(row) or birth.deadline < utc_now()
-    sealed = {birth.set_id for row in rows if "sealed" in marks(row) and (birth := birth_of(row)) is not None}
-    return [set_id for set_id, dead in found.items() if dead and set_id not in sealed]
-
-
-def _quota_tags(volume: Volume) -> list[str]:
-    """The quota options that the origin is mounted with: a clone mounted without them would lose its accounting."""
-    entry = next((entry for entry in reversed(mounts.table()) if entry.path == volume.path), None)
-    options = sorted(option for option in (entry.super_options if entry else ()) if _QUOTA.fullmatch(option))
-    return [tag(QUOTA, "&".join(options))] if options else []
-
-
-def _retag(now: Mapping[str, str], changes: Mapping[str, str | None], gone: Sequence[str]) -> list[str]:
-    """Options of lvchange that turn the marks `now` into those after `changes`, and take the tags `gone` away."""
-    after = apply_marks(now, changes)
-    old = [mark_tag(name, value) for name, value in now.items() if after.get(name) != value]
-    new = [mark_tag(name, value) for name, value in after.items() if now.get(name) != value]
-    return [word for text in (*old, *gone) for word in ("--deltag", text)] + [
-        word for text in new for word in ("--addtag", text)
-    ]
-
-
-def _carry_out(work: Mapping[str, list[str]], set_id: str) -> None:
-    """One lvchange per group and per kind of change: members almost always change alike."""
-    alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for volume, words in work.items():
-        if words:
-            alike.setdefault((volume.partition("/")[0], tuple(words)), []).append(volume)
-    for (vg, changed), theirs in sorted(alike.items()):
-        with changing(vg) as group:
-            group.lvm("lvchange", *changed, *theirs, object=set_id)
-
-
-def _flush(rows: Sequence[Row]) -> None:
-    """LVM writes its metadata past the page cache, but a disk's own cache may hold it still."""
-    numbers = [number for row in rows if (number := block.number_of(row.device)) is not None]
-    try:
-        block.flush(list(dict.fromkeys(disk for number in numbers for disk in block.disks(number))))
-    except OSError as error:
-        raise StorageError(f"can't flush its disks: {error.strerror}", object=rows[0].vg) from None

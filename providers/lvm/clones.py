@@ -27,6 +27,7 @@ from providers.lvm.reports import (
     attachment_record,
     birth_of,
     find,
+    hanging_on,
     lacks,
     maker_lives,
     maker_tag,
@@ -162,7 +163,7 @@ def _over(group: Group, image: Row, name: str, words: list[str], rows: Sequence[
 
     if not image.active:
         group.lvm("lvchange", "-ay", f"{image.vg}/{image.origin}", object=image.id)
-        rows = read([image.vg])
+        rows, _ = read([image.vg])
         image = find(rows, image.id)
         birth = birth_of(image)
         _refuse_invalid(image, rows, birth.set_id if birth else image.id)
@@ -299,6 +300,8 @@ def detach(rows: Sequence[Row], attachment_id: str) -> None:
         name = row.name
         if not re.fullmatch(rf"{attachment_id}-[0-9]+", name):
             continue  # renamed by a person, who wants to keep it
+        if (other := hanging_on(rows, row)) is not None:
+            raise BusyError(f"{other.id} hangs on it", object=attachment_id, cure=f"lvremove {other.id}, if unneeded")
         with changing(row.vg) as group:
             there = {device.dm_name: device for device in block.mapped()}
             if _crypt_name(name) in there:

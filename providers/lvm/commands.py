@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from providers.lvm.reports import ENVIRONMENT, NAME, PREFIX, READING_S, SEALED, Row, said
+from providers.lvm.reports import ENVIRONMENT, NAME, PREFIX, READING_S, SEALED, Row, report_of, said
 from snapshotter.core.command import Outcome, run
 from snapshotter.core.errors import BusyError, NotFoundError, SnapshotterError, StorageError
 from snapshotter.core.labels import dumps, loads
@@ -60,7 +60,7 @@ class Group:
         which LVM doesn't mind. Raises BusyError (in use), StorageError."""
         if half_made and row.thin:
             asked = run(["lvs", "--noheadings", "-o", "thin_id", row.id], timeout=READING_S, extra_env=ENVIRONMENT)
-            if (number := asked.stdout.strip()).isdigit():
+            if (number := asked.stdout.strip().rpartition("\n")[2].strip()).isdigit():
                 self._run(("dmsetup", "message", self._tpool(row.pool), "0", f"delete {number}"))
         self.lvm("lvremove", "-y", row.id, object=row.id, suspends=suspends, born=row.name, gone_is_done=True)
 
@@ -125,7 +125,7 @@ class Group:
         fields = "lv_name,lv_tags,pool_lv,thin_id,transaction_id"
         done = run(["lvs", "--reportformat", "json", "-o", fields, self.vg], timeout=READING_S, extra_env=ENVIRONMENT)
         try:
-            rows: list[dict[str, str]] = loads(done.stdout)["report"][0]["lv"]
+            rows: list[dict[str, str]] = loads(report_of(done.stdout))["report"][0]["lv"]
         except (ValueError, KeyError, IndexError):
             return False
         freed = False
@@ -200,6 +200,8 @@ def wait_for_dead_runs() -> None:
 
 #: Not any "not found": warnings speak of devices, links and physical volumes that aren't.
 _ABSENT = re.compile(r'Failed to find logical volume|Volume group "\S+" not found|[Ll]ogical volume \S+ not found')
+#: A killed command's, or somebody's own.
+_ORPHAN = re.compile(r"Thin pool (\S+) \([0-9:]+\) already contains? thin device with device_id ([0-9]+)")
 
 
 def failure(done: Outcome, object: str) -> SnapshotterError:
@@ -208,6 +210,12 @@ def failure(done: Outcome, object: str) -> SnapshotterError:
     text = " ".join(done.stderr.split())
     if _ABSENT.search(text):
         return NotFoundError("there is no such logical volume", object=object, cure="`lvs` shows what there is")
+    if orphan := _ORPHAN.search(text):
+        return StorageError(
+            f"the thin pool {orphan[1]} has a device {orphan[2]} that LVM knows nothing of, and wants that number next",
+            object=object,
+            cure=f"if it is nobody's: dmsetup message {orphan[1]} 0 'delete {orphan[2]}'",
+        )
     if "already exists" in text:
         return BusyError("exists already", object=object, cure="try again, which chooses another name")
     if "in use" in text or "is used by another device" in text:

@@ -124,7 +124,12 @@ class Row(msgspec.Struct, frozen=True):
 
 def parse(text: str) -> list[Row]:
     """The rows of `lvs --reportformat json --units b --nosuffix`. Raises ValueError for anything else."""
-    return [_row(found) for report in loads(text)["report"] for found in report["lv"]]
+    return [_row(found) for report in loads(report_of(text))["report"] for found in report["lv"]]
+
+
+def report_of(stdout: str) -> str:
+    """LVM may say "Retrying metadata scan." on stdout first."""
+    return stdout[max(0, stdout.find("{")) :]
 
 
 def _row(found: Mapping[str, str]) -> Row:
@@ -137,18 +142,26 @@ def _row(found: Mapping[str, str]) -> Row:
     return Row(**values)
 
 
-def read(groups: Sequence[str] = ()) -> list[Row]:
-    """Every logical volume of these volume groups, or of all. A group that isn't there has no rows. Raises
-    PreconditionError (no lvm here), StorageError."""
+#: Of a group whose metadata can't be read `lvs` says no more than that, and ends with 0.
+_UNREADABLE = re.compile(r"scan failed to get metadata summary from \S+")
+_NO_GROUP = re.compile(r'Volume group "\S+" not found|Cannot process volume group')
+
+
+def read(groups: Sequence[str] = ()) -> tuple[list[Row], str]:
+    """(every logical volume of these volume groups, or of all; why there may be more, '' if there are not). A group
+    that isn't there has no rows. Raises PreconditionError (no lvm here), StorageError."""
     argv = ["lvs", "--reportformat", "json", "--units", "b", "--nosuffix", "-o", ",".join(_FIELDS), *groups]
     done = run(argv, timeout=READING_S, extra_env=ENVIRONMENT)
     try:
         rows = parse(done.stdout)
     except (ValueError, KeyError, TypeError, IndexError):
         raise StorageError(f"can't list logical volumes: {said(done.stderr) or done.said}", object="lvs") from None
-    if not done.ok and not rows and not re.search(r'Volume group "\S+" not found', done.stderr):
-        raise StorageError(f"can't list logical volumes: {said(done.stderr)}", object="lvs", cure="see what `lvs` says")
-    return rows
+    unreadable = [] if groups else _UNREADABLE.findall(done.stderr)
+    return rows, unreadable[-1] if unreadable else "" if done.ok else _unseen(done.stderr)
+
+
+def _unseen(stderr: str) -> str:
+    return said("\n".join(line for line in stderr.splitlines() if not _NO_GROUP.search(line)))
 
 
 def said(stderr: str) -> str:
@@ -164,6 +177,15 @@ def find(rows: Iterable[Row], volume: str) -> Row:
         if row.id == volume:
             return row
     raise PreconditionError("there is no such logical volume", object=volume, cure="`lvs` shows what there is")
+
+
+def hanging_on(rows: Iterable[Row], row: Row) -> Row | None:
+    """A volume that `lvremove -y` would remove along with this one: a classic snapshot of it, or a thin volume of
+    another pool that has it as its external origin. (lvmthin(7). Thin snapshots in its own pool live on.)"""
+    for other in rows:
+        if (other.vg, other.origin) == (row.vg, row.name) and (other.attr[0] in "sS" or other.pool != row.pool):
+            return other
+    return None
 
 
 def pool_of(rows: Iterable[Row], row: Row) -> Row | None:

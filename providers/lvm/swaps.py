@@ -21,7 +21,7 @@ import msgspec
 
 from providers.lvm import room
 from providers.lvm.commands import Group, changing
-from providers.lvm.reports import PREFIX, Row, birth_of, find, lacks, pool_of, tag
+from providers.lvm.reports import PREFIX, Row, birth_of, find, hanging_on, lacks, pool_of, tag
 from snapshotter.core.command import run
 from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.model import Snapshot, Volume
@@ -149,9 +149,8 @@ def _check_swappable(rows: Sequence[Row], origin: Row, image: Row) -> None:
         raise PreconditionError(
             "is itself left out of activation at boot", object=origin.id, cure=f"lvchange -kn {origin.id}"
         )
-    for row in rows:
-        if row.vg == origin.vg and row.origin == origin.name and row.attr[0] in "sS":
-            raise BusyError(f"has the classic snapshot {row.name}", object=origin.id, cure="remove that first")
+    if (other := hanging_on(rows, origin)) is not None:
+        raise BusyError(f"{other.name} hangs on it", object=origin.id, cure="remove that first")
     for number, line in fstab_by_uuid(origin):
         raise PreconditionError(
             f"{FSTAB}, line {number}, would go on to mean what is set aside: {line}",
@@ -203,15 +202,16 @@ def _settle(place: Row) -> None:
 # --------------------------------------------------------------------------------------------------------- back
 
 
-def swap_back(report: Report, swap_id: str) -> None:
-    """See Provider.swap_back: right at whichever step the swap had come to."""
+def swap_back(report: Report, swap_id: str) -> bool:
+    """See Provider.swap_back: right at whichever step the swap had come to. False: there is no such swap."""
     if not _SWAP_ID.fullmatch(swap_id):
         raise ValueError(f"{swap_id!r} is no id")
     known = _one(report(), swap_id)
     if known is None:
-        return
+        return False
     with changing(known.vg) as group:
         _take_back(group, report(), swap_id)
+    return True
 
 
 def _take_back(group: Group, rows: Sequence[Row], swap_id: str) -> None:
@@ -230,6 +230,8 @@ def _take_back(group: Group, rows: Sequence[Row], swap_id: str) -> None:
     origin = next((row for row in rows if row.vg == known.vg and row.uuid == known.origin_uuid), None)
     if origin is None:
         raise StorageError("what it set aside is gone", object=swap_id, cure="commit it, to keep what is there")
+    if (other := hanging_on(rows, clone)) is not None:
+        raise BusyError(f"{other.id} hangs on it", object=clone.id, cure=f"lvremove {other.id}, if unneeded")
     if clone.open:
         raise BusyError("is in use", object=clone.id, cure=f"see who with: fuser -vm {clone.device}")
     if clone.name == known.place:
@@ -254,23 +256,28 @@ def _take_back(group: Group, rows: Sequence[Row], swap_id: str) -> None:
 # ------------------------------------------------------------------------------------------------------- for good
 
 
-def swap_commit(report: Report, swap_id: str) -> None:
-    """See Provider.swap_commit. Raises BusyError while what is set aside is in use, or a classic snapshot depends on
-    it."""
+def swap_commit(report: Report, swap_id: str) -> bool:
+    """See Provider.swap_commit. False: there is no such swap. Raises BusyError while what is set aside is in use, or
+    something hangs on it."""
     if not _SWAP_ID.fullmatch(swap_id):
         raise ValueError(f"{swap_id!r} is no id")
     known = _one(report(), swap_id)
     if known is None:
-        return
+        return False
     with changing(known.vg) as group:
         rows = report()
         known = _one(rows, swap_id)
         if known is None:
-            return
+            return True
         clone, aside = known.clone, known.aside
         if clone is not None and clone.name != known.place:
             raise StorageError("the swap was never finished", object=swap_id, cure="take it back")
-        if aside is not None and (clone is not None or _committed(known)):
+        if aside is not None and clone is not None and aside.name != f"{swap_id}-aside":
+            # By another name a person keeps it: it is theirs.
+            group.lvm(
+                "lvchange", *(w for text in _tags_of(aside) for w in ("--deltag", text)), aside.id, object=aside.id
+            )
+        elif aside is not None and (clone is not None or _committed(known)):
             _refuse_dependents(rows, aside)
             if not _committed(known):
                 group.lvm("lvchange", "--addtag", tag("committed", "1"), aside.id, object=aside.id)
@@ -280,6 +287,11 @@ def swap_commit(report: Report, swap_id: str) -> None:
                 text for text in clone.tags if text.startswith((tag("swap", ""), tag("place", ""), tag("origin", "")))
             ]
             group.lvm("lvchange", *(w for text in gone for w in ("--deltag", text)), clone.id, object=clone.id)
+    return True
+
+
+def _tags_of(aside: Row) -> list[str]:
+    return [text for text in aside.tags if text.startswith((tag("aside", ""), tag("place", ""), tag("committed", "")))]
 
 
 def finish_commits(rows: Sequence[Row]) -> list[str]:
@@ -301,11 +313,7 @@ def _committed(known: Swap) -> bool:
 
 
 def _refuse_dependents(rows: Sequence[Row], aside: Row) -> None:
-    """Thin snapshots live on without their origin; classic ones go with it."""
-    for row in rows:
-        if row.vg == aside.vg and row.origin == aside.name and row.attr[0] in "sS":
-            raise BusyError(
-                f"has the snapshot {row.name}, which would go with it", object=aside.id, cure="remove that first"
-            )
+    if (other := hanging_on(rows, aside)) is not None:
+        raise BusyError(f"has {other.name}, which would go with it", object=aside.id, cure="remove that first")
     if aside.open:
         raise BusyError("is in use", object=aside.id, cure=f"see who with: fuser -vm {aside.device}")

@@ -254,7 +254,8 @@ class ZfsProvider(Provider):
         self._made.pop(set_id, None)
 
     def _delete(self, names: Sequence[str], set_id: str) -> None:
-        members = objects.read(names)
+        members = objects.of_set(objects.read(names), set_id)
+        members = [each for each in members if each.ours.get(BIRTH) == tool.local_value(each.name, BIRTH)]
         for each in members:
             for record in attaching.mounts_of(each).values():
                 raise attaching.attached(set_id, record)
@@ -347,7 +348,7 @@ class ZfsProvider(Provider):
         swaps.commit(swap_id)
 
     def swaps(self) -> Iterator[str]:
-        for swap_id, _, _ in swaps.open_swaps(objects.labelled((objects.SWAP, objects.ASIDE))):
+        for swap_id, _, _ in swaps.open_swaps(objects.sure(objects.SWAP, objects.ASIDE)):
             yield swap_id
         tool.refuse_blind()
 

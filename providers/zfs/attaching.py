@@ -62,7 +62,7 @@ def settle(attachment_id: str, since: datetime) -> None:
     """See `Provider.settle`."""
     stamp = {"since": since.astimezone(UTC).isoformat(), "maker": None}
     there = False
-    for found in objects.labelled((CLONE, MOUNTS)):
+    for found in objects.sure(CLONE, MOUNTS):
         record = found.record(CLONE)
         if record is not None and record.get("id") == attachment_id:
             tool.change("set", f"{CLONE}={objects.dump({**record, **stamp})}", found.name, object=found.name)
@@ -93,7 +93,7 @@ def listed() -> Iterator[Attachment]:
 def detach(attachment_id: str) -> None:
     """See `Provider.detach`."""
     there = False
-    for found in objects.labelled((CLONE, MOUNTS)):
+    for found in objects.sure(CLONE, MOUNTS):
         record = found.record(CLONE)
         if record is not None and record.get("id") == attachment_id:
             there = True

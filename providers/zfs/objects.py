@@ -112,6 +112,18 @@ def labelled(properties: Sequence[str], *, native: bool = False) -> list[Object]
     return read(list(found)) if native else [_object(name, found[name]) for name in found]
 
 
+def sure(*properties: str) -> list[Object]:
+    """As `labelled`, for what is to be changed: only what each has set on itself for certain. `zfs get` prints a value
+    of many lines as it is, also an inherited one, and these may look like any object's properties: so each is asked
+    for alone."""
+    found = []
+    for each in labelled(properties):
+        ours = {key: value for key in each.ours if (value := tool.local_value(each.name, key))}
+        if ours:
+            found.append(msgspec.structs.replace(each, ours=ours))
+    return found
+
+
 def _object(name: str, found: tool.Properties) -> Object:
     return Object(
         name=name,

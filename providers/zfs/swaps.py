@@ -39,7 +39,7 @@ def open_swaps(found: Sequence[Object]) -> Iterator[tuple[str, Object | None, Ob
 
 
 def _find(swap_id: str) -> tuple[Object | None, Object | None]:
-    for found, clone, aside in open_swaps(objects.labelled((SWAP, ASIDE))):
+    for found, clone, aside in open_swaps(objects.sure(SWAP, ASIDE)):
         if found == swap_id:
             return clone, aside
     tool.refuse_blind()
@@ -69,6 +69,7 @@ def begin(swap_id: str, snapshot: Object, volume: str) -> None:
         tool.change("rename", "-u", clone, volume, object=clone)
         _move_children(aside, volume)
         _restore_canmount(volume, record)
+        _make_mount_point(volume)
         _mount(volume, record)
     except BaseException:
         back(swap_id)
@@ -88,7 +89,7 @@ def _check(swap_id: str, snapshot: Object, volume: str) -> None:
         raise PreconditionError("is in another pool than the set", object=volume, cure="restore with --to, and copy")
     if here[volume].get("keystatus", ("-", ""))[0] == "unavailable":
         raise PreconditionError("its encryption key isn't loaded", object=volume, cure=f"zfs load-key {volume}")
-    for other, clone, aside in open_swaps(objects.labelled((SWAP, ASIDE))):
+    for other, clone, aside in open_swaps(objects.sure(SWAP, ASIDE)):
         records = [each.record(prop) for each, prop in ((clone, SWAP), (aside, ASIDE)) if each is not None]
         if other == swap_id or any(record and record.get("volume") == volume for record in records):
             raise BusyError(f"swap {other} is open", object=volume, cure="take it back or commit it")
@@ -125,6 +126,7 @@ def back(swap_id: str) -> None:
         if clone is not None and library.exists(_beside(volume, swap_id)[0]):
             _move_children(_beside(volume, swap_id)[0], volume)
         _restore_canmount(volume, record)
+    _make_mount_point(volume)
     _mount(volume, record)
     if clone is not None:
         _retire(_beside(volume, swap_id)[0], swap_id)
@@ -152,13 +154,12 @@ def _retire(name: str, swap_id: str) -> None:
 def sweep() -> list[str]:
     """Remove the kept clones that nothing hangs on any more; their names."""
     removed = []
-    for each in objects.labelled((KEPT,)):
-        for found in objects.read([each.name]):  # asked for by its name: a value of many lines may speak of others
-            # By another name a person keeps it.
-            ours = ".clone-" in found.name and found.record(KEPT) is not None
-            if ours and not tool.snapshots_of(found.name) and not _mounted(found.name):
-                tool.destroy(found.name)
-                removed.append(found.name)
+    for found in objects.sure(KEPT):
+        # By another name a person keeps it.
+        ours = ".clone-" in found.name and found.record(KEPT) is not None
+        if ours and not tool.snapshots_of(found.name) and not _mounted(found.name):
+            tool.destroy(found.name)
+            removed.append(found.name)
     return removed
 
 
@@ -282,9 +283,16 @@ def _restore_canmount(volume: str, record: dict[str, Any]) -> None:
     tool.change("set", f"canmount={record.get('canmount') or 'on'}", volume, object=volume)
 
 
+def _make_mount_point(volume: str) -> None:
+    """`zfs rename` removes a mount point that it finds empty; who unmounted it before the swap will mount it again."""
+    point = tool.get(("mountpoint",), [volume]).get(volume, {}).get("mountpoint", ("", ""))[0]
+    if point.startswith("/"):
+        os.makedirs(point, exist_ok=True)
+
+
 def _mount(volume: str, record: dict[str, Any]) -> None:
     """Mounted where it was before the swap."""
     for path, options in record.get("mounted", ()):
         if not any(mount.path == path for mount in _mounted(volume)):
-            os.makedirs(path, exist_ok=True)  # `zfs rename` removes a mount point that it finds empty
+            os.makedirs(path, exist_ok=True)
             mounts.mount(MountSpec(volume, "zfs", tuple(options)), path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterable, Sequence
 
 from snapshotter.core.command import Outcome, environment, run
@@ -41,7 +42,7 @@ _SAID = (
     ("dependent clones", errno.EBUSY),
     ("busy", errno.EBUSY),
     ("too long", errno.ENAMETOOLONG),
-    ("i/o error", errno.EIO),
+    ("io error", errno.EIO),
 )
 
 Properties = dict[str, tuple[str, str]]  # name -> (value, source)
@@ -127,10 +128,22 @@ def _at_limit(object: str) -> bool:
     return False
 
 
+#: What libzfs quotes, and what is a dataset's or snapshot's name without quotes too.
+_NAMES = re.compile(r"'[^']*'|\S*[/@]\S*")
+
+
+def _reasons(said: str) -> list[str]:
+    """The lines of an error without the names in it: a dataset may be called `busy`, or `does not exist`."""
+    return [_NAMES.sub("", line.lower().replace("i/o error", "io error")) for line in said.splitlines()]
+
+
 def number_of(said: str) -> int:
     """The errno that libzfs must have had when it said this; 0 if it isn't known."""
-    lower = said.lower()
-    return next((number for words, number in _SAID if words in lower), 0)
+    for line in _reasons(said):  # the first has the reason; names may follow, a line each
+        for words, number in _SAID:
+            if words in line:
+                return number
+    return 0
 
 
 def failure(number: int, object: str, said: str = "") -> SnapshotterError:
@@ -196,6 +209,12 @@ def get_set(properties: Sequence[str]) -> dict[str, Properties]:
     return found
 
 
+def local_value(name: str, key: str) -> str:
+    """What this one object has set on itself as this one property, to the letter; '' if nothing."""
+    outcome = run(["zfs", "get", "-Hp", "-s", "local", "-o", "value", key, name], timeout=_READING_S)
+    return outcome.stdout.removesuffix("\n")
+
+
 def get_local(name: str) -> dict[str, str]:
     """All properties that are set on this object itself. Raises StorageError if it isn't there."""
     found: dict[str, Properties] = {}
@@ -216,9 +235,10 @@ def _read(words: Sequence[str], found: dict[str, Properties], object: str) -> No
             found.setdefault(fields[0], {})[fields[1]] = "\t".join(fields[2:-1]), fields[-1]
     if not outcome.ok:
         # Something that was destroyed since its name was read is no error.
-        wrong = [line for line in outcome.stderr.splitlines() if not any(word in line for word in _MISSING)]
+        lines = [line for line in outcome.stderr.splitlines() if line.strip()]
+        wrong = [line for line in lines if not any(word in _reasons(line)[0] for word in _MISSING)]
         if wrong:
-            raise failure(number_of(" ".join(wrong)), object, wrong[-1])
+            raise failure(number_of("\n".join(wrong)), object, wrong[-1])
 
 
 def children(name: str) -> list[str]:

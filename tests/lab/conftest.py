@@ -33,10 +33,19 @@ SAMPLED: dict[str, set[str]] = {
         "test_luks_on_a_volume",
         "test_after_a_swap_and_a_reboot_path_and_uuid_are_the_restored_data",
     },
-    # Minutes each: under --full.
-    "test_lvm_hot": set(),
-    "test_lvm_kills": set(),
     "test_schedule": {"test_the_timer_fires_and_a_good_set_appears"},
+    "test_lvm_hot": {"test_rocksdb[thin-xfs-3]"},
+    "test_lvm_kills": {
+        "test_killed_inside_lvcreate[thin]",
+        "test_killed_with_the_origin_suspended[classic]",
+        "test_killed_inside_lvremove[thin-delete]",
+    },
+    "test_lvm_beside": {
+        "test_a_snapshot_of_what_was_swapped_in_stays",
+        "test_a_leftover_that_somebody_has_open_stops_no_take[True]",
+        "test_an_image_that_is_an_external_origin_stays",
+        "test_a_commit_that_was_cut[undone]",
+    },
     "test_zfs_errors": {
         "test_a_dataset_that_is_gone",
         "test_what_is_held_or_cloned_by_others_is_busy[command]",
@@ -47,6 +56,7 @@ SAMPLED: dict[str, set[str]] = {
     },
     "test_zfs_swaps": {
         "test_swap_five_newer_sets_undo",
+        "test_who_unmounted_it_finds_its_mount_point",
         "test_discard_is_refused_while_anything_hangs_on_what_is_set_aside",
         "test_an_encrypted_dataset[True]",
         "test_any_order",
@@ -77,6 +87,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if str(item.path).startswith(HERE + os.sep):
                 item.add_marker(pytest.mark.skip(reason="runs in the virtual machine only: scripts/lab"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """At once: a run that its limit cuts never comes to pytest's own summary."""
+    if IN_LAB and report.failed:
+        print(f"\n--- {report.nodeid} ({report.when}):\n{report.longreprtext}\n---", flush=True)
 
 
 def said(*words: str) -> list[str]:

@@ -3,6 +3,7 @@ our sets that came from elsewhere are listed and left."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from snapshotter.core.errors import BusyError, PreconditionError
+from snapshotter.core.errors import BusyError, PreconditionError, StorageError
 from snapshotter.core.model import Access, Hold, Volume, new_attachment_id, utc_now
 from snapshotter.testing.harness import make_birth
 from tests.lab import zfs_kit
@@ -159,3 +160,46 @@ def test_a_file_system_on_a_zvol_is_refused_by_name(harness: ZfsHarness) -> None
         assert taken["good"]
     finally:
         run("umount", str(point))
+
+
+def test_a_value_of_many_lines_speaks_of_nobody_else(harness: ZfsHarness) -> None:
+    """`zfs get` prints it as it is, so lines of it look like other datasets' properties. What they name isn't ours."""
+    live, other = harness.dataset("d"), harness.dataset("d.clone-w1")
+    attachment_id = new_attachment_id(utc_now())
+    record = {"id": attachment_id, "set_id": "s", "member": 0, "path": "/x", "access": "writable", "purpose": "restore"}
+    clone = json.dumps(record)
+    lines = [
+        f'{other.id}\tsnapshotter:kept\t{{"id":"w1"}}\tlocal',
+        f"{live.id}\tsnapshotter:clone\t{clone}\tlocal",
+        f'{live.id}\tsnapshotter:swap\t{{"id":"w2","volume":"{live.id}"}}\tlocal',
+        f'{other.id}\tsnapshotter:aside\t{{"id":"w2","volume":"{live.id}"}}\tlocal',
+    ]
+    for prop in ("kept", "clone", "swap", "aside"):
+        zfs("set", f"snapshotter:{prop}=first\n" + "\n".join(lines) + "\nlast", harness.top)
+    for volume in (live, other):
+        assert volume.path is not None
+        zfs("unmount", volume.id)
+    provider = zfs_kit.provider()
+    assert provider.reap() == [] and not list(provider.swaps())
+    provider.detach(attachment_id)
+    provider.swap_back("w2")
+    provider.swap_commit("w2")
+    assert {live.id, other.id} <= names(harness.top)
+    for prop in ("kept", "clone", "swap", "aside"):
+        zfs("inherit", f"snapshotter:{prop}", harness.top)
+
+
+def test_names_that_say_what_errors_say(harness: ZfsHarness) -> None:
+    volume = harness.dataset("busy permission denied")
+    path = volume.path or ""
+    set_id = take(volume)
+    (found,) = zfs_kit.provider().snapshots(set_id)
+    zfs("hold", "theirs", found.id)
+    with pytest.raises(BusyError, match="theirs"):
+        zfs_kit.provider().delete(set_id)
+    zfs("release", "theirs", found.id)
+    zfs_kit.provider().delete(set_id)
+    zfs("destroy", volume.id)
+    with pytest.raises(StorageError, match="no such dataset"):
+        take(volume)
+    assert not os.path.exists(path) or not os.listdir(path)

@@ -160,6 +160,23 @@ def test_what_was_set_on_the_origin_is_set_on_what_takes_its_place(harness: ZfsH
     assert local() == before and read(volume) == "live"
 
 
+def test_who_unmounted_it_finds_its_mount_point(harness: ZfsHarness) -> None:
+    """As a restore in place does: `zfs rename` takes an empty mount point away."""
+    volume = harness.volume()
+    older = take(volume, "older")
+    write(volume, "live")
+    point = volume.path or ""
+    for act, text in (
+        (lambda: zfs_kit.provider().swap("w1", image(older), volume), "older"),
+        (lambda: zfs_kit.provider().swap_back("w1"), "live"),
+    ):
+        zfs("unmount", volume.id)
+        act()
+        assert os.path.isdir(point) and not any(mount.path == point for mount in zfs_kit.table())
+        assert run("mount", "-t", "zfs", "-o", "zfsutil", volume.id, point).returncode == 0
+        assert read(volume) == text
+
+
 def test_a_legacy_mount_stays_where_it_is(harness: ZfsHarness) -> None:
     point = harness.scratch / "legacy"
     point.mkdir()

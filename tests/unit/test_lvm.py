@@ -14,12 +14,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from providers.lvm import clones, room, swaps
+from providers.lvm import clones, commands, room, swaps
 from providers.lvm.reports import (
     Row,
     attachment_record,
     birth_of,
     birth_tags,
+    hanging_on,
     lacks,
     maker_lives,
     maker_tag,
@@ -32,7 +33,15 @@ from providers.lvm.reports import (
     volume_of,
 )
 from snapshotter import provider
-from snapshotter.core.errors import PreconditionError, UsageError
+from snapshotter.core.command import Outcome
+from snapshotter.core.errors import (
+    BusyError,
+    NotFoundError,
+    PreconditionError,
+    SnapshotterError,
+    StorageError,
+    UsageError,
+)
 from snapshotter.core.model import ImageState, Volume
 from snapshotter.host import block
 from snapshotter.testing import make_birth
@@ -304,6 +313,58 @@ def test_the_way_down_ends_where_it_forks(tmp_path: Path, monkeypatch: pytest.Mo
     assert [device.name for device in block.chain("254:2")] == ["dm-2", "md0"]
     assert block.disks("254:2") == ["8:16", "8:32"] and block.disks("254:1") == ["259:0"]
     assert block.chain("1:99") == []
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ('  Failed to find logical volume "vg/none"', NotFoundError),
+        ('  Volume group "none" not found\n  Cannot process volume group none', NotFoundError),
+        (
+            "  WARNING: Device /dev/sdb not found, see vgs\n  Insufficient free extents: insufficient free space",
+            StorageError,
+        ),
+        ("  WARNING: PV abc not found\n  Logical volume vg/x in use.", BusyError),
+        (
+            "  Couldn't find device with uuid x.\n  /dev/disk/by-id/x: stat failed: not found\n  Something new",
+            StorageError,
+        ),
+    ],
+)
+def test_not_found_in_a_warning_is_not_absent(said: str, kind: type[SnapshotterError]) -> None:
+    """Else what is there would count as removed."""
+    assert type(commands.failure(Outcome(("lvremove",), 5, "", said), "vg/x")) is kind
+
+
+#: What LVM 2.03.16 says, to the letter.
+ORPHAN = """\
+  device-mapper: message ioctl on  (254:2) failed: File exists
+  Failed to process message "create_snap 2 1".
+  Thin pool e-p1-tpool (254:2) already contain thin device with device_id 2.
+  Manual intervention may be required to remove device dev_id=2 in thin pool metadata.
+  Failed to suspend thin snapshot origin e/base.
+"""
+
+
+def test_a_device_that_lvm_knows_nothing_of_is_named() -> None:
+    error = commands.failure(Outcome(("lvcreate",), 5, "", ORPHAN), "e/base")
+    assert isinstance(error, StorageError) and "e-p1-tpool has a device 2" in error.line()
+    assert error.cure.endswith("dmsetup message e-p1-tpool 0 'delete 2'")
+
+
+def test_what_goes_with_a_volume() -> None:
+    image = row(name="i", pool="p", layout="thin,sparse")
+    of_its_pool = row(name="a", pool="p", layout="thin,sparse", origin="i", attr="Vwi-a-tz--")
+    assert hanging_on([image, of_its_pool], image) is None
+    for other in (
+        row(name="b", pool="other", layout="thin,sparse", origin="i", attr="Vwi-a-tz--"),
+        row(name="c", pool="", layout="linear", origin="i", attr="swi-a-s---"),
+    ):
+        assert hanging_on([image, of_its_pool, other], image) == other
+
+
+def test_what_lvm_says_before_its_report_is_no_part_of_it() -> None:
+    assert parse("  Retrying metadata scan.\n" + REPORT) == parse(REPORT)
 
 
 def test_reports_that_are_none_are_refused() -> None:

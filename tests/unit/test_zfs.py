@@ -85,6 +85,13 @@ def test_a_record_goes_through_a_table_of_tabs_and_lines(path: str) -> None:
         ("cannot set property for 'tank/a@x': pool is read-only", errno.EROFS, PreconditionError),
         ("cannot mount 'tank/a': encryption key not loaded", errno.ENOKEY, PreconditionError),
         ("internal error: something new", 0, StorageError),
+        # Words in names are no reasons.
+        ("cannot open 'tank/busy': dataset does not exist", errno.ENOENT, StorageError),
+        ("cannot destroy snapshot tank/permission denied/a@read-only: dataset is busy", errno.EBUSY, BusyError),
+        ("cannot create snapshot 'tank/does not exist@x': out of space", errno.ENOSPC, StorageError),
+        ("cannot destroy 'tank/c': filesystem has children\nuse '-r'\ntank/c/busy", errno.ENOTEMPTY, BusyError),
+        ("internal error: 'suspended': something new", 0, StorageError),
+        ("cannot open 'tank/a': I/O error", errno.EIO, StorageError),
     ],
 )
 def test_what_libzfs_says_is_an_error_of_ours(said: str, number: int, kind: type[SnapshotterError]) -> None:

@@ -1,0 +1,104 @@
+"""Images that are there: which are whose leftovers, what uses one, how marks are changed for good. Must know nothing of
+how they are made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from providers.lvm.commands import changing
+from providers.lvm.reports import (
+    NAME,
+    QUOTA,
+    Row,
+    attachment_record,
+    birth_of,
+    hanging_on,
+    maker_lives,
+    mark_tag,
+    marks,
+    tag,
+)
+from snapshotter.core.errors import BusyError, StorageError
+from snapshotter.core.labels import apply_marks
+from snapshotter.core.model import Volume, utc_now
+from snapshotter.host import block, mounts
+from snapshotter.host.places import host_name, same_host
+
+_QUOTA = re.compile(r"quota|(usr|grp|prj)j?quota(=[A-Za-z0-9_+./-]+)?|[ugp]qnoenforce|jqfmt=\w+")
+
+
+def of_set(rows: Sequence[Row], set_id: str) -> list[Row]:
+    """The members of a set that are here."""
+    return [row for row in rows if (birth := birth_of(row)) is not None and birth.set_id == set_id]
+
+
+def in_use(rows: Sequence[Row], set_id: str) -> BusyError | None:
+    """Why the set can't be removed now: attached, open, or `lvremove -y` would take along what hangs on it."""
+    ours = of_set(rows, set_id)
+    for row in rows:
+        record = attachment_record(row)
+        if ours and record is not None and record.get("set_id") == set_id:
+            where = record.get("path")
+            return BusyError(
+                f"is attached at {where} ({record['id']})", object=set_id, cure=f"snapshotter release {where}"
+            )
+    for row in ours:
+        if (other := hanging_on(rows, row)) is not None:
+            return BusyError(f"{other.id} hangs on it", object=set_id, cure=f"lvremove {other.id}, if unneeded")
+        if row.open:
+            return BusyError(f"{row.id} is in use", object=set_id, cure=f"see who with: fuser -vm {row.device}")
+    return None
+
+
+def leftovers(rows: Sequence[Row], volumes: Sequence[Volume]) -> list[str]:
+    """Sets of these volumes that were never sealed, and whose makers are dead or whose deadline is past. Whoever takes
+    these volumes holds their locks, so no other run on this host is making one."""
+    ids = {volume.id for volume in volumes}
+    found: dict[str, bool] = {}
+    for row in rows:
+        birth = birth_of(row)
+        if birth is None or "sealed" in marks(row) or not same_host(birth.host, host_name()):
+            continue
+        if any(member.provider == NAME and member.volume in ids for member in birth.members):
+            found[birth.set_id] = not maker_lives(row) or birth.deadline < utc_now()
+    sealed = {birth.set_id for row in rows if "sealed" in marks(row) and (birth := birth_of(row)) is not None}
+    return [set_id for set_id, dead in found.items() if dead and set_id not in sealed]
+
+
+def quota_tags(volume: Volume) -> list[str]:
+    """The quota options that the origin is mounted with: a clone mounted without them would lose its accounting."""
+    entry = next((entry for entry in reversed(mounts.table()) if entry.path == volume.path), None)
+    options = sorted(option for option in (entry.super_options if entry else ()) if _QUOTA.fullmatch(option))
+    return [tag(QUOTA, "&".join(options))] if options else []
+
+
+def retag(now: Mapping[str, str], changes: Mapping[str, str | None], gone: Sequence[str]) -> list[str]:
+    """Options of lvchange that turn the marks `now` into those after `changes`, and take the tags `gone` away."""
+    after = apply_marks(now, changes)
+    old = [mark_tag(name, value) for name, value in now.items() if after.get(name) != value]
+    new = [mark_tag(name, value) for name, value in after.items() if now.get(name) != value]
+    return [word for text in (*old, *gone) for word in ("--deltag", text)] + [
+        word for text in new for word in ("--addtag", text)
+    ]
+
+
+def carry_out(work: Mapping[str, list[str]], set_id: str) -> None:
+    """One lvchange per group and per kind of change: members almost always change alike."""
+    alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for volume, words in work.items():
+        if words:
+            alike.setdefault((volume.partition("/")[0], tuple(words)), []).append(volume)
+    for (vg, changed), theirs in sorted(alike.items()):
+        with changing(vg) as group:
+            group.lvm("lvchange", *changed, *theirs, object=set_id)
+
+
+def flush(rows: Sequence[Row]) -> None:
+    """LVM writes its metadata past the page cache, but a disk's own cache may hold it still."""
+    numbers = [number for row in rows if (number := block.number_of(row.device)) is not None]
+    try:
+        block.flush(list(dict.fromkeys(disk for number in numbers for disk in block.disks(number))))
+    except OSError as error:
+        raise StorageError(f"can't flush its disks: {error.strerror}", object=rows[0].vg) from None

@@ -1,0 +1,312 @@
+"""Others on the same groups: what hangs on our volumes, what somebody has open or renamed, groups that can't be read.
+Nothing of theirs goes with ours, and nothing is silently absent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from providers.lvm.commands import Group
+from snapshotter.core.errors import BusyError, StorageError
+from snapshotter.core.model import Access, Birth, Volume, new_attachment_id, utc_now
+from snapshotter.host import block, mounts
+from snapshotter.testing import describe
+from snapshotter.testing.conformance import content_of, seal, take
+from snapshotter.testing.harness import fill, ruin
+from tests.lab.lvm_kit import MIB, LvmHarness, Storage, harness_on, lvm, make_file_system, marks, storage
+from tests.support import Command
+
+pytestmark = marks
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[Storage]:
+    with storage(2000, pool_mb=700) as made:
+        yield made
+
+
+@pytest.fixture
+def thin(group: Storage) -> Iterator[LvmHarness]:
+    with harness_on(group, thin=True) as harness:
+        yield harness
+
+
+@pytest.fixture
+def their_pool(thin: LvmHarness) -> str:
+    """Another thin pool in the group; it goes with the harness."""
+    pool = ["-L", "120m", "--poolmetadatasize", "4m", "-Zn", "--poolmetadataspare", "n"]
+    lvm("lvcreate", "-qq", "-y", *pool, "-T", f"{thin.storage.vg}/theirpool")
+    return "theirpool"
+
+
+def top(volume: Volume) -> str:
+    assert volume.path is not None
+    return volume.path
+
+
+def filled(harness: LvmHarness) -> Volume:
+    volume = harness.volume()
+    fill(top(volume))
+    return volume
+
+
+def taken(harness: LvmHarness, volume: Volume) -> Birth:
+    birth = take(harness.provider(), harness, [volume])
+    seal(harness.provider(), birth)
+    return birth
+
+
+def names(harness: LvmHarness) -> set[str]:
+    return {row["lv_name"] for row in harness.storage.lvs()}
+
+
+def in_a_run_that_dies(act: Callable[[], object]) -> None:
+    """`act` in a process that is killed at its end, if not before."""
+    child = os.fork()
+    if child == 0:
+        try:
+            act()
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+# -------------------------------------------------------------------------------------------------- what is not seen
+
+
+def test_a_group_that_cannot_be_read_is_said(thin: LvmHarness, tmp_path: Path) -> None:
+    """`lvs` ends with 0 and leaves it out: its sets must not look deleted, and other groups' go on."""
+    volume = filled(thin)
+    command = Command(tmp_path / "etc")
+    here = command.json("take", top(volume))["set_id"]
+    with storage(300, pool_mb=160) as other, harness_on(other, thin=True) as theirs:
+        there_volume = filled(theirs)
+        there = command.json("take", top(there_volume))["set_id"]
+        assert command.json("list")["unavailable"] == []
+        with open(other.disk, "r+b", buffering=0) as disk:  # the text area of its only metadata area
+            disk.seek(4096)
+            whole = disk.read(MIB - 4096)
+            disk.seek(4096 + 512)
+            disk.write(bytes(len(whole) - 512))
+            os.fsync(disk.fileno())
+            try:
+                listed = command.json("list")
+                assert [entry["set_id"] for entry in listed["sets"]] == [here]
+                (unavailable,) = listed["unavailable"]
+                assert unavailable["provider"] == "lvm" and other.disk in unavailable["reason"]
+                error = command.error("delete", there, "--yes", exit_code=4)
+                assert "not asked: lvm" in error["line"], error
+                with pytest.raises(StorageError, match="metadata"):
+                    thin.provider().delete(there)
+                assert command.json("take", top(volume))["good"], "a group of its own is in order"
+            finally:
+                disk.seek(4096)
+                disk.write(whole)
+                os.fsync(disk.fileno())
+        listed = command.json("list")
+        assert there in [entry["set_id"] for entry in listed["sets"]] and listed["unavailable"] == []
+
+
+# --------------------------------------------------------------------------------------------------- what is in use
+
+
+@pytest.mark.parametrize("is_thin", [True, False])
+def test_a_leftover_that_somebody_has_open_stops_no_take(group: Storage, is_thin: bool) -> None:
+    with harness_on(group, thin=is_thin) as harness:
+        volume = filled(harness)
+        content = describe(top(volume))
+        in_a_run_that_dies(lambda: take(harness.provider(), harness, [volume]))
+        (left,) = harness.storage.ours()
+        if is_thin:  # a classic one is active as long as its origin is
+            lvm("lvchange", "-qq", "-ay", "-K", f"{group.vg}/{left}")
+        with open(f"/dev/{group.vg}/{left}", "rb"):
+            provider = harness.provider()
+            birth = take(provider, harness, [volume])
+            seal(provider, birth)
+            assert any(left[:-2] in note and "fuser" in note for note in provider.notes)
+            assert left in harness.storage.ours()
+        found = next(found for found in harness.provider().snapshots(birth.set_id))
+        assert content_of(harness, found) == content
+        again = taken(harness, volume)
+        assert {row.rpartition("-")[0] for row in harness.storage.ours()} == {birth.set_id, again.set_id}
+
+
+# ------------------------------------------------------------------------------------------------ what hangs on ours
+
+
+def test_an_image_that_is_an_external_origin_stays(thin: LvmHarness, their_pool: str) -> None:
+    """`lvremove -y` of it would remove the other pool's volume too."""
+    volume = filled(thin)
+    birth = taken(thin, volume)
+    image = f"{thin.storage.vg}/{birth.set_id}-0"
+    lvm("lvcreate", "-qq", "-y", "-s", "--thinpool", their_pool, "-n", "theirs", image)
+    before = names(thin)
+    with pytest.raises(BusyError, match="theirs") as refused:
+        thin.provider().delete(birth.set_id)
+    assert "lvremove" in refused.value.cure and names(thin) == before
+    lvm("lvremove", "-qq", "-y", f"{thin.storage.vg}/theirs")
+    thin.provider().delete(birth.set_id)
+    assert names(thin) == before - {"theirs", f"{birth.set_id}-0"}
+
+
+def test_a_classic_snapshot_of_an_image_stays(thin: LvmHarness) -> None:
+    volume = filled(thin)
+    birth = taken(thin, volume)
+    lvm("lvcreate", "-qq", "-y", "-s", "-L", "8m", "-n", "theirs", f"{thin.storage.vg}/{birth.set_id}-0")
+    before = names(thin)
+    with pytest.raises(BusyError, match="theirs"):
+        thin.provider().delete(birth.set_id)
+    assert names(thin) == before
+    lvm("lvremove", "-qq", "-y", f"{thin.storage.vg}/theirs")
+    thin.provider().delete(birth.set_id)
+
+
+def test_a_snapshot_of_a_clone_stays(thin: LvmHarness) -> None:
+    volume = filled(thin)
+    birth = taken(thin, volume)
+    (found,) = thin.provider().snapshots(birth.set_id)
+    attachment_id = new_attachment_id(utc_now())
+    thin.provider().attach(found, attachment_id, Access.WRITABLE, "/nowhere")
+    lvm("lvcreate", "-qq", "-y", "-s", "-L", "8m", "-n", "theirs", f"{thin.storage.vg}/{attachment_id}-0")
+    before = names(thin)
+    with pytest.raises(BusyError, match="theirs"):
+        thin.provider().detach(attachment_id)
+    assert names(thin) == before
+    lvm("lvremove", "-qq", "-y", f"{thin.storage.vg}/theirs")
+    thin.provider().detach(attachment_id)
+
+
+def test_a_snapshot_of_what_was_swapped_in_stays(thin: LvmHarness) -> None:
+    volume = filled(thin)
+    birth = taken(thin, volume)
+    (found,) = thin.provider().snapshots(birth.set_id)
+    thin.provider().swap("w1", found, volume)
+    lvm("lvcreate", "-qq", "-y", "-s", "-L", "8m", "-n", "theirs", volume.id)
+    before = names(thin)
+    with pytest.raises(BusyError, match="theirs"):
+        thin.provider().swap_back("w1")
+    assert names(thin) == before and list(thin.provider().swaps()) == ["w1"]
+    lvm("lvremove", "-qq", "-y", f"{thin.storage.vg}/theirs")
+    thin.provider().swap_back("w1")
+
+
+def test_a_set_aside_that_is_an_external_origin_stays(thin: LvmHarness, their_pool: str) -> None:
+    volume = filled(thin)
+    birth = taken(thin, volume)
+    (found,) = thin.provider().snapshots(birth.set_id)
+    thin.provider().swap("w1", found, volume)
+    aside = f"{thin.storage.vg}/w1-aside"
+    lvm("lvchange", "-qq", "-pr", aside)
+    lvm("lvcreate", "-qq", "-y", "-s", "--thinpool", their_pool, "-n", "theirs", aside)
+    before = names(thin)
+    with pytest.raises(BusyError, match="theirs"):
+        thin.provider().swap_commit("w1")
+    assert names(thin) == before
+    lvm("lvremove", "-qq", "-y", f"{thin.storage.vg}/theirs")
+    thin.provider().swap_commit("w1")
+    assert "w1-aside" not in names(thin)
+
+
+def test_a_volume_with_an_external_origin_is_taken(thin: LvmHarness) -> None:
+    vg = thin.storage.vg
+    thin.storage.linear("base", 80)
+    make_file_system(f"/dev/{vg}/base", "ext4")
+    lvm("lvchange", "-qq", "-an", f"{vg}/base")
+    lvm("lvchange", "-qq", "-pr", f"{vg}/base")
+    lvm("lvcreate", "-qq", "-y", "-s", "--thinpool", "pool", "-n", "grown", f"{vg}/base")
+    point = str(thin.scratch / "grown")
+    os.mkdir(point)
+    lvm("mount", f"/dev/{vg}/grown", point)
+    thin.points[f"{vg}/grown"] = point
+    fill(point)
+    volume = thin.provider().claim(mounts.mount_of(point), point)
+    assert volume is not None
+    content = describe(point)
+    birth = taken(thin, volume)
+    ruin(point)
+    (found,) = thin.provider().snapshots(birth.set_id)
+    assert content_of(thin, found) == content
+    thin.provider().swap("w1", found, volume)
+    assert describe(point) == content
+    thin.provider().swap_commit("w1")
+    thin.provider().delete(birth.set_id)
+    assert describe(point) == content and {"base", "grown"} <= names(thin)
+
+
+def test_a_device_in_the_pool_that_lvm_knows_nothing_of_is_named(thin: LvmHarness) -> None:
+    """LVM gives its number out next, and the pool refuses: `create_snap: File exists`, again and again."""
+    volume = filled(thin)
+    numbers = [int(row["thin_id"]) for row in thin.storage.lvs("thin_id") if row["thin_id"]]
+    tpool = f"{thin.storage.vg}-pool-tpool"
+    lvm("dmsetup", "message", tpool, "0", f"create_thin {max(numbers) + 1}")
+    before = thin.objects()
+    with pytest.raises(StorageError, match="LVM knows nothing of") as refused:
+        take(thin.provider(), thin, [volume])
+    assert thin.objects() == before
+    lvm("sh", "-c", refused.value.cure.partition(": ")[2])
+    taken(thin, volume)
+
+
+# --------------------------------------------------------------------------------------------------- swaps that died
+
+
+def test_a_live_volume_that_once_was_set_aside_is_not_reaped(thin: LvmHarness) -> None:
+    """Somebody has taken a swap back by hand: the tags are still on it."""
+    volume = filled(thin)
+    birth = taken(thin, volume)
+    (found,) = thin.provider().snapshots(birth.set_id)
+    ruin(top(volume))
+    content = describe(top(volume))
+    thin.provider().swap("w1", found, volume)
+    with thin.unmounted([volume.id]):
+        lvm("lvremove", "-qq", "-y", volume.id)
+        lvm("lvrename", "-qq", thin.storage.vg, "w1-aside", volume.id.partition("/")[2])
+        lvm("lvchange", "-qq", "-kn", volume.id)
+        lvm("lvchange", "-qq", "-ay", volume.id)
+    before = names(thin)
+    assert thin.provider().reap() == []
+    with contextlib.suppress(StorageError):
+        thin.provider().swap_back("w1")
+    assert thin.provider().reap() == []
+    assert names(thin) == before and describe(top(volume)) == content
+
+
+@pytest.mark.parametrize("then", ["undone", "kept by another name", "asked for again"])
+def test_a_commit_that_was_cut(thin: LvmHarness, monkeypatch: pytest.MonkeyPatch, then: str) -> None:
+    """Killed with the set-aside marked to go, and still there."""
+    volume = filled(thin)
+    birth = taken(thin, volume)
+    content = describe(top(volume))
+    (found,) = thin.provider().snapshots(birth.set_id)
+    ruin(top(volume))
+    ruined = describe(top(volume))
+    thin.provider().swap("w1", found, volume)
+
+    def die(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Group, "remove", die)
+        in_a_run_that_dies(lambda: thin.provider().swap_commit("w1"))
+    assert "w1-aside" in names(thin) and list(thin.provider().swaps()) == ["w1"]
+    assert thin.provider().reap() == [], "an open swap is somebody's to end"
+    if then == "undone":
+        thin.provider().swap_back("w1")
+        assert describe(top(volume)) == ruined
+        assert thin.provider().reap() == [] and describe(top(volume)) == ruined
+        assert not list(thin.provider().swaps())
+    elif then == "kept by another name":
+        lvm("lvrename", "-qq", thin.storage.vg, "w1-aside", "saved")
+        thin.provider().reap()
+        thin.provider().swap_commit("w1")
+        thin.provider().reap()
+        assert "saved" in names(thin) and describe(top(volume)) == content
+    else:
+        thin.provider().swap_commit("w1")
+        assert "w1-aside" not in names(thin) and describe(top(volume)) == content
+    assert not [device for device in block.mapped() if device.suspended]
