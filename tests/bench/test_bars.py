@@ -18,6 +18,7 @@ from tests.hot.conftest import Start, start  # noqa: F401 a fixture
 from tests.support import CHECKOUT, Command, loop_file_system
 
 Measured = Callable[[str], None]
+pytestmark = pytest.mark.alone
 
 
 def seconds(argv: list[str]) -> float:

@@ -171,6 +171,7 @@ def test_a_clearer_and_a_taker_at_once(harness: BtrfsHarness, volume: Volume) ->
         os.waitpid(child, 0)
 
 
+@pytest.mark.alone  # a `sync` of anybody's writes what is not yet to be on the disk
 def test_sealed_is_on_the_disk(tmp_path: Path) -> None:
     """What the disk holds right after the seal, as after a power cut, has the seal and the image. The kernel would
     otherwise write only every 300 s, and what is written later is not there: the control."""

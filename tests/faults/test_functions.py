@@ -158,6 +158,7 @@ def test_a_node_is_asked_to_take_it_frozen(twin: Twin, tmp_path: Path, agent: tu
         assert {tags["snapshotter:mark-grade"] for tags in alive(twin)} == {"crash"}
 
 
+@pytest.mark.alone
 def test_cold_start(twin: Twin, measured: Callable[[str], None]) -> None:
     """From the import of the handler to its first call of EC2, the best of a few: the machine does other things too."""
     fleet(twin, 1)

@@ -53,6 +53,8 @@ floor = "12.5%"
 keep = {hourly = 1, daily = 2, weekly = 3, monthly = 4, yearly = 5, min = 6, max_age = "365d", max_space = "500GB"}
 verify = {level = 3, every = "7d"}
 timeout = "2m"
+notify = ["env:TELEGRAM_URL"]
+ping = {success = "file:/etc/snapshotter/ping"}
 [node.validator-1.hooks]
 before_take = ["/bin/a"]
 after_take = ["/bin/b", "x"]

@@ -212,6 +212,7 @@ def test_ten_thousand_histories(request: pytest.FixtureRequest, measured: Callab
     assert removed > count
 
 
+@pytest.mark.alone
 def test_a_hundred_thousand_sets_in_two_seconds(measured: Callable[[str], None]) -> None:
     begin = datetime(2016, 1, 1, tzinfo=UTC)
     sets = [a_set(begin + timedelta(minutes=50 * number), number + 1) for number in range(100_000)]
