@@ -33,6 +33,8 @@ SAMPLED: dict[str, set[str]] = {
         "test_luks_on_a_volume",
         "test_after_a_swap_and_a_reboot_path_and_uuid_are_the_restored_data",
     },
+    # Has not passed yet: the kernel's NVMe target let go of no disk. Under --full, as a reminder.
+    "test_ec2_node": set(),
     "test_schedule": {"test_the_timer_fires_and_a_good_set_appears"},
     "test_lvm_hot": {"test_rocksdb[thin-xfs-3]"},
     "test_lvm_kills": {
