@@ -78,6 +78,9 @@ class Proxy(Provider):
     def tagged(self) -> list[Tagged]:
         return self.inner.tagged()
 
+    def foresee(self, snapshot: Snapshot) -> list[str]:
+        return self.inner.foresee(snapshot)
+
     def ask(self, instance: str, argv: Sequence[str]) -> str:
         return self.mutate("ask", lambda: self.inner.ask(instance, argv))
 

@@ -20,6 +20,7 @@ READING = {
     "claim",
     "find",
     "tagged",
+    "foresee",
     "of_slot",
     "one_instant",
     "check",

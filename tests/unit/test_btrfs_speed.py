@@ -13,7 +13,7 @@ from snapshotter.testing import make_birth
 from snapshotter.testing.harness import fill
 from tests.unit.btrfs_kit import btrfs_harness, command
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.alone]
 
 
 def test_a_take_and_its_parts(measured: Callable[[str], None]) -> None:
