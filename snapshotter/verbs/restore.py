@@ -241,6 +241,9 @@ def attach_all(
     provider's is there once, below all its mounts: it detaches all volumes, and none may be mounted then."""
     made: dict[int, MountSpec | Tree] = {}  # several roots may lie in one volume: it is attached once
     detached: set[str] = set()
+    for _, place in places:  # below every detach: they are empty only after it
+        if not mounts.is_under(os.path.dirname(place), places[0][1]):
+            make_parents(undo, place)
     for index, (root, place) in enumerate(places):
         make_parents(undo, place)
         if root.member not in made:
