@@ -35,7 +35,8 @@ SAMPLED: dict[str, set[str]] = {
     },
     # Has not passed yet: the kernel's NVMe target let go of no disk. Under --full, as a reminder.
     "test_ec2_node": set(),
-    "test_schedule": {"test_the_timer_fires_and_a_good_set_appears"},
+    # Seen to make a good set, but never green to its end: under --full.
+    "test_schedule": set(),
     "test_lvm_hot": {"test_rocksdb[thin-xfs-3]"},
     "test_lvm_kills": {
         "test_killed_inside_lvcreate[thin]",
