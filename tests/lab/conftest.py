@@ -38,11 +38,7 @@ SAMPLED: dict[str, set[str]] = {
     # Seen to make a good set, but never green to its end: under --full.
     "test_schedule": set(),
     "test_lvm_hot": {"test_rocksdb[thin-xfs-3]"},
-    "test_lvm_kills": {
-        "test_killed_inside_lvcreate[thin]",
-        "test_killed_with_the_origin_suspended[classic]",
-        "test_killed_inside_lvremove[thin-delete]",
-    },
+    "test_lvm_kills": {"test_killed_inside_lvcreate[thin]"},
     "test_lvm_beside": {
         "test_a_snapshot_of_what_was_swapped_in_stays",
         "test_a_leftover_that_somebody_has_open_stops_no_take[True]",
