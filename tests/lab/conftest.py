@@ -35,6 +35,10 @@ SAMPLED: dict[str, set[str]] = {
     },
     # Has not passed yet: the kernel's NVMe target let go of no disk. Under --full, as a reminder.
     "test_ec2_node": set(),
+    # Fails behind the seal, though the log has its write and a flush there: test or driver, not settled yet.
+    "test_power_cuts": set(),
+    # Not run to its end yet.
+    "test_in_place_lab": set(),
     # Seen to make a good set, but never green to its end: under --full.
     "test_schedule": set(),
     "test_lvm_hot": {"test_rocksdb[thin-xfs-3]"},
