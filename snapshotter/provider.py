@@ -11,6 +11,9 @@ Rules that hold for every method:
 
 from __future__ import annotations
 
+import glob
+import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -257,17 +260,55 @@ NEAREST_FIRST = ("zfs", "btrfs", "lvm", "ebs", "gce")
 LAST_RESORT = "copy"
 #: Drivers that serve one kind of file system: not loaded for a mount of another (it takes longer than a snapshot).
 _ONLY = {"zfs": "zfs", "btrfs": "btrfs"}
+#: What is there on a machine that a driver can see anything on, without the config's help; one of each is enough.
+_SIGNS = {
+    "zfs": ("/proc/spl/kstat/zfs", "/dev/zfs"),
+    "lvm": ("/dev/mapper/control", "/sys/class/misc/device-mapper"),
+}
+#: What DMI calls the machines of each cloud.
+VENDORS = {"ebs": "Amazon EC2", "gce": "Google"}
 ENTRY_POINTS = "snapshotter.providers"
 
 
 def names() -> Iterator[str]:
     """All providers installed, in the order in which claims win: built in, then third parties', then `copy`. Third
-    parties' are looked up only when the others are through: it takes longer than a snapshot."""
+    parties' are looked up only when the others are through."""
     yield from (name for name in NEAREST_FIRST if name in BUILT_IN)
-    from importlib.metadata import entry_points
+    if _third_parties():
+        from importlib.metadata import entry_points
 
-    yield from sorted({point.name for point in entry_points(group=ENTRY_POINTS)} - set(BUILT_IN))
+        yield from sorted({point.name for point in entry_points(group=ENTRY_POINTS)} - set(BUILT_IN))
     yield LAST_RESORT
+
+
+def _third_parties() -> bool:
+    """Whether anything installed may announce a driver. importlib.metadata knows, but takes longer to import than a
+    snapshot and its clone to make; what it reads are these files (and archives, which only it can read)."""
+    for place in sys.path:
+        if os.path.isfile(place):
+            return True
+        for file in glob.iglob(f"{glob.escape(place or '.')}/*.*-info/entry_points.txt"):
+            try:
+                with open(file, "rb") as announced:
+                    if ENTRY_POINTS.encode() in announced.read():
+                        return True
+            except OSError:
+                return True
+    return False
+
+
+def may_be_here(name: str) -> bool:
+    """False where it is certain, without loading the driver, that this machine shows it nothing. What the config or
+    a person says beside that (a region, a project) is the caller's to know."""
+    if name in BUILT_IN and BUILT_IN[name][0].partition(":")[0] in sys.modules:
+        return True  # it can say so itself, at no cost
+    if name in VENDORS:
+        try:
+            with open("/sys/class/dmi/id/sys_vendor", encoding="ascii", errors="replace") as file:
+                return file.read().strip() == VENDORS[name]
+        except OSError:
+            return False
+    return any(map(os.path.exists, _SIGNS.get(name, ("/",))))
 
 
 def may_claim(name: str, mount: Mount) -> bool:

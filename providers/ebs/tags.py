@@ -15,6 +15,7 @@ from typing import Any
 
 from snapshotter.core.labels import MARK_NAMES, LabelLimits, pack, slot_value, unpack
 from snapshotter.core.model import Access, Attachment, Birth, Purpose
+from snapshotter.provider import VENDORS
 
 PREFIX = "snapshotter:"
 MANAGED = PREFIX + "managed"
@@ -42,7 +43,7 @@ _MEMBER, _ACCESS, _PURPOSE, _PATH = (PREFIX + name for name in ("member", "acces
 _MARK = PREFIX + "mark-"
 _CHUNK = 250
 NAME = "ebs"
-VENDOR = "Amazon EC2"  # DMI's word for the machine
+VENDOR = VENDORS["ebs"]
 BY_ID = "nvme-Amazon_Elastic_Block_Store_"
 
 #: 255 characters of letters, digits, blanks and these, says EC2's guide; a GCE label or a JSON text would need more.

@@ -9,8 +9,10 @@ from typing import Any
 
 from msgspec import Struct
 
+from snapshotter.provider import VENDORS
+
 NAME = "gce"
-VENDOR = "Google"  # DMI's word for the machine
+VENDOR = VENDORS["gce"]
 #: udev's link to a disk has the device's name behind this.
 BY_ID = "google-"
 _ZONE = re.compile(r".+-[a-z]")

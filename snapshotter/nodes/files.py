@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fnmatch
 import os
-import secrets
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -162,7 +161,7 @@ def put(path: str, content: bytes, *, mode: int, uid: int, gid: int, keep_times:
     `keep_times`: the directory's own times stay as they were. Raises PreconditionError, StorageError."""
     with directory_of(path) as (fd, name):
         before = os.fstat(fd)
-        temporary = _TEMPORARY + secrets.token_hex(8)
+        temporary = _TEMPORARY + os.urandom(8).hex()
         try:
             new = os.open(
                 temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=fd

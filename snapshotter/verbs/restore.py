@@ -43,6 +43,8 @@ from snapshotter.provider import Provider
 from snapshotter.verbs.hooks import Around
 from snapshotter.verbs.session import Session
 
+_COARSE = 5  # CLOCK_REALTIME_COARSE of linux/time.h, which Python has no name for
+
 
 def restore(
     session: Session,
@@ -120,14 +122,21 @@ def _bring_all(
                 object=found.set_id,
                 cure="restore it with --to",
             )
-        # The moment first, then longer than a kernel tick: whatever is written from now on has a later ctime.
         since = datetime.now(UTC)
-        time.sleep(0.02)
+        _let_pass(since)
         with deferred():
             for provider in holding.values():
                 provider.settle(attachment_id, since)
             undo.commit()
     warnings += [f"{_shown(change)} led to {change.before}, and now to {change.after}" for change in changes]
+
+
+def _let_pass(moment: datetime) -> None:
+    """Return when whatever is written from now on has a later ctime: the kernel's coarse clock, which stamps files, is
+    past `moment`. At most 20 ms, two of its slowest ticks, whatever else moves the clock."""
+    give_up = time.monotonic() + 0.02
+    while time.clock_gettime(_COARSE) <= moment.timestamp() and time.monotonic() < give_up:
+        time.sleep(0.001)
 
 
 def _withhold(session: Session, found: SnapshotSet, pairs: Sequence[tuple[str, str]], warnings: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ from msgspec.structs import asdict
 from snapshotter import catalog, provider
 from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, UsageError
 from snapshotter.core.model import Report, SnapshotSet, no_report
-from snapshotter.nodes.config import Config, Node
+from snapshotter.nodes.config import Aws, Config, Gcp, Node
 from snapshotter.nodes.target import canonical, resolve, target_of
 from snapshotter.provider import Provider, Settings
 
@@ -71,13 +71,13 @@ class Session(Struct):
                 provider.parse_options(kinds[0], {key: value})
 
     def everywhere(self, node: Node | None = None) -> tuple[list[Provider], list[catalog.Unavailable]]:
-        """One instance of every provider in every way that the config uses it, for the catalog; and those that
-        can't be asked, with the reason."""
+        """One instance of every provider in every way that the config uses it, for the catalog, less those that can't
+        see anything here; and those that can't be asked, with the reason."""
         usual = node is None or self.config.nodes.get(node.name) is node
         if usual and self._everywhere is not None:
             return self._everywhere
         every = provider.names() if self.only is None else (self.only,)
-        wanted: list[tuple[str, Node | None]] = [(name, None) for name in every]
+        wanted: list[tuple[str, Node | None]] = [(name, None) for name in every if self._may_see(name)]
         for other in [*self.config.nodes.values(), *([node] if node is not None else [])]:
             wanted += [(name, other) for name in ([other.provider] if other.provider else ["copy"])]
         made: dict[int, Provider] = {}
@@ -93,6 +93,11 @@ class Session(Struct):
         if usual:
             self._everywhere = answer
         return answer
+
+    def _may_see(self, name: str) -> bool:
+        """Whether a provider could see anything of ours with no node's options: not loaded where that is certain."""
+        said = {"ebs": self.config.aws != Aws(), "gce": self.config.gcp != Gcp()}.get(name, False)
+        return said or bool(self.options) or name in (self.provider_name, self.only) or provider.may_be_here(name)
 
     def node_of(self, target: str) -> Node | None:
         """The config's node of this target's identity, if it has one."""

@@ -9,10 +9,15 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from snapshotter import provider
+from snapshotter.nodes.config import load
+from snapshotter.verbs.session import Session
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -225,6 +230,49 @@ def test_no_cloud_is_loaded_by_naming_the_providers() -> None:
     loaded = loaded_by("import snapshotter.provider; snapshotter.provider.load('copy')")
     assert "providers.copy" in loaded
     assert not {name for name in loaded for heavy in HEAVY if below(name, heavy) and not below(name, "providers")}
+
+
+def test_what_can_see_nothing_here_is_not_loaded_to_list(tmp_path: Path) -> None:
+    """It would take longer than a clone. A driver's own answer is the same: the empty list."""
+    config = tmp_path / "config.toml"
+    config.write_text(f'state = "{tmp_path}/state"\n')
+    run = f"""
+        from snapshotter import provider
+        provider._SIGNS = dict.fromkeys(provider._SIGNS, ())
+        provider.VENDORS = dict.fromkeys(provider.VENDORS, "nobody")
+        from snapshotter.nodes.config import load
+        from snapshotter.verbs.session import Session
+        assert not Session(load("{config}")).catalog().unavailable
+    """
+    loaded = loaded_by(textwrap.dedent(run))
+    assert {name for name in loaded if name.count(".") == 1 and name.startswith("providers.")} == {
+        "providers.btrfs",
+        "providers.copy",
+    }
+    assert "importlib.metadata" not in loaded or provider._third_parties()
+
+
+@pytest.mark.parametrize("table", ['[aws]\nregion = "eu-west-1"', '[gcp]\nproject = "nodes"'])
+def test_a_cloud_that_the_config_names_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str) -> None:
+    monkeypatch.setattr(provider, "may_be_here", lambda name: False)
+    config = tmp_path / "config.toml"
+    config.write_text(f'state = "{tmp_path}/state"\n{table}\n')
+    session = Session(load(str(config)))
+    assert session._may_see("ebs") is ("aws" in table) and session._may_see("gce") is ("gcp" in table)
+
+
+def test_a_third_partys_driver_is_found_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert not provider._third_parties()
+    made = tmp_path / "other-1.0.dist-info"
+    made.mkdir()
+    (made / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (made / "entry_points.txt").write_text("[console_scripts]\nx = x:y\n")
+    assert not provider._third_parties()
+    (made / "entry_points.txt").write_text("[snapshotter.providers]\nceph = other:Ceph\n")
+    assert provider._third_parties()
+    assert [*provider.names()][-2:] == ["ceph", "copy"]
+    assert provider.may_be_here("ceph"), "nobody knows what it needs but itself"
 
 
 def test_the_shipped_proxies_need_no_pytest() -> None:
