@@ -374,7 +374,8 @@ def shell(options: argparse.Namespace) -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/lab", allow_abbrev=False, add_help=False)
+    usage = "scripts/lab [options] [pytest arguments | run SCRIPT|- [WORD ...] | shell | image | can]"
+    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False)
     limit = 12 * 3600 if "--full" in argv else 2700
     parser.add_argument("--limit", type=int, default=limit, help="seconds that a job may take (0: no limit)")
     parser.add_argument("--cpus", type=int, default=2)

@@ -77,6 +77,13 @@ def test_unknown_names_the_nearest() -> None:
 _USER = 'name = "mine"\ntitle = "Mine"\n[hot_safety]\nsafety = "contested"\nreason = "r"\nsource = "s"\n'
 
 
+def test_each_of_ours_is_in_the_file_of_its_name() -> None:
+    """`get` reads that one alone."""
+    known = profiles.load_all()
+    assert known and all(profiles.get(name) == profile for name, profile in known.items())
+    assert {name for name, _ in profiles._built_in()} == {f"{name}.toml" for name in known}
+
+
 def test_the_users_own(tmp_path: Path) -> None:
     built_in = profiles.load_all(str(tmp_path / "missing"))
     assert {"besu", "generic"} <= set(built_in) and all(name == each.name for name, each in built_in.items())

@@ -95,44 +95,42 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 def load_all(extra_directory: str | None = None) -> dict[str, Profile]:
     """Every profile by its name. `extra_directory` (may be missing) holds the user's own *.toml; a built-in's
     namesake takes its place. Raises UsageError for a wrong file, PreconditionError for one that can't be read."""
+    found = [_decode(content, name) for name, content in _built_in()]
+    return {profile.name: profile for profile in found} | _own(extra_directory)
+
+
+def _own(directory: str | None) -> dict[str, Profile]:
     found: dict[str, Profile] = {}
-    for name, content in _built_in():
-        profile = _decode(content, name)
-        found[profile.name] = profile
-    if extra_directory is None:
-        return found
     try:
-        names = sorted(os.listdir(extra_directory))
+        names = sorted(os.listdir(directory)) if directory else []
     except (FileNotFoundError, NotADirectoryError):
         return found
     except OSError as error:
-        raise PreconditionError(f"can't read the profiles: {error.strerror}", object=extra_directory) from None
-    for name in names:
-        if name.endswith(".toml"):
-            path = os.path.join(extra_directory, name)
-            try:
-                with open(path, "rb") as file:
-                    profile = _decode(file.read(), path)
-            except OSError as error:
-                raise PreconditionError(f"can't read the profile: {error.strerror}", object=path) from None
-            found[profile.name] = profile
+        raise PreconditionError(f"can't read the profiles: {error.strerror}", object=directory or "") from None
+    for path in (f"{directory}/{name}" for name in names if name.endswith(".toml")):
+        try:
+            with open(path, "rb") as file:
+                profile = _decode(file.read(), path)
+        except OSError as error:
+            raise PreconditionError(f"can't read the profile: {error.strerror}", object=path) from None
+        found[profile.name] = profile
     return found
 
 
-def _built_in() -> list[tuple[str, bytes]]:
-    """(name, content) of our own files. importlib.resources is slow to import, and only a zip needs it."""
+def _built_in(wanted: str = "*") -> list[tuple[str, bytes]]:
+    """(file name, content) of our own: each is called as its profile. importlib.resources is slow to import, and only a
+    zip needs it."""
     here = os.path.dirname(__file__)
-    found = []
     if os.path.isdir(here):
-        for name in sorted(os.listdir(here)):
-            if name.endswith(".toml"):
-                with open(os.path.join(here, name), "rb") as file:
-                    found.append((name, file.read()))
+        found = []
+        for name in sorted(glob.glob(f"{wanted}.toml", root_dir=here)):
+            with open(os.path.join(here, name), "rb") as file:
+                found.append((name, file.read()))
         return found
     from importlib.resources import files
 
     entries = sorted(files(__name__).iterdir(), key=lambda entry: entry.name)
-    return [(entry.name, entry.read_bytes()) for entry in entries if entry.name.endswith(".toml")]
+    return [(each.name, each.read_bytes()) for each in entries if fnmatch.fnmatchcase(each.name, f"{wanted}.toml")]
 
 
 def _decode(content: bytes, source: str) -> Profile:
@@ -180,8 +178,12 @@ def _holds(pattern: str, inner: str) -> bool:
 
 def get(name: str, extra_directory: str | None = None) -> Profile:
     """The profile called `name`. Raises UsageError naming the nearest."""
-    known = load_all(extra_directory)
+    known = _own(extra_directory)
+    if name not in known and NODE_NAME.fullmatch(name):  # to read all of ours takes longer than a snapshot
+        for file, content in _built_in(name):
+            known[name] = _decode(content, file)
     if name not in known:
+        known = load_all(extra_directory)
         from difflib import get_close_matches
 
         near = get_close_matches(name, known, 1)
