@@ -1,7 +1,8 @@
 """Any order of everything: hypothesis drives a driver and a model of what must be true side by side.
 
 Every step is a new instance on the same storage, as every command is a new run. Files are rewritten with other bytes of
-the same length at once after a take: what a copy may wrongly hold for unchanged.
+the same length at once after a take: what a copy may wrongly hold for unchanged. A step's number means the n-th one
+made, never the n-th by name: the clock and chance are in names, and hypothesis runs the same steps again.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Machine(RuleBasedStateMachine):
         return path
 
     def snapshot(self, number: int, member: int) -> tuple[str, Snapshot]:
-        set_id = sorted(self.sets)[number % len(self.sets)]
+        set_id = [*self.sets][number % len(self.sets)]
         found = ready(self.provider, self.harness, set_id)
         return set_id, found[member % len(found)]
 
@@ -155,7 +156,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.sets)
     @rule(number=numbers, changes=marks)
     def mark(self, number: int, changes: dict[str, str | None]) -> None:
-        set_id = sorted(self.sets)[number % len(self.sets)]
+        set_id = [*self.sets][number % len(self.sets)]
         self.provider.mark(set_id, changes)
         merged = {**self.sets[set_id].marks, **changes}
         self.sets[set_id].marks = {name: value for name, value in merged.items() if value is not None}
@@ -164,7 +165,7 @@ class Machine(RuleBasedStateMachine):
     @rule(number=numbers)
     def take_again(self, number: int) -> None:
         """An id that exists is refused."""
-        set_id = sorted(self.sets)[number % len(self.sets)]
+        set_id = [*self.sets][number % len(self.sets)]
         volumes = [self.volumes[0]]
         with pytest.raises(BusyError):
             self.provider.prepare(volumes, make_birth(volumes, set_id=set_id), 5.0)
@@ -173,7 +174,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.sets)
     @rule(number=numbers)
     def delete(self, number: int) -> None:
-        set_id = sorted(self.sets)[number % len(self.sets)]
+        set_id = [*self.sets][number % len(self.sets)]
         if any(attached.set_id == set_id for attached in self.attached.values()):
             with pytest.raises(BusyError):
                 self.provider.delete(set_id)
@@ -207,21 +208,21 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.attached)
     @rule(number=numbers, name=names, content=contents)
     def write_to_a_clone(self, number: int, name: str, content: bytes) -> None:
-        attached = self.attached[sorted(self.attached)[number % len(self.attached)]]
+        attached = self.attached[[*self.attached][number % len(self.attached)]]
         write_file(attached.destination, name, content)
         attached.files[name] = content
 
     @precondition(lambda self: self.attached)
     @rule(number=numbers)
     def settle(self, number: int) -> None:
-        attachment_id = sorted(self.attached)[number % len(self.attached)]
+        attachment_id = [*self.attached][number % len(self.attached)]
         self.attached[attachment_id].since = since = datetime.now(UTC)
         self.provider.settle(attachment_id, since)
 
     @precondition(lambda self: self.attached)
     @rule(number=numbers, twice=st.booleans())
     def detach(self, number: int, twice: bool) -> None:
-        attachment_id = sorted(self.attached)[number % len(self.attached)]
+        attachment_id = [*self.attached][number % len(self.attached)]
         destination = self.attached.pop(attachment_id).destination
         for _ in range(1 + twice):
             self.provider.detach(attachment_id)
@@ -246,7 +247,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.swaps)
     @rule(number=numbers, commit=st.booleans(), twice=st.booleans())
     def end_swap(self, number: int, commit: bool, twice: bool) -> None:
-        swap_id = sorted(self.swaps)[number % len(self.swaps)]
+        swap_id = [*self.swaps][number % len(self.swaps)]
         volume, files = self.swaps.pop(swap_id)
         for _ in range(1 + twice):
             (self.provider.swap_commit if commit else self.provider.swap_back)(swap_id)

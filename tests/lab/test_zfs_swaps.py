@@ -333,7 +333,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.sets)
     @rule(number=st.integers(0, 9))
     def delete(self, number: int) -> None:
-        set_id = sorted(self.sets)[number % len(self.sets)]
+        set_id = [*self.sets][number % len(self.sets)]
         try:
             zfs_kit.provider().delete(set_id)
         except BusyError as busy:
@@ -344,7 +344,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.sets and self.swapped is None)
     @rule(number=st.integers(0, 9))
     def swap(self, number: int) -> None:
-        set_id = sorted(self.sets)[number % len(self.sets)]
+        set_id = [*self.sets][number % len(self.sets)]
         swap_id = "w" + new_set_id(datetime.now(UTC))[1:]
         zfs_kit.provider().swap(swap_id, image(set_id), self.volume)
         self.swapped = swap_id, self.live
