@@ -138,6 +138,9 @@ def table(sets: Sequence[Document]) -> str:
         notes = [word for word, said in (("pinned", entry["pinned"]), ("attached", entry["attachments"])) if said]
         if entry["verify_outcome"]:
             notes.append(f"verified L{entry['verify_level']}: {entry['verify_outcome']}")
+        notes += [f"copied to {place}" for place in entry["replicas"]]
+        if entry["replica_of"]:
+            notes.append(f"copied from {entry['replica_of']}")
         rows.append(
             (
                 entry["set_id"],
@@ -157,9 +160,11 @@ def details(document: Document) -> str:
     lines = []
     for name, value in document.items():
         if isinstance(value, list):
-            lines += [
-                f"{name.removesuffix('s')}: " + " ".join(f"{k}={v}" for k, v in entry.items() if v) for entry in value
+            shown_each = [
+                " ".join(f"{k}={v}" for k, v in entry.items() if v) if isinstance(entry, dict) else entry
+                for entry in value
             ]
+            lines += [f"{name.removesuffix('s')}: {entry}" for entry in shown_each]
         elif value is not None:
             shown = (
                 size(value) if name == "size_bytes" else ("yes" if value is True else "no" if value is False else value)

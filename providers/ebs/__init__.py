@@ -150,13 +150,13 @@ class EbsProvider(Provider):
         volumes = [volume for volume in found if volume is not None]
         if not volumes or len(volumes) != len(parts):
             return None  # an instance store, a memory file system: nothing that EBS knows
-        if self.disks.stacked(mount) or len({part.partition for part in parts}) > 1:
+        if not self.disks.between(mount) and len({part.partition for part in parts}) > 1:
             raise PreconditionError(
-                f"lies on {', '.join(volumes)} through LVM, RAID or encryption, or on different partitions of them",
+                f"lies on different partitions of {', '.join(volumes)}",
                 object=mount.path,
-                cure="name the provider of what is between, or take the volumes from outside by `select`",
+                cure="take the volumes from outside by `select`",
             )
-        return Volume(self.name, tags.joined(sorted(volumes)), mounts.top_of(mount), mount.fstype)
+        return Volume(self.name, tags.joined(sorted(set(volumes))), mounts.top_of(mount), mount.fstype)
 
     def find(self, select: Mapping[str, object]) -> list[Volume]:
         from providers.ebs import choosing

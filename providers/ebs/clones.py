@@ -20,7 +20,7 @@ from snapshotter.core.errors import NotFoundError, PreconditionError, StorageErr
 from snapshotter.core.model import Access, Attachment, Elsewhere, MountSpec, Purpose, Snapshot
 from snapshotter.core.remote import operation_id, poll
 from snapshotter.host import processes
-from snapshotter.host.disks import Disks, Part, copy_mount
+from snapshotter.host.disks import Disks, Part, alone, copy_mount, refuse_inactive, refuse_meeting
 from snapshotter.host.places import host_name
 from snapshotter.provider import Settings
 
@@ -52,6 +52,7 @@ class Clones:
         birth, instance, report = snapshot.birth, self.here.instance, self.settings.report
         items = [restorable(self.api, part) for part in tags.parts(snapshot.id)]
         kind, partition = tags.file_system(tags.read(items[0]), birth.member)
+        refuse_inactive(kind, snapshot.id)
         if kind == "btrfs":
             # Two disks of one btrfs confuse the kernel as soon as it sees them.
             for origin in tags.parts(snapshot.volume):
@@ -97,8 +98,12 @@ class Clones:
         if not zone:
             cure = "-o instance=, or -o zone= for volumes that are attached to none"
             raise PreconditionError("is to be made in which zone?", object=snapshot.id, cure=cure)
-        for each in tags.parts(snapshot.id):
-            restorable(self.api, each)
+        items = [restorable(self.api, each) for each in tags.parts(snapshot.id)]
+        kind = tags.file_system(tags.read(items[0]), birth.member)[0]
+        if instance and alone(kind):
+            for origin in tags.parts(snapshot.volume):
+                found = volumes.look(self.api, origin, self.api.deadline(origin)) or {}
+                refuse_meeting(kind, volumes.attached_to(found)[0] == instance, snapshot.id)
         born = tags.of_attachment(
             attachment_id,
             birth.set_id,

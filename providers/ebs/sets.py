@@ -49,6 +49,8 @@ def _member(birth: Birth, have: Mapping[str, Mapping[str, Any]]) -> Snapshot:
         size_bytes=sum(sizes) if len(sizes) == len(items) else None,
         order=max(_order(birth, item) for item in items),
         why=why,
+        replicas=tuple(sorted(set.intersection(*(set(tags.copied(each)) for each in labels)))),
+        replica_of=tags.copy_of(labels[0]),
     )
 
 

@@ -18,7 +18,7 @@ from providers.ebs.here import Here
 from snapshotter.core.errors import BusyError, PreconditionError, StorageError
 from snapshotter.core.model import Report, Snapshot
 from snapshotter.core.remote import operation_id
-from snapshotter.host.disks import Disks
+from snapshotter.host.disks import Disks, alone
 
 
 class Swaps:
@@ -48,8 +48,8 @@ class Swaps:
             why = "lies on several volumes: they can't change places at one instant"
             raise PreconditionError(why, object=volume, cure="restore it with --to")
         item = restorable(self.api, snapshot.id)
-        if tags.file_system(tags.read(item), snapshot.birth.member)[0] == "btrfs":
-            why = "is a btrfs: the kernel may not see it beside its origin"
+        if alone(kind := tags.file_system(tags.read(item), snapshot.birth.member)[0]):
+            why = f"is a {kind}: it may not be seen beside its origin"
             raise PreconditionError(why, object=snapshot.id, cure="restore it on another instance")
         for other, item in self.open():
             if other == swap_id or volume in (tags.read(item).get(tags.ORIGIN), item["VolumeId"]):

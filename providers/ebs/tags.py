@@ -125,6 +125,16 @@ def origin_of(item: Mapping[str, Any]) -> str:
     return labels.get(ORIGIN, "") if SOURCE in labels else str(item["VolumeId"])
 
 
+def copied(tags: Mapping[str, str]) -> list[str]:
+    """Regions where a set's snapshot was copied to, wholly."""
+    return [key.removeprefix(COPIED) for key in tags if key.startswith(COPIED)]
+
+
+def copy_of(tags: Mapping[str, str]) -> str:
+    """The region of what a snapshot is a copy of; '' if it is none."""
+    return tags.get(SOURCE, "").partition("/")[0]
+
+
 def file_system(tags: Mapping[str, str], member: int) -> tuple[str, int]:
     """(type, partition) of what lies on a member's volume; ('', 0) where it wasn't known."""
     kinds = tags.get(FILE_SYSTEM, "").split(" ")

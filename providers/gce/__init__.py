@@ -17,7 +17,7 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from providers.gce import labels, names
+from providers.gce import labels, names, sets
 from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.labels import check_marks, encode_birth, pack, slot_value
 from snapshotter.core.model import (
@@ -170,13 +170,13 @@ class GceProvider(Provider):
         volumes = [each.id for each in found if each is not None]
         if len(volumes) != len(seen):
             return None  # a local SSD: nothing that could be snapshotted
-        if len(parts) > 1 or self.disks.stacked(mount):
+        if not self.disks.between(mount) and len({part.partition for part in parts}) > 1:
             raise PreconditionError(
-                f"lies on {', '.join(volumes)} through LVM, RAID, encryption, or several devices",
+                f"lies on different partitions of {', '.join(volumes)}",
                 object=mount.path,
-                cure="name the provider of what is between, or take the disks from outside by `select`",
+                cure="take the disks from outside by `select`",
             )
-        return Volume(self.name, volumes[0], mounts.top_of(mount), mount.fstype)
+        return Volume(self.name, names.joined(sorted(set(volumes))), mounts.top_of(mount), mount.fstype)
 
     def _instance(self, here: Here | None) -> Any:
         """What Compute Engine says of this instance."""
@@ -205,13 +205,15 @@ class GceProvider(Provider):
         return choosing.tagged(self._api()) if self._used() else []
 
     def one_instant(self, volumes: Sequence[Volume]) -> bool:
-        return len(volumes) == 1 or bool(self._plan(volumes).group)
+        plan = self._plan(volumes)
+        return len(plan.disks) == 1 or bool(plan.group)
 
     def _plan(self, volumes: Sequence[Volume]) -> Plan:
         from providers.gce import choosing
 
         here = self._instance(self._here()) if any(volume.path is not None for volume in volumes) else None
-        return choosing.plan(self._api(), self._seen, [volume.id for volume in volumes], here)
+        ids = [part for volume in volumes for part in names.parts(volume.id)]
+        return choosing.plan(self._api(), self._seen, ids, here)
 
     # -- before -------------------------------------------------------------------------------------------------
 
@@ -222,6 +224,13 @@ class GceProvider(Provider):
         pack(birth.of_member(0), labels.LIMITS)
         self._resource("standard")
         plan = self._plan(volumes)
+        for volume in volumes:
+            if volume.fstype in mounts.NEVER_FROZEN and len(names.parts(volume.id)) > 1 and not plan.group:
+                raise PreconditionError(
+                    f"is a {volume.fstype} over several disks that are in no consistency group, and can't be frozen",
+                    object=volume.id,
+                    cure="put them in one: docs/gcp.md",
+                )
         wait = choosing.room(self._api(), self._seen, plan, birth.set_id)
         self._plans[birth.set_id] = plan, self.clock.now() + wait
 
@@ -274,12 +283,13 @@ class GceProvider(Provider):
             number = numbers[(self.name, volume.id)]
             lies_on = self.disks.lies_on(mounts.mount_of(volume.path)) if volume.path is not None else ""
             born = labels.of_set(birth.of_member(number), lies_on)
-            resources.append({"name": names.member_name(birth.set_id, number), **self._resource("standard"), **born})
+            each_named = names.member_names(birth.set_id, number, volume.id)
+            resources += [{"name": name, **self._resource("standard"), **born} for name in each_named]
         self._uncertain[birth.set_id] = api.deadline(birth.set_id, _SETTLE_S)
         try:
             made = taking.take(api, plan, birth, resources, within)
         except SnapshotterError as error:
-            if errors.had_no_effect(error) and len(volumes) == 1:
+            if errors.had_no_effect(error) and len(plan.disks) == 1:
                 del self._uncertain[birth.set_id]
             else:
                 self._uncertain[birth.set_id] = api.deadline(birth.set_id, _SETTLE_S)
@@ -288,13 +298,11 @@ class GceProvider(Provider):
                     taking.delete(api, item.name, within)
             raise
         del self._uncertain[birth.set_id]
-        found = []
         for each, (item, operation) in zip(plan.disks, made, strict=True):
             if operation is not None:
                 self._working[item.name] = operation
             item.source_disk = item.source_disk or each.link(api.project)
-            found.append(self._snapshot(item))
-        self._fresh[birth.set_id] = tuple(each for each in found if each is not None)
+        self._fresh[birth.set_id] = tuple(sets.snapshots(item for item, _ in made))
         return self._fresh[birth.set_id]
 
     # -- afterwards ---------------------------------------------------------------------------------------------
@@ -303,15 +311,13 @@ class GceProvider(Provider):
         if not self._used():
             return
         api = self._api()
-        for item in self._items(api, set_id, api.deadline(set_id or "the list of snapshots")):
-            if (found := self._snapshot(item)) is not None:
-                yield found
+        yield from sets.snapshots(self._items(api, set_id, api.deadline(set_id or "the list of snapshots")))
 
     def of_slot(self, target: str, slot: str) -> Iterator[Snapshot]:
         api = self._api()
-        for item in self._labelled(api, labels.SLOT, slot_value(target, slot), api.deadline(f"the slot {slot}")):
-            found = self._snapshot(item)
-            if found is not None and (found.birth.target, found.birth.slot) == (target, slot):
+        listed = self._labelled(api, labels.SLOT, slot_value(target, slot), api.deadline(f"the slot {slot}"))
+        for found in sets.snapshots(listed):
+            if (found.birth.target, found.birth.slot) == (target, slot):
                 yield found
 
     def _items(self, api: Api, set_id: str | None, within: Deadline) -> Iterator[Any]:
@@ -324,22 +330,6 @@ class GceProvider(Provider):
             if item.status != "DELETING" and labels.birth_of(item) is not None:
                 yield item
 
-    def _snapshot(self, item: Any) -> Snapshot | None:
-        birth = labels.birth_of(item)
-        if birth is None:
-            return None
-        state = {"READY": ImageState.READY, "FAILED": ImageState.INVALID}.get(item.status, ImageState.PENDING)
-        return Snapshot(
-            provider=self.name,
-            id=str(item.name),
-            birth=birth,
-            state=state,
-            marks=labels.marks_of(item.labels),
-            size_bytes=int(item.storage_bytes) if item.storage_bytes else None,
-            order=names.milliseconds(item.creation_timestamp) if item.creation_timestamp else 0,
-            why="Compute Engine could not copy it" if state is ImageState.INVALID else "",
-        )
-
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         from providers.gce import taking
 
@@ -349,17 +339,20 @@ class GceProvider(Provider):
         found = list(fresh or self.snapshots(set_id))
         if not found:
             raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all")
+        each_named = [part for snapshot in found for part in names.parts(snapshot.id)]
         if changes.get("sealed"):
             here = {snapshot.birth.member for snapshot in found}
             for number, member in enumerate(found[0].birth.members):
                 if member.provider == self.name and number not in here:
                     raise StorageError(f"can't be sealed: no snapshot of {member.volume}", object=set_id)
             for snapshot in found:
-                if not fresh or snapshot.id in self._working:
-                    operation = self._working.pop(snapshot.id, None)
-                    taking.settled(api, snapshot.id, operation, api.deadline(snapshot.id))
+                if snapshot.state is ImageState.INVALID:
+                    raise StorageError(f"can't be sealed: {snapshot.why}", object=set_id, cure="take it again")
+            for name in each_named:
+                if not fresh or name in self._working:
+                    taking.settled(api, name, self._working.pop(name, None), api.deadline(name))
         labelled = {labels.mark(name): value for name, value in changes.items()}
-        taking.all_of(lambda each: taking.relabel(api, "Snapshots", api.deadline(each.id), each.id, labelled), found)
+        taking.all_of(lambda name: taking.relabel(api, "Snapshots", api.deadline(name), name, labelled), each_named)
 
     def finish(self, set_id: str) -> None:
         from providers.gce import taking
@@ -399,7 +392,8 @@ class GceProvider(Provider):
                 instants.append(names.Disk(plan.place, set_id))  # a group may have lost its instants
             taking.instants_gone(api, set_id, instants, within)
             birth = labels.birth_of(found[0]) if found else None
-            whole = birth is not None and len(found) >= sum(each.provider == self.name for each in birth.members)
+            theirs = [member.volume for member in birth.members if member.provider == self.name] if birth else []
+            whole = birth is not None and len(found) >= sum(len(names.parts(volume)) for volume in theirs)
             if whole or settling is None or settling.left() <= 0:
                 break
             self.clock.sleep(min(5.0, settling.left()))

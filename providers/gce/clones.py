@@ -7,7 +7,7 @@ The record is in what the disk is born with, so whatever a dead run had made is 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -17,12 +17,12 @@ from providers.gce import disks, labels, taking
 from providers.gce.api import Api
 from providers.gce.devices import devices
 from providers.gce.here import Here
-from providers.gce.names import BY_ID, Disk, disk, disk_of, member_name, region_of
+from providers.gce.names import BY_ID, Disk, disk, disk_of, joined, member_names, parts, region_of
 from snapshotter.core.errors import NotFoundError, PreconditionError, StorageError
 from snapshotter.core.model import Access, Attachment, Elsewhere, MountSpec, Purpose, Snapshot
 from snapshotter.core.remote import poll
 from snapshotter.host import processes
-from snapshotter.host.disks import Disks, Part, copy_mount
+from snapshotter.host.disks import Disks, Part, alone, copy_mount, refuse_inactive, refuse_meeting
 from snapshotter.host.places import host_name
 from snapshotter.provider import Settings
 
@@ -44,23 +44,38 @@ class Clones:
         if not self.instance:
             why = "this is no Compute Engine instance"
             raise PreconditionError(why, object=snapshot.id, cure="restore it on one, or with --away")
-        item = restorable(self.api, snapshot)
-        kind, partition = labels.file_system(item)
+        items = [restorable(self.api, part) for part in parts(snapshot.id)]
+        kind, partition = labels.file_system(items[0])
+        refuse_inactive(kind, snapshot.id)
         if kind == "btrfs":
-            self.host.refuse_beside(origin_here(self.api, self.host, disk(snapshot.volume), self.instance), snapshot.id)
+            for origin in map(disk, parts(snapshot.volume)):
+                self.host.refuse_beside(origin_here(self.api, self.host, origin, self.instance), snapshot.id)
         maker = processes.identity(os.getpid())
         born = labels.of_attachment(
             attachment_id, birth.set_id, birth.member, destination, access, purpose, self.number, maker
         )
-        name = member_name(attachment_id, birth.member)
-        which, wanted = self.wanted(item, name, self.zone)
         report = self.settings.report
-        disks.make(self.api, which, {**wanted, **born, "source_snapshot": source(self.api, snapshot)}, report)
-        disks.attach(self.api, which, self.instance, {"device_name": name}, report)
-        found = disks.appeared(self.api, self.host, name, report)
-        within = self.api.deadline(f"partition {partition} of {which.id}", _PARTITION_S)
-        device = poll(lambda: self.host.device(Part(found, partition)), within, first_s=0.1, most_s=1.0)
-        return copy_mount(device, kind, access is Access.READ_ONLY)
+        made = self._made(snapshot, items, attachment_id, self.zone, born)
+        found = []
+        for which in made:
+            disks.attach(self.api, which, self.instance, {"device_name": which.name}, report)
+            seen = Part(disks.appeared(self.api, self.host, which.name, report), partition)
+            within = self.api.deadline(f"partition {partition} of {which.id}", _PARTITION_S)
+            found.append(poll(lambda seen=seen: self.host.device(seen), within, first_s=0.1, most_s=1.0))  # type: ignore[misc]
+        return copy_mount(found[0], kind, access is Access.READ_ONLY, found[1:])
+
+    def _made(
+        self, snapshot: Snapshot, items: Sequence[Any], attachment_id: str, zone: str, born: Mapping[str, Any]
+    ) -> list[Disk]:
+        """A disk of each of the member's snapshots, as the options say."""
+        made = []
+        named = member_names(attachment_id, snapshot.birth.member, snapshot.volume)
+        for name, item in zip(named, items, strict=True):
+            which, wanted = self.wanted(item, name, zone)
+            body = {**wanted, **born, "source_snapshot": source(self.api, item.name)}
+            disks.make(self.api, which, body, self.settings.report)
+            made.append(which)
+        return made
 
     def away(self, snapshot: Snapshot, attachment_id: str) -> Elsewhere:
         """For the instance or the zone that the options name."""
@@ -69,23 +84,27 @@ class Clones:
         zone = zone or str(options.get("zone") or "") or self.zone
         if not zone:
             raise PreconditionError("is to be made in which zone?", object=snapshot.id, cure="-o zone=")
-        item = restorable(self.api, snapshot)
-        number = "none"
+        items = [restorable(self.api, part) for part in parts(snapshot.id)]
+        kind, number = labels.file_system(items[0])[0], "none"
         if name:
             within = self.api.deadline(f"{zone}/{name}")
-            number = str(self.api.call("Instances.get", within, zone=zone, instance=name).id)
+            about = self.api.call("Instances.get", within, zone=zone, instance=name)
+            number = str(about.id)
+            if alone(kind):
+                there = {each.id for each in (disk_of(attached.source) for attached in about.disks) if each is not None}
+                refuse_meeting(kind, bool(there & set(parts(snapshot.volume))), snapshot.id)
         maker = processes.identity(os.getpid())
         born = labels.of_attachment(
             attachment_id, birth.set_id, birth.member, "", Access.WRITABLE, Purpose.RESTORE, number, maker
         )
         born["labels"][labels.AWAY] = self._host()
-        disk_name = member_name(attachment_id, birth.member)
-        which, wanted = self.wanted(item, disk_name, zone)
-        disks.make(self.api, which, {**wanted, **born, "source_snapshot": source(self.api, snapshot)}, report)
+        made = self._made(snapshot, items, attachment_id, zone, born)
         if not name:
-            return Elsewhere(which.id)
-        disks.attach(self.api, which, f"{zone}/{name}", {"device_name": disk_name}, report)
-        return Elsewhere(which.id, f"{zone}/{name}", f"/dev/disk/by-id/{BY_ID}{disk_name}")
+            return Elsewhere(joined(each.id for each in made))
+        for each in made:
+            disks.attach(self.api, each, f"{zone}/{name}", {"device_name": each.name}, report)
+        devices = joined(f"/dev/disk/by-id/{BY_ID}{each.name}" for each in made)
+        return Elsewhere(joined(each.id for each in made), f"{zone}/{name}", devices)
 
     def _host(self) -> str:
         return host_name().rpartition("-")[2]
@@ -128,9 +147,14 @@ class Clones:
         return [which for which, _, found in self._all() if found.id == attachment_id]
 
     def listed(self) -> Iterator[Attachment]:
+        """A member of several disks is one attachment, complete when all of them are."""
+        members: dict[tuple[str, int], list[Attachment]] = {}
         for _, item, found in self._all():
             maker = labels.maker_of(item.labels)
-            yield msgspec.structs.replace(found, held=maker is not None and processes.alive(maker))
+            held = maker is not None and processes.alive(maker)
+            members.setdefault((found.id, found.member), []).append(msgspec.structs.replace(found, held=held))
+        for each in members.values():
+            yield next((part for part in each if part.since is None), each[0])
 
     def settle(self, attachment_id: str, since: datetime) -> None:
         ours = self._of(attachment_id)
@@ -160,17 +184,17 @@ def key_of(encryption: Any) -> str:
     return str(encryption.kms_key_name).partition("/cryptoKeyVersions/")[0]
 
 
-def source(api: Api, snapshot: Snapshot) -> str:
-    return f"projects/{api.project}/global/snapshots/{snapshot.id}"
+def source(api: Api, name: str) -> str:
+    return f"projects/{api.project}/global/snapshots/{name}"
 
 
-def restorable(api: Api, snapshot: Snapshot) -> Any:
+def restorable(api: Api, name: str) -> Any:
     """What is said of a snapshot that is to be restored now. Raises NotFoundError, StorageError (no image),
     PreconditionError (not yet)."""
-    item = api.call("Snapshots.get", api.deadline(snapshot.id), snapshot=snapshot.id)
+    item = api.call("Snapshots.get", api.deadline(name), snapshot=name)
     if item.status in ("FAILED", "DELETING"):
-        raise StorageError("has no valid image", object=snapshot.id, cure="restore another set")
+        raise StorageError("has no valid image", object=name, cure="restore another set")
     if item.status != "READY":
         why = f"Compute Engine still copies it ({item.status})"
-        raise PreconditionError(why, object=snapshot.id, cure="wait until it is ready")
+        raise PreconditionError(why, object=name, cure="wait until it is ready")
     return item

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from providers.gce.names import NAME, disk_of, member_name
+from providers.gce.names import NAME, disk_of, member_names, parts
 from snapshotter.core.errors import PreconditionError
 from snapshotter.core.labels import MARK_NAMES, LabelLimits, decode_birth, encode_birth, slot_value
 from snapshotter.core.model import Access, Attachment, Birth, Purpose
@@ -46,7 +46,7 @@ def of_set(birth: Birth, file_system: str) -> dict[str, Any]:
     if birth.slot:
         labels[SLOT] = slot_value(birth.target, birth.slot)
     if file_system:
-        labels[FILE_SYSTEM] = file_system.replace("/", "-")
+        labels[FILE_SYSTEM] = file_system.lower().replace("/", "-")
     return {"description": encode_birth(birth), "labels": labels}
 
 
@@ -56,11 +56,11 @@ def birth_of(item: Any) -> Birth | None:
     if labels.get(MANAGED) != "true":
         return None
     birth = decode_birth(item.description)
-    if birth is None or birth.set_id != labels.get(SET) or item.name != member_name(birth.set_id, birth.member):
+    if birth is None or birth.set_id != labels.get(SET):
         return None
-    member = birth.members[birth.member]
-    disk = disk_of(item.source_disk)
-    return birth if member.provider == NAME and disk is not None and disk.id == member.volume else None
+    member, disk = birth.members[birth.member], disk_of(item.source_disk)
+    named = zip(parts(member.volume), member_names(birth.set_id, birth.member, member.volume), strict=True)
+    return birth if member.provider == NAME and disk is not None and (disk.id, item.name) in named else None
 
 
 def file_system(item: Any) -> tuple[str, int]:

@@ -5,6 +5,7 @@ call, and load nothing that takes time.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from msgspec import Struct
@@ -72,10 +73,22 @@ def region_of(place: str) -> str:
     return place.rpartition("-")[0] if _ZONE.fullmatch(place) else place
 
 
-def member_name(identity: str, member: int) -> str:
-    """The name of a set's snapshot, of an attachment's disk: whoever repeats the call that makes it asks for the same
-    name, and there is one."""
-    return f"{identity}-{member}"
+def parts(name: str) -> list[str]:
+    """The disks of a volume: one, or, where a file system lies on several, `zone/a+zone/b`; its snapshot's id is joined
+    likewise, in the same order."""
+    return name.split("+")
+
+
+def joined(names: Iterable[str]) -> str:
+    """Inverse of `parts`."""
+    return "+".join(names)
+
+
+def member_names(identity: str, member: int, volume: str) -> list[str]:
+    """The names of a set's snapshots, of an attachment's disks, one for each disk of the volume: whoever repeats the
+    call that makes it asks for the same name, and there is one."""
+    count = len(parts(volume))
+    return [f"{identity}-{member}" if count == 1 else f"{identity}-{member}-{part}" for part in range(count)]
 
 
 def milliseconds(stamp: str) -> int:

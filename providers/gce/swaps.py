@@ -15,10 +15,10 @@ from providers.gce import disks, labels, taking
 from providers.gce.api import Api
 from providers.gce.clones import key_of, origin_here, restorable, source
 from providers.gce.here import Here
-from providers.gce.names import Disk, disk, disk_of
+from providers.gce.names import Disk, disk, disk_of, parts
 from snapshotter.core.errors import BusyError, PreconditionError, StorageError
 from snapshotter.core.model import Report, Snapshot
-from snapshotter.host.disks import Disks
+from snapshotter.host.disks import Disks, alone
 
 
 class Swaps:
@@ -41,8 +41,11 @@ class Swaps:
         return next(((which, item) for known, which, item in self.open() if known == swap_id), None)
 
     def swap(self, swap_id: str, snapshot: Snapshot, volume: str) -> None:
-        if labels.file_system(restorable(self.api, snapshot))[0] == "btrfs":
-            why = "is a btrfs: the kernel may not see it beside its origin"
+        if len(parts(volume)) > 1:
+            why = "lies on several disks: they can't change places at one instant"
+            raise PreconditionError(why, object=volume, cure="restore it with --to")
+        if alone(kind := labels.file_system(restorable(self.api, snapshot.id))[0]):
+            why = f"is a {kind}: it may not be seen beside its origin"
             raise PreconditionError(why, object=snapshot.id, cure="restore it on another instance")
         for other, which, item in self.open():
             record = labels.swap_of(item)
@@ -61,7 +64,7 @@ class Swaps:
         wanted: dict[str, Any] = {
             **born,
             "labels": {**theirs, **born["labels"]},
-            "source_snapshot": source(self.api, snapshot),
+            "source_snapshot": source(self.api, snapshot.id),
             "type_": disks.type_link(self.api.project, origin, item.type_),
             "size_gb": item.size_gb,
             "resource_policies": list(item.resource_policies),

@@ -184,6 +184,8 @@ class Snapshot(Struct, frozen=True):
     why: str = ""  # why it is INVALID, for a person
     #: False: there are marks, but they can't be read (damaged, of a newer schema): it may have been sealed, or pinned.
     marks_known: bool = True
+    replicas: tuple[str, ...] = ()  # where the store has made whole copies of it: regions
+    replica_of: str = ""  # on such a copy: where its original was taken
 
     @property
     def volume(self) -> str:
@@ -326,6 +328,17 @@ class SnapshotSet(Struct, frozen=True):
         sizes = [snapshot.size_bytes for snapshot in self.snapshots]
         known = [size for size in sizes if size is not None]
         return sum(known) if known and len(known) == len(sizes) else None
+
+    @property
+    def replicas(self) -> list[str]:
+        """Where all of it was copied to. Whether it is there still, the list there tells."""
+        each = [set(snapshot.replicas) for snapshot in self.snapshots]
+        return sorted(set.intersection(*each)) if each else []
+
+    @property
+    def replica_of(self) -> str:
+        """Where the set was taken that this is a copy of; '' if it is none."""
+        return next((snapshot.replica_of for snapshot in self.snapshots if snapshot.replica_of), "")
 
     @property
     def sort_key(self) -> tuple[int, str]:

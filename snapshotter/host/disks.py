@@ -49,10 +49,29 @@ class Disks(Struct, frozen=True):
         (LVM, md, crypt). [] for one that lies on none."""
         return list(dict.fromkeys(part for number in self._devices(mount) for part in self._parts(number)))
 
-    def stacked(self, mount: Mount) -> bool:
-        """Whether something (LVM, md, crypt) is between the mount and its disks."""
-        slaves = [f"{self.sysfs}/dev/block/{number}/slaves" for number in self._devices(mount)]
-        return any(os.path.isdir(each) and os.listdir(each) for each in slaves)
+    def between(self, mount: Mount) -> str:
+        """What is between the mount and its disks, by blkid's word for what then lies on these (`LVM2_member`,
+        `linux_raid_member`, `crypto_LUKS`); '' where the file system itself does."""
+        return next((found for number in self._devices(mount) if (found := self._between(number))), "")
+
+    def _between(self, device: str) -> str:
+        here = self._whole(device)
+        for under in self._slaves(here)[:1]:
+            uuid = _read(f"{here}/dm/uuid")
+            known = {"LVM": "LVM2_member", "CRYPT": "crypto_LUKS"}.get(uuid.partition("-")[0], "unknown_member")
+            known = "linux_raid_member" if os.path.isdir(f"{here}/md") else known
+            return self._between(under) or known
+        return ""
+
+    def _whole(self, device: str) -> str:
+        """Where sysfs has the device, or that which it is a partition of."""
+        here = os.path.realpath(f"{self.sysfs}/dev/block/{device}")
+        return os.path.dirname(here) if os.path.exists(f"{here}/partition") else here
+
+    def _slaves(self, here: str) -> list[str]:
+        """`major:minor` of what a device is made of."""
+        names = sorted(os.listdir(f"{here}/slaves")) if os.path.isdir(f"{here}/slaves") else []
+        return [_read(f"{here}/slaves/{name}/dev") for name in names]
 
     def _devices(self, mount: Mount) -> list[str]:
         """`major:minor` of what the file system itself was made on."""
@@ -73,12 +92,9 @@ class Disks(Struct, frozen=True):
         return [first]
 
     def _parts(self, device: str) -> list[Part]:
+        if under := self._slaves(self._whole(device)):
+            return [part for each in under for part in self._parts(each)]
         here = os.path.realpath(f"{self.sysfs}/dev/block/{device}")
-        slaves = f"{here}/slaves"
-        under = sorted(os.listdir(slaves)) if os.path.isdir(slaves) else []
-        if under:
-            found = [part for name in under for part in self._parts(_read(f"{slaves}/{name}/dev"))]
-            return list(dict.fromkeys(found))
         if number := _read(f"{here}/partition"):
             return [Part(os.path.basename(os.path.dirname(here)), int(number))]
         return [Part(os.path.basename(here))] if os.path.isdir(here) else []
@@ -119,16 +135,26 @@ class Disks(Struct, frozen=True):
         return found - {""}
 
     def lies_on(self, mount: Mount) -> str:
-        """The file system and its partition, for who mounts a copy of the disk: `ext4`, `xfs/1`."""
+        """The file system and its partition, for who mounts a copy of the disk: `ext4`, `xfs/1`; `LVM2_member` and the
+        like where it is no file system that lies there (`between`)."""
+        if found := self.between(mount):
+            return found
         parts = self.below(mount)
         return mount.fstype + (f"/{parts[0].partition}" if parts and parts[0].partition else "")
 
     def refuse_mounted(self, disk: str | None, volume: str) -> None:
-        """Raises BusyError if a file system on the disk is mounted here: the cloud would take it from under it."""
-        mounted = {mount.device: mount.path for mount in mounts.table()}
-        for number in self.number(disk) if disk else ():
-            if number in mounted:
-                raise BusyError(f"is mounted at {mounted[number]}", object=volume, cure=f"umount {mounted[number]}")
+        """Raises BusyError if a file system on the disk is mounted here, or something (LVM, md, crypt) holds it: the
+        cloud would take it from under that."""
+        if not disk:
+            return
+        for mount in mounts.table():
+            if disk in [part.disk for part in self.below(mount)]:
+                raise BusyError(f"is mounted at {mount.path}", object=volume, cure=f"umount {mount.path}")
+        top = f"{self.sysfs}/block/{disk}"
+        for part in [top, *(f"{top}/{name}" for name in (os.listdir(top) if os.path.isdir(top) else []))]:
+            for holder in os.listdir(f"{part}/holders") if os.path.isdir(f"{part}/holders") else []:
+                name = _read(f"{part}/holders/{holder}/dm/name") or holder
+                raise BusyError(f"is in use by {name}", object=volume, cure="deactivate that (vgchange -an, mdadm -S)")
 
     def refuse_beside(self, disk: str | None, copy: str) -> None:
         """Raises PreconditionError if the disk is (part of) a btrfs that is mounted here: two disks of one btrfs
@@ -149,6 +175,37 @@ class Disks(Struct, frozen=True):
             if name.startswith(prefix) and not re.search(r"-part\d+$", name):
                 found[name.removeprefix(prefix)] = os.path.basename(os.path.realpath(f"{self.by_id}/{name}"))
         return found
+
+
+def inactive(kind: str) -> bool:
+    """Whether what `lies_on` said is no file system but has to be activated: LVM, md, encryption."""
+    return kind.lower().endswith(("_member", "_luks"))
+
+
+def alone(kind: str) -> bool:
+    """Whether a copy of it may not be beside its origin: names or UUIDs that must be there once would be there twice.
+    The kernel can't tell two btrfs apart, nor LVM two volume groups, nor md two arrays."""
+    return kind == "btrfs" or inactive(kind)
+
+
+def refuse_inactive(kind: str, copy: str) -> None:
+    """Raises PreconditionError if the copy would have to be activated before it is mounted."""
+    if inactive(kind):
+        raise PreconditionError(
+            f"is a {kind}, which must be activated before it can be mounted",
+            object=copy,
+            cure="restore it with --away to an instance without its origin, and activate it there",
+        )
+
+
+def refuse_meeting(kind: str, there: bool, copy: str) -> None:
+    """Raises PreconditionError if the origin is `there`, where the copy is to be attached, and they may not meet."""
+    if there and alone(kind):
+        raise PreconditionError(
+            f"is a {kind}, and its origin is attached there: the two can't be told apart",
+            object=copy,
+            cure="name another instance",
+        )
 
 
 def partition_in(device: str) -> int:

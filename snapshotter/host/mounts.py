@@ -121,6 +121,11 @@ def top_of(mount: Mount) -> str:
     )
 
 
+def is_root(point: str) -> bool:
+    """Whether the root file system is mounted there: it is never frozen, as we would be too."""
+    return point == "/" or os.stat("/").st_dev == os.stat(point).st_dev
+
+
 def inside(path: str, mount: Mount) -> str:
     """Where `path` lies in the file system that is mounted there: absolute, seen from that file system's top.
     Two paths with the same (device, inside) are the same directory, bind mounts or not."""

@@ -17,7 +17,7 @@ from snapshotter.core.command import run
 from snapshotter.core.errors import BusyError, PreconditionError, QuiesceError, StorageError, UndoIncompleteError
 from snapshotter.host import watchdog
 from snapshotter.host.holding import Held, leftovers, reap
-from snapshotter.host.mounts import NEVER_FROZEN, mount_of
+from snapshotter.host.mounts import NEVER_FROZEN, is_root, mount_of
 from snapshotter.host.places import run_directory
 from snapshotter.host.processes import Identity, Process, Scan, Scanner, alive, ancestors, named, stopped
 from snapshotter.host.service import Service
@@ -261,8 +261,9 @@ def pause(
 
 
 class _Freeze(Held):
-    def __init__(self, mount_points: Sequence[str], budget_s: float, what: str) -> None:
+    def __init__(self, mount_points: Sequence[str], budget_s: float, what: str, mapped: bool) -> None:
         super().__init__(what, budget_s)
+        self._through_mapper = mapped
         self._points = [os.path.realpath(point) for point in mount_points]
         self._fds: dict[int, tuple[str, int]] = {}  # st_dev -> mount point, its descriptor
 
@@ -273,7 +274,7 @@ class _Freeze(Held):
             )
         ours = os.stat(run_directory()).st_dev
         for point in self._points:
-            _refuse_freezing(point, ours)
+            _refuse_freezing(point, ours, self._through_mapper)
             fd = os.open(point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             device = os.fstat(fd).st_dev
             if device in self._fds:
@@ -326,9 +327,9 @@ class _Freeze(Held):
             os.close(self._fds.popitem()[1][1])
 
 
-def _refuse_freezing(point: str, ours: int) -> None:
+def _refuse_freezing(point: str, ours: int, mapped: bool) -> None:
     mount = mount_of(point)
-    if mount.path == "/" or os.stat("/").st_dev == os.stat(point).st_dev:
+    if is_root(mount.path):
         raise PreconditionError(
             "the root file system is never frozen", object=point, cure="set quiesce = none or pause"
         )
@@ -336,7 +337,7 @@ def _refuse_freezing(point: str, ours: int) -> None:
         raise PreconditionError("our own records are there", object=point, cure="set SNAPSHOTTER_RUN to another place")
     if mount.fstype in NEVER_FROZEN:
         raise PreconditionError(f"{mount.fstype} is never frozen", object=point, cure="its snapshots need no freeze")
-    if on_device_mapper(mount.device):
+    if not mapped and on_device_mapper(mount.device):
         raise PreconditionError("LVM is never frozen", object=point, cure="the device mapper does that itself")
 
 
@@ -360,14 +361,14 @@ def on_device_mapper(device: str, sysfs: str = "/sys") -> bool:
     return False
 
 
-def freeze(mount_points: Sequence[str], budget_s: float, what: str) -> Held:
+def freeze(mount_points: Sequence[str], budget_s: float, what: str, *, mapped: bool = False) -> Held:
     """Freeze the file systems mounted there, all together (FIFREEZE). Never `/`, the one with our records, ZFS, btrfs
-    or LVM.
+    or LVM; but LVM with `mapped`: the image is made by who knows nothing of it, of the disks below (a cloud).
 
     Raises PreconditionError (also: no root, a file system that can't), BusyError (frozen by somebody else: stays so),
     QuiesceError (somebody thawed one).
     """
-    return _Freeze(mount_points, budget_s, what)
+    return _Freeze(mount_points, budget_s, what, mapped)
 
 
 class _Stop(Held):

@@ -73,5 +73,7 @@ def set_document(found: SnapshotSet) -> dict[str, Any]:
             {"volume": birth.members[root.member].volume, "origin": root.path, "path": root.inside}
             for root in birth.roots
         ],
+        "replicas": found.replicas,
+        "replica_of": found.replica_of or None,
         "attachments": [attachment_document(parts) for parts in grouped(found.attachments)],
     }

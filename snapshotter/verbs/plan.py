@@ -293,11 +293,11 @@ def _quiesce(node: Node, asked: str | None, owners: Sequence[Provider], volumes:
     needs = {owner.traits.quiesce for owner in owners}
     if Quiesce.FREEZE in needs and any(volume.fstype in mounts.NEVER_FROZEN for volume in volumes):
         return Quiesce.PAUSE
-    if needs == {Quiesce.FREEZE}:
+    if needs == {Quiesce.FREEZE} and not any(mounts.is_root(volume.path) for volume in volumes if volume.path):
         return Quiesce.FREEZE  # all of them together, so it needn't be one instant
     if Quiesce.PAUSE in needs or not _one_instant(owners, volumes):
         return Quiesce.PAUSE
-    return Quiesce.FREEZE if Quiesce.FREEZE in needs else Quiesce.NONE
+    return Quiesce.NONE
 
 
 def _one_instant(owners: Sequence[Provider], volumes: Sequence[Volume]) -> bool:

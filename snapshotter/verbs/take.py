@@ -195,7 +195,9 @@ def _hold(plan: Plan, marks: Mapping[str, str]) -> AbstractContextManager[Any]:
             return holding.pause(paths, plan.budget_s, what=what, cgroup=unit.control_group() if unit else None)
         case Quiesce.FREEZE:
             points = sorted({found.mount.path for found in plan.layout.roots})
-            return holding.freeze(points, plan.budget_s, what=what)
+            # Who wants a freeze makes its image below this host's storage stack, device mapper included.
+            mapped = all(provider.traits.quiesce is Quiesce.FREEZE for provider in plan.providers)
+            return holding.freeze(points, plan.budget_s, what=what, mapped=mapped)
         case Quiesce.STOP:
             return holding.stop(service_of(plan.node), what, plan.budget_s, paths)
         case _:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from snapshotter import catalog
 from snapshotter.core.errors import PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.model import ImageState
 from snapshotter.testing.conformance.steps import seal, take
@@ -52,6 +53,8 @@ def test_copied_in_its_own_time_and_by_whoever_asks(cloud: Cloud) -> None:
     cloud.twin.clock.advance(601)
     assert len(cloud.provider().advance()) == 2
     assert whole(cloud, set_id, WEST) and whole(cloud, set_id, EAST)
+    listed = [catalog.read([cloud.provider(**where)]).sets for where in ({}, {"region": WEST})]
+    assert [(each.replicas, each.replica_of) for (each,) in listed] == [([WEST, EAST], ""), ([], REGION)]
     assert {each.state for each in cloud.provider(region=WEST).snapshots(set_id)} == {ImageState.READY}
     assert all(each.encrypted for each in cloud.twin.world.snapshots.values() if each.region != REGION)
     before = cloud.twin.count()

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from providers.gce import GceProvider
-from snapshotter.core.errors import PreconditionError
-from snapshotter.core.model import Access, Tagged, Volume, new_attachment_id, utc_now
+from snapshotter.core.errors import PreconditionError, StorageError
+from snapshotter.core.model import Access, ImageState, Tagged, Volume, new_attachment_id, utc_now
 from snapshotter.host.disks import Disks
 from snapshotter.provider import Settings
 from snapshotter.testing.conformance.steps import attach, content_of, ready, seal, take
-from snapshotter.testing.harness import describe, fill, ruin
+from snapshotter.testing.harness import describe, fill, make_birth, ruin
 from tests.faults.test_gce_kill import GceCommand
 from tests.unit.gce_kit import gce_harness, group
 
@@ -57,6 +57,79 @@ def test_a_btrfs_disk_is_not_brought_beside_its_origin() -> None:
         content = describe(volume.path)
         with harness.unmounted():
             assert content_of(harness, found) == content
+
+
+def test_a_btrfs_over_two_disks_is_one_volume() -> None:
+    """Of one consistency group: it can't be frozen. Whole, or no image; bit for bit on another instance."""
+    with gce_harness("btrfs", grouped=True) as harness:
+        volume = harness.volume(devices=2)
+        assert volume.path is not None and volume.id == "europe-west3-a/d1+europe-west3-a/d2"
+        fill(volume.path)
+        content, provider = describe(volume.path), harness.provider()
+        assert provider.one_instant([volume])
+        birth = take(provider, harness, [volume])
+        seal(provider, birth)
+        assert len(harness.twin.world.snapshots) == 2 and harness.twin.count()["instantSnapshotGroups.insert"] == 1
+        ruin(volume.path)
+        (found,) = ready(harness.provider(), harness, birth.set_id)
+        assert (found.id, found.volume) == (f"{birth.set_id}-0-0+{birth.set_id}-0-1", volume.id)
+        assert found.state is ImageState.READY and "sealed" in found.marks
+        before = harness.objects()
+        with pytest.raises(PreconditionError, match="btrfs"):
+            provider.attach(found, new_attachment_id(utc_now()), Access.WRITABLE, harness.destination())
+        with pytest.raises(PreconditionError, match="several disks"):
+            provider.swap("w20261122t100630z-5f3a9c", found, volume)
+        here = f"{harness.instance.zone}/{harness.instance.name}"
+        with pytest.raises(PreconditionError, match="can't be told apart"):
+            outside(harness, instance=here).attach_away(found, new_attachment_id(utc_now()))
+        assert harness.objects() == before, "the kernel may not even see it"
+        harness.replaced()
+        for access in Access:
+            attached = attach(harness, found, access)
+            assert describe(attached.path, writable=access is Access.WRITABLE) is not None
+            (listed,) = harness.provider().attachments()
+            assert (listed.id, listed.member) == (attached.id, 0)
+            attached.end()
+        assert content_of(harness, found) == content
+        harness.twin.world.snapshots.pop(found.id.split("+")[1])
+        (half,) = harness.provider().snapshots(birth.set_id)
+        assert half.state is ImageState.INVALID and "europe-west3-a/d2" in half.why
+        with pytest.raises(StorageError, match="can't be sealed"):
+            harness.provider().mark(birth.set_id, {"sealed": "20261122t100630z"})
+        harness.provider().delete(birth.set_id)
+        assert not harness.objects()
+
+
+def test_a_btrfs_over_disks_of_no_group_is_refused() -> None:
+    with gce_harness("btrfs") as harness:
+        volume = harness.volume(devices=2)
+        with pytest.raises(PreconditionError, match="no consistency group") as refused:
+            harness.provider().check([volume], make_birth([volume]))
+        assert "docs/gcp.md" in refused.value.line()
+
+
+def test_the_zone_is_lost_and_the_node_comes_back(tmp_path: Path) -> None:
+    """What is typed on the empty instance of another zone: `init --from`, `restore --in-place`."""
+    with gce_harness() as harness:
+        volume = harness.volume()
+        assert volume.path is not None
+        for name in ("genesis.json", "blocks"):
+            Path(volume.path, name).write_bytes(name.encode() * 10_000)
+        content, name = describe(volume.path), os.path.basename(volume.path)
+        command = GceCommand(tmp_path / "home", harness)
+        taken = command.json("take", volume.path)["set_id"]
+        harness.replaced()
+        os.rmdir(volume.path)
+        before = harness.objects()
+        said = command.json("init", "--from", f"latest:{name}", "--write")
+        assert (said["set_id"], said["found"]["path"]) == (taken, volume.path)
+        assert said["restore"] == f"snapshotter restore {taken} --in-place"
+        command.json("restore", taken, "--in-place", "--dry-run")
+        command.json(*said["restore"].split()[1:], "--yes")
+        assert describe(volume.path) == content
+        command.json("restore", name, "--discard", "--yes")
+        assert harness.objects() == before == {f"{taken}-0"}, "nothing is paid for any longer but the set"
+        assert not os.path.ismount(volume.path)
 
 
 def test_a_regional_disk_is_taken_restored_and_swapped() -> None:

@@ -6,7 +6,6 @@ keeps the order, sets taken one by one without a freeze (the control) break it.
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,9 +42,8 @@ def test_an_archive_node_survives_its_zone(tmp_path: Path, start: Start) -> None
         assert not harness.twin.world.instants and not harness.twin.world.groups
 
         node.kill()
-        lose_zone(harness)
-        away = harness.twin.here = harness.instance = harness.twin.world.run_instance("us-central1-b")
-        harness.origins |= set(harness.twin.world.disks)
+        harness.replaced()
+        away = harness.instance
         clone = tmp_path / "clone"
         for document, before in taken:
             restored = command.json("restore", document["set_id"], "--to", str(clone), "--with-identity")
@@ -56,14 +54,6 @@ def test_an_archive_node_survives_its_zone(tmp_path: Path, start: Start) -> None
             assert os.path.realpath(clone / "database") == restored["roots"][1]["path"]
             command.json("release", str(clone), "--discard-changes")
         assert {part["id"] for document, _ in taken for part in document["snapshots"]} == harness.objects()
-
-
-def lose_zone(harness: GceHarness) -> None:
-    """The instance and all of its disks are gone; their snapshots are global."""
-    for point in reversed(harness.points):
-        subprocess.run(["umount", "-l", str(point)], check=True)
-    harness.points.clear()
-    harness.twin.world.lose_zone(harness.instance.zone)
 
 
 @contextmanager

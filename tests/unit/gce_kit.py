@@ -104,23 +104,45 @@ class GceHarness(Harness):
         provider.harness = self
         return provider
 
-    def volume(self) -> Volume:
-        self._made += 1
-        name, device_name = f"d{self._made}", f"dev-{self._made}"
-        where = {"place": "regions/europe-west3", "replica_zones": self.regional} if self.regional else {}
-        made = self.twin.world.add_disk(name, self.instance, device_name=device_name, **where)
-        if self.grouped:
-            group(self.twin, [name])
-        self.origins.add(made.path)
-        device = os.path.realpath(self.disks.by_id / f"google-{device_name}")
+    def volume(self, devices: int = 1) -> Volume:
+        """A file system (a btrfs may lie over several devices), mounted."""
+        found = []
+        for _ in range(devices):
+            self._made += 1
+            name, device_name = f"d{self._made}", f"dev-{self._made}"
+            where = {"place": "regions/europe-west3", "replica_zones": self.regional} if self.regional else {}
+            made = self.twin.world.add_disk(name, self.instance, device_name=device_name, **where)
+            if self.grouped:
+                group(self.twin, [name])
+            self.origins.add(made.path)
+            found.append(os.path.realpath(self.disks.by_id / f"google-{device_name}"))
         lazy = ["-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1", "-I", "256"]
         how = lazy if self.kind == "ext4" else []
-        subprocess.run([f"mkfs.{self.kind}", "-q", *how, device], check=True, capture_output=True)
+        subprocess.run([f"mkfs.{self.kind}", "-q", *how, *found], check=True, capture_output=True)
         point = self.scratch / f"m{self._made}"
         point.mkdir()
-        subprocess.run(["mount", device, str(point)], check=True)
+        together = [word for other in found[1:] for word in ("-o", f"device={other}")]
+        subprocess.run(["mount", *together, found[0], str(point)], check=True)
         self.points[point] = device_name
         return self.claimed(point)
+
+    def replaced(self, zone: str = "us-central1-b") -> None:
+        """The zone is lost with the instance and its disks, and this machine is an instance in another."""
+        gone = [os.path.realpath(link) for link in self.disks.by_id.iterdir()]
+        for point in self.points:
+            mounts.unmount(os.path.realpath(point))
+        self.points.clear()
+        for device in gone:  # a machine that was never there knows nothing of them
+            subprocess.run(["btrfs", "device", "scan", "--forget", device], capture_output=True)
+        self.twin.world.lose_zone(self.instance.zone)
+        give_up = time.monotonic() + 20
+        while list(self.disks.by_id.iterdir()):
+            assert time.monotonic() < give_up, "the kernel lets go of loop devices in its own time"
+            time.sleep(0.05)
+            self.twin.world.settle()
+        here._ask.cache_clear()
+        self.instance = self.twin.here = self.twin.world.run_instance(zone)
+        self.origins |= set(self.twin.world.disks)
 
     def claimed(self, point: Path) -> Volume:
         claimed = self.provider().claim(mounts.mount_of(str(point)), str(point))

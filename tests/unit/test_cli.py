@@ -45,7 +45,7 @@ def inventory(top: Path) -> dict[str, tuple[int, int, int]]:
 SET_KEYS = {
     "set_id", "target", "node", "host", "path", "taken_at", "state", "why", "grade", "good", "quiesce", "freeze_ms",
     "skew_ms", "height", "block", "size_bytes", "pinned", "verify_level", "verify_at", "verify_outcome", "secrets",
-    "snapshots", "roots", "attachments",
+    "snapshots", "roots", "replicas", "replica_of", "attachments",
 }  # fmt: skip
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from snapshotter.host.disks import Disks, Part
+from snapshotter.core.errors import BusyError
+from snapshotter.host.disks import Disks, Part, inactive
 from snapshotter.host.mounts import Mount, mount_of
 from tests.support import loop_file_system
 
@@ -49,6 +50,8 @@ def nitro(tmp_path: Path) -> Disks:
     (array / "slaves").mkdir(parents=True)
     for name in ("nvme1n1", "nvme3n1"):
         (array / "slaves" / name).symlink_to(sysfs / "devices" / name)
+    (array / "md").mkdir()
+    (array / "dev").write_text("9:0\n")
     (sysfs / "dev/block/9:0").symlink_to(array)
     return Disks(sysfs=str(sysfs), by_id=str(by_id))
 
@@ -59,7 +62,7 @@ def test_a_nitro_instance(nitro: Disks) -> None:
     assert nitro.below(mount("259:22")) == [Part("nvme2n1", 2)]
     assert nitro.below(mount("9:0")) == [Part("nvme1n1"), Part("nvme3n1")]
     assert nitro.below(mount("0:42", "tmpfs", "tmpfs")) == []
-    assert nitro.stacked(mount("9:0")) and not nitro.stacked(mount("259:10"))
+    assert nitro.between(mount("9:0")) == "linux_raid_member" and nitro.between(mount("259:10")) == ""
     assert nitro.identity("nvme2n1", AWS) == "vol0c"
     assert nitro.find("vol0d", AWS) == "nvme3n1"
     assert nitro.find("vol0e", AWS) is None
@@ -67,6 +70,62 @@ def test_a_nitro_instance(nitro: Disks) -> None:
     assert nitro.device(Part("nvme2n1", 3)) is None
     assert nitro.device(Part("nvme1n1")) == "/dev/nvme1n1"
     assert nitro.number("nvme2n1") == {"259:20", "259:21", "259:22"}
+
+
+def mapped(nitro: Disks, number: str, name: str, uuid: str, *slaves: str) -> None:
+    """A device of device-mapper (or, without a uuid, of another kind) over these devices of `nitro`."""
+    top = Path(nitro.sysfs, "devices", name)
+    (top / "slaves").mkdir(parents=True)
+    (top / "dev").write_text(f"{number}\n")
+    if uuid:
+        (top / "dm").mkdir()
+        (top / "dm/uuid").write_text(f"{uuid}\n")
+        (top / "dm/name").write_text(f"named-{name}\n")
+    for slave in slaves:
+        (found,) = [
+            path for path in Path(nitro.sysfs, "devices").rglob(slave) if path.is_dir() and not path.is_symlink()
+        ]
+        (top / "slaves" / slave).symlink_to(found)
+        (found / "holders").mkdir(exist_ok=True)
+        (found / "holders" / name).symlink_to(top)
+    Path(nitro.sysfs, "dev/block", number).symlink_to(top)
+
+
+def test_through_volume_groups_arrays_and_encryption(nitro: Disks) -> None:
+    """A thin volume's pool lies on a disk and a partition; an encrypted volume on an array; a partition of an array."""
+    mapped(nitro, "253:0", "dm-0", "LVM-x-tmeta", "nvme1n1")
+    mapped(nitro, "253:1", "dm-1", "LVM-x-tdata", "nvme1n1", "nvme2n1p2")
+    mapped(nitro, "253:2", "dm-2", "LVM-x-tpool", "dm-0", "dm-1")
+    mapped(nitro, "253:3", "dm-3", "LVM-x", "dm-2")
+    assert nitro.below(mount("253:3")) == [Part("nvme1n1"), Part("nvme2n1", 2)]
+    assert nitro.lies_on(mount("253:3")) == "LVM2_member"
+    mapped(nitro, "253:4", "dm-4", "CRYPT-LUKS2-x", "md0")
+    assert nitro.below(mount("253:4")) == [Part("nvme1n1"), Part("nvme3n1")]
+    assert nitro.lies_on(mount("253:4")) == "linux_raid_member", "what lies on the disks is what counts"
+    mapped(nitro, "253:5", "dm-5", "CRYPT-LUKS2-y", "nvme3n1")
+    assert nitro.lies_on(mount("253:5")) == "crypto_LUKS"
+    mapped(nitro, "252:0", "bcache0", "", "nvme4n1")
+    assert nitro.lies_on(mount("252:0")) == "unknown_member"
+    part = Path(nitro.sysfs, "devices/md0/md0p1")
+    part.mkdir()
+    (part / "partition").write_text("1\n")
+    Path(nitro.sysfs, "dev/block/259:99").symlink_to(part)
+    assert nitro.below(mount("259:99")) == [Part("nvme1n1"), Part("nvme3n1")]
+    assert nitro.lies_on(mount("259:99")) == "linux_raid_member"
+    assert nitro.lies_on(mount("259:22")) == "ext4/2"
+    assert [inactive(kind) for kind in ("LVM2_member", "lvm2_member", "crypto_luks", "ext4", "btrfs", "")] == [
+        *[True] * 3,
+        *[False] * 3,
+    ]
+
+
+def test_a_disk_that_something_holds_is_not_pulled_away(nitro: Disks) -> None:
+    mapped(nitro, "253:1", "dm-1", "LVM-x", "nvme1n1", "nvme2n1p2")
+    for disk in ("nvme1n1", "nvme2n1"):
+        with pytest.raises(BusyError, match="named-dm-1"):
+            nitro.refuse_mounted(disk, "vol-0b")
+    nitro.refuse_mounted("nvme0n1", "vol-0a")
+    nitro.refuse_mounted(None, "vol-0a")
 
 
 def test_without_a_serial_in_sysfs_the_link_tells(nitro: Disks) -> None:

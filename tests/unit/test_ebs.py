@@ -13,14 +13,25 @@ from pathlib import Path
 import pytest
 
 from providers.ebs import EbsProvider
-from providers.ebs.tags import VENDOR
+from providers.ebs.tags import BY_ID, VENDOR, serial
 from snapshotter.core.errors import PreconditionError, StorageError
-from snapshotter.core.model import Access, Hold, ImageState, Volume, new_attachment_id, utc_now
-from snapshotter.host.disks import Disks
-from snapshotter.host.mounts import mount_of
+from snapshotter.core.model import (
+    Access,
+    Grade,
+    Hold,
+    ImageState,
+    Quiesce,
+    Volume,
+    new_attachment_id,
+    utc_now,
+)
+from snapshotter.host.disks import Disks, Part
+from snapshotter.host.mounts import Mount, mount_of
+from snapshotter.nodes.config import Node
 from snapshotter.provider import Settings
 from snapshotter.testing.conformance.steps import attach, content_of, ready, seal, take
 from snapshotter.testing.harness import describe, fill, make_birth, ruin
+from snapshotter.verbs import plan
 from tests.support import CHECKOUT
 from tests.unit.ebs_kit import DisksHere, ebs_harness, environment
 
@@ -98,6 +109,69 @@ def test_a_btrfs_over_two_devices_is_one_volume() -> None:
         assert half.state is ImageState.INVALID
         harness.provider().delete(birth.set_id)
         assert not harness.objects()
+
+
+class Mapped(DisksHere, frozen=True):
+    """As sysfs would show a logical volume over these disks (`test_disks` has the real shape)."""
+
+    over: tuple[str, ...] = ()
+
+    def below(self, mount: Mount) -> list[Part]:
+        return [Part(disk) for disk in self.over]
+
+    def between(self, mount: Mount) -> str:
+        return "LVM2_member"
+
+
+@pytest.mark.root
+def test_what_lies_on_lvm_is_taken_and_comes_back_elsewhere() -> None:
+    """All the disks below it are one volume of the set. Beside its origin a volume group's names are there twice."""
+    with ebs_harness() as harness:
+        one, two = harness.volume(), harness.volume()
+        assert one.path is not None
+        fill(one.path)
+        disks = [harness.provider().disks.find(serial(each.id), BY_ID) or "" for each in (two, one)]
+        mapped = Mapped(by_id=str(harness.disks.by_id), over=(*disks, disks[0]))
+        provider = harness.provider()
+        provider.disks = mapped
+        volume = provider.claim(mount_of(one.path), one.path)
+        assert volume == Volume("ebs", "+".join(sorted((one.id, two.id))), one.path, "ext4")
+        birth = take(provider, harness, [volume])
+        seal(provider, birth)
+        assert harness.twin.count()["CreateSnapshots"] == 1
+        (found,) = ready(harness.provider(), harness, birth.set_id)
+        objects = harness.objects()
+        for refused in (
+            lambda: provider.attach(found, new_attachment_id(utc_now()), Access.WRITABLE, harness.destination()),
+            lambda: provider.swap("w20261122t100630z-5f3a9c", found, volume),
+            lambda: harness.provider(instance=harness.instance.id).attach_away(found, new_attachment_id(utc_now())),
+        ):
+            with pytest.raises(PreconditionError) as told:
+                refused()
+            assert told.value.cure
+        assert harness.objects() == objects
+        other, attachment_id = harness.twin.world.run_instance(), new_attachment_id(utc_now())
+        harness.origins |= set(harness.twin.world.volumes)
+        made = harness.provider(instance=other.id).attach_away(found, attachment_id)
+        for new, image in zip(made.volume.split("+"), found.id.split("+"), strict=True):
+            subprocess.run(["cmp", harness.disks.live / new, harness.disks.images / image], check=True)
+        harness.provider().detach(attachment_id)
+        harness.provider().delete(birth.set_id)
+
+
+@pytest.mark.root
+def test_the_root_file_system_is_taken_without_a_freeze(tmp_path: Path) -> None:
+    """It would freeze us too: nobody is held, and the grade says so. What can't be frozen elsewhere is paused."""
+    provider, node = EbsProvider(Settings("/nonexistent")), Node(name="n", path="/data")
+    for top, fstype, instant, quiesce, grade in (
+        ("/", "ext4", 1, Quiesce.NONE, Grade.CRASH),
+        ("/dev/shm", "ext4", 1, Quiesce.FREEZE, Grade.FILESYSTEM),
+        ("/", "btrfs", 1, Quiesce.PAUSE, Grade.FILESYSTEM),
+        (None, "", 1, Quiesce.FREEZE, Grade.FILESYSTEM),
+    ):
+        volumes = [Volume("ebs", "vol-0a", top, fstype)] * instant
+        chosen = plan._quiesce(node, None, [provider] * instant, volumes)
+        assert (chosen, plan._grade(chosen, [provider], volumes)) == (quiesce, grade), top
 
 
 @pytest.mark.root

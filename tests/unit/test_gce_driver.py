@@ -38,7 +38,7 @@ def snapshot(**changes: object) -> object:
     birth = make_birth([Volume("gce", "europe-west3-a/data"), Volume("gce", "europe-west3-a/ancient")])
     born = labels.of_set(birth.of_member(1), "ext4/1")
     given = {
-        "name": names.member_name(birth.set_id, 1),
+        "name": f"{birth.set_id}-1",
         "source_disk": names.disk("europe-west3-a/ancient").link("p"),
         **born,
         **changes,
