@@ -184,6 +184,7 @@ class Snapshot(Struct, frozen=True):
     why: str = ""  # why it is INVALID, for a person
     #: False: there are marks, but they can't be read (damaged, of a newer schema): it may have been sealed, or pinned.
     marks_known: bool = True
+    replica: bool = False  # received from another place: its sender's to remove
 
     @property
     def volume(self) -> str:
@@ -294,6 +295,10 @@ class SnapshotSet(Struct, frozen=True):
     @property
     def pinned(self) -> bool:
         return "pinned" in self.marks
+
+    @property
+    def replica(self) -> bool:
+        return any(snapshot.replica for snapshot in self.snapshots)
 
     @property
     def grade(self) -> Grade | None:
