@@ -217,8 +217,7 @@ def in_place_plan(document: Document) -> str:
             f"  stop {service}, and start it again" if document["running"] else f"  {service} is stopped, and stays so"
         )
     for root in document["roots"]:
-        names = f" ({', '.join(root['names'])})" if root["names"] else ""
-        lines.append(f"  {root['origin']}{names}: what is there goes to {root['aside']}")
+        lines.append(f"  {root['origin']}: what is there goes to {root['aside']}")
     if document["way"] == "swap":
         lines.append("  by swap: nothing is copied")
     elif document["need_bytes"] is None:

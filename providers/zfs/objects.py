@@ -148,6 +148,7 @@ def as_snapshot(found: Object) -> Snapshot | None:
         size_bytes=_int(found.native.get("referenced")),
         order=_int(found.native.get("createtxg")) or 0,
         why="it was destroyed (zfs destroy -d), and only what still uses it keeps it" if doomed else "",
+        received=found.replica,
     )
 
 

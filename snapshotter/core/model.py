@@ -186,6 +186,7 @@ class Snapshot(Struct, frozen=True):
     marks_known: bool = True
     replicas: tuple[str, ...] = ()  # where the store has made whole copies of it: regions
     replica_of: str = ""  # on such a copy: where its original was taken
+    received: bool = False  # sent here by what keeps replicas (zfs receive): its sender's to remove
 
     @property
     def volume(self) -> str:
@@ -296,6 +297,10 @@ class SnapshotSet(Struct, frozen=True):
     @property
     def pinned(self) -> bool:
         return "pinned" in self.marks
+
+    @property
+    def received(self) -> bool:
+        return any(snapshot.received for snapshot in self.snapshots)
 
     @property
     def grade(self) -> Grade | None:

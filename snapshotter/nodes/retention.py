@@ -121,6 +121,8 @@ def _stays(found: SnapshotSet, ours: bool, automatic: bool) -> str:
     """Why this set is none of retention's business; '' if it is."""
     if not ours:
         return "another host's"
+    if found.received:
+        return "a replica: its sender's"
     if found.pinned:
         return "pinned"
     if found.attachments:

@@ -108,17 +108,8 @@ class Plan(Struct, frozen=True, kw_only=True):
             "way": self.way,
             "service": service.name if service else None,
             "running": self.running,
-            "roots": [
-                {
-                    "origin": ground.path,
-                    "aside": ground.aside,
-                    "names": list(ground.names) if ground.names is not None else None,
-                }
-                for ground in self.grounds
-            ]
-            or [
-                {"origin": swap.path, "aside": f"{swap.provider}:{swap.swap_id}", "names": None} for swap in self.swaps
-            ],
+            "roots": [{"origin": ground.path, "aside": ground.aside} for ground in self.grounds]
+            or [{"origin": swap.path, "aside": f"{swap.provider}:{swap.swap_id}"} for swap in self.swaps],
             "need_bytes": self.need_bytes,
             "free_bytes": self.free_bytes,
             "rate_bytes_s": self.rate_bytes_s,

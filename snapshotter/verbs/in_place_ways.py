@@ -30,7 +30,7 @@ _MARGIN = 64 << 20  # bytes left free, or 1 % of a small file system
 
 class Ground(Struct, frozen=True, kw_only=True):
     """One root and where things are made ready and set aside. A `fixed` one (a mount point, a subvolume's top) can't be
-    renamed: its entries change places one by one. `names`: only these entries of it (None: all of it)."""
+    renamed: its entries change places one by one."""
 
     path: str
     member: int
@@ -38,7 +38,6 @@ class Ground(Struct, frozen=True, kw_only=True):
     fixed: bool
     staged: str
     aside: str
-    names: tuple[str, ...] | None = None
     away: bool = False  # `aside` is on another file system: what goes there is copied
 
 

@@ -251,10 +251,9 @@ def attach_all(
     made: dict[int, MountSpec | Tree] = {}  # several roots may lie in one volume: it is attached once
     detached: set[str] = set()
     for _, place in places:  # below every detach: they are empty only after it
-        if not mounts.is_under(os.path.dirname(place), places[0][1]):
+        if not any(mounts.is_under(os.path.dirname(place), other) for _, other in places):
             make_parents(undo, place)
     for index, (root, place) in enumerate(places):
-        make_parents(undo, place)
         if root.member not in made:
             snapshot = next(member for member in found.snapshots if member.birth.member == root.member)
             provider = holding[snapshot.provider]

@@ -175,6 +175,53 @@ def test_a_database_on_another_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
+def test_several_subvolumes_change_places_together(tmp_path: Path) -> None:
+    """The data path, and one that `database` leads to: each is swapped. (Beside paths as long as these tests' there is
+    no room for the node's address in the record, so it is said whose key is meant.)"""
+    with story("btrfs", tmp_path) as node:
+        fast = node.place / "fast"
+        for path in (node.data, fast):
+            subprocess.run(["btrfs", "subvolume", "create", path], check=True, capture_output=True)
+        (node.data / "database").symlink_to(fast)
+        node.begin()
+        of_database = picture(fast, {"node.log"})
+        node.service.do("start")
+        node.service.do("stop")
+        for path in fast.iterdir():
+            path.write_bytes(b"broken")
+        node.old, broken = picture(node.data), picture(fast, {"node.log"})
+        node.service.do("start")
+        restore = ("restore", "latest", "--in-place", "--identity", "set", "--yes")
+        done = ok(node, *restore)
+        assert done["way"] == "swap" and len(done["aside"]) == 2 and node.service.running()
+        assert node.restored() and not difference(picture(fast, {"node.log"}), of_database)
+        ok(node, "restore", "--undo", "ours")
+        assert node.as_it_was() and not difference(picture(fast, {"node.log"}), broken)
+        ok(node, *restore)
+        ok(node, "restore", "--discard", "ours", "--yes")
+        assert node.restored() and node.service.running()
+
+
+@pytest.mark.root
+def test_a_directory_of_a_subvolume_that_others_live_on(tmp_path: Path) -> None:
+    """The image is of all of it; only the data path changes places, by copy."""
+    with story("btrfs", tmp_path) as node:
+        node.data.mkdir()
+        (node.place / "neighbour").write_text("before")
+        node.begin()
+        (node.place / "neighbour").write_text("after")
+        node.run_and_damage()
+        done = ok(node, "restore", "latest", "--in-place", "--yes")
+        assert done["way"] == "copy" and node.restored() and node.service.running()
+        assert (node.place / "neighbour").read_text() == "after"
+        ok(node, "restore", "--undo", "ours")
+        assert node.as_it_was() and node.service.running() and not node.leftovers()
+        ok(node, "restore", "latest", "--in-place", "--only", "database", "--yes")
+        ok(node, "restore", "--discard", "ours", "--yes")
+        assert node.service.running() and (node.place / "neighbour").read_text() == "after" and not node.leftovers()
+
+
+@pytest.mark.root
 @pytest.mark.parametrize("kind", ["ext4", "btrfs", "btrfs-subvolume"])
 def test_the_data_path_is_a_mount_point(tmp_path: Path, kind: str) -> None:
     """It can't be renamed: what is in it changes places entry by entry; what is mounted below, and what mkfs made,

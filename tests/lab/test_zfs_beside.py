@@ -118,7 +118,7 @@ def test_a_replica_is_listed_and_never_deleted(harness: ZfsHarness) -> None:
     assert original.marks["height"] == "7" and "height" not in received.marks
     zfs_kit.provider().delete(set_id)
     (found,) = zfs_kit.provider().snapshots(set_id)
-    assert found.id == replica and found.marks["sealed"]
+    assert found.id == replica and found.marks["sealed"] and found.received and not original.received
     with pytest.raises(PreconditionError) as refused:
         zfs_kit.provider().delete(set_id)
     assert replica in refused.value.line() and refused.value.cure

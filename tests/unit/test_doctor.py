@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.faults.in_place_kit import point, run_here
 from tests.support import NOBODY, Command
 from tests.unit.test_cli import inventory
 
@@ -97,17 +99,22 @@ def test_a_run_that_died_and_reap_as_its_cure(command: Command) -> None:
     found(command)
 
 
-def test_a_restore_in_place_that_was_killed(command: Command) -> None:
+@pytest.mark.parametrize(
+    ("event", "checks"),
+    [("before-forward", ["restore"]), ("after-CopyProvider.attach", ["leftover", "restore"])],
+)
+def test_a_restore_in_place_that_was_killed(command: Command, event: str, checks: list[str]) -> None:
+    data = command.home.parent / "node"
+    shutil.rmtree(data / "database")
+    (data / "DATABASE_METADATA.json").unlink()  # of no kind: there is nothing to prove
     taken = command.json("take", "n")
-    process = command.start("restore", taken["set_id"], "--in-place", "--yes")
-    journals = command.home / "state" / "restores"
-    give_up = time.monotonic() + 60
-    while not any(len(journal.read_text().splitlines()) > 1 for journal in journals.glob("*.journal")):
-        assert time.monotonic() < give_up and process.poll() is None, process.communicate()
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    finding = found(command, "restore")[0]
-    assert "--undo" in finding["cure"]
+    restore = ("restore", taken["set_id"], "--in-place", "--yes")
+    code, said, calls = run_here(command, *restore)
+    assert code == 0, said
+    assert command.run("restore", "--undo", "n").returncode == 0
+    killed, said, _ = run_here(command, *restore, kill_at=point(calls, event))
+    assert killed == -signal.SIGKILL, said
+    assert "--undo" in found(command, *checks)[-1]["cure"]
     assert command.run("restore", "--undo", "n").returncode == 0
     found(command)
 

@@ -16,6 +16,7 @@ from snapshotter.nodes import config
 from snapshotter.verbs.prune import nodes_of, prune
 from snapshotter.verbs.take import take
 from snapshotter.verbs.tick import tick
+from tests.support import Command
 from tests.unit.upkeep_kit import World
 
 POLICY = 'every = "24h"\nkeep = {daily = 1}\n'
@@ -71,6 +72,27 @@ def test_one_that_fails_before_refuses_and_after_only_warns(tmp_path: Path) -> N
     with world.clock():
         document = take(world.session(), "n0")
         assert document["good"] and any("after_take failed with 5: said by" in note for note in document["warnings"])
+
+
+@pytest.mark.parametrize("way", ["--to", "--in-place"])
+def test_around_a_restore_too(tmp_path: Path, way: str) -> None:
+    data = tmp_path / "node"
+    data.mkdir()
+    (data / "file").write_text("content")
+    hooks = ", ".join(hook(tmp_path, name) for name in ("before_restore", "after_restore"))
+    command = Command(tmp_path / "etc", config=f'[node.n]\npath = "{data}"\nhooks = {{{hooks}}}\n')
+    set_id = command.json("take", "n")["set_id"]
+    (data / "file").write_text("later")
+    words = ("restore", set_id, *((way, str(tmp_path / "clone")) if way == "--to" else (way, "--yes")))
+    (tmp_path / "before_restore.sh").write_text("#!/bin/sh\necho not now\nexit 1\n")
+    assert "not now" in command.error(*words, exit_code=3)["message"]
+    assert not (tmp_path / "after_restore.env").exists() and (data / "file").read_text() == "later"
+    hook(tmp_path, "before_restore")
+    restored = command.json(*words)["path"]
+    assert (Path(restored) / "file").read_text() == "content"
+    before, after = told(tmp_path, "before_restore"), told(tmp_path, "after_restore")
+    assert before["SET"] == after["SET"] == set_id and before["DESTINATION"] == after["DESTINATION"] == restored
+    assert after["OUTCOME"] == "done" and after["NODE"] == "n"
 
 
 def test_one_that_hangs_is_ended(tmp_path: Path) -> None:

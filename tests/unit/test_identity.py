@@ -5,6 +5,7 @@ Vectors are published: EIP-155's example key, the generator point itself (key 1,
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import pty
@@ -16,11 +17,13 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from snapshotter.core.errors import PreconditionError, SnapshotterError
 from snapshotter.nodes import identity, profiles
+from snapshotter.verbs import identity as verb
 from tests.support import NOBODY, Command
 
 ONE = f"{1:064x}"
@@ -578,6 +581,46 @@ def test_a_clones_placeholder_is_never_exported_and_gives_way(tmp_path: Path, se
     assert (clone / "key").read_text() == f"0x{ONE}"
 
 
+def test_a_busy_instant_neither_weakens_an_export_nor_keeps_it_shut(
+    tmp_path: Path, secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library times one small hash, and takes what that says for the machine's speed."""
+    import pyrage
+
+    made: list[int] = []
+    opened: list[int] = []
+
+    def encrypt(plain: bytes, word: str, *, armored: bool) -> bytes:
+        made.append(1)
+        raw = pyrage.passphrase.encrypt(plain, word)
+        raw = re.sub(rb" \d+\n", b" 11\n" if len(made) == 1 else b" 18\n", raw, count=1)
+        lines = base64.b64encode(raw)
+        lines = b"\n".join(lines[n : n + 64] for n in range(0, len(lines), 64))
+        return b"-----BEGIN AGE ENCRYPTED FILE-----\n" + lines + b"\n-----END AGE ENCRYPTED FILE-----\n"
+
+    def decrypt(sealed: bytes, word: str) -> bytes:
+        opened.append(1)
+        if len(opened) < 3:
+            raise pyrage.DecryptError("Excessive work parameter for passphrase.")
+        return b"plain"
+
+    monkeypatch.setattr(verb, "_age", lambda: SimpleNamespace(encrypt=encrypt, decrypt=decrypt))
+    assert verb._work(verb._sealed(b"plain", "word")) == 18 and len(made) == 2
+    assert verb._unsealed(b"", "word", "file") == b"plain" and len(opened) == 3
+
+
+def test_more_work_than_the_machine_is_fit_for_is_no_wrong_passphrase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyrage
+
+    raw = re.sub(rb" \d+\n", b" 40\n", pyrage.passphrase.encrypt(b"plain", "word"), count=1)
+    monkeypatch.setattr(verb, "_PATIENCE_S", 0.2)
+    with pytest.raises(PreconditionError, match="more work") as caught:
+        verb._unsealed(raw, "word", "file")
+    assert "age -d" in caught.value.cure
+
+
 def test_the_file_opens_with_age_itself(tmp_path: Path, secret: str) -> None:
     """With the age program where it is installed, else with the library: a tar of the files by their names."""
     data = besu(tmp_path / "data")
@@ -593,9 +636,7 @@ def test_the_file_opens_with_age_itself(tmp_path: Path, secret: str) -> None:
         assert os.waitpid(pid, 0)[1] == 0
         os.close(terminal)
     else:
-        import pyrage
-
-        plain.write_bytes(pyrage.passphrase.decrypt(kept.read_bytes(), "four words and more"))
+        plain.write_bytes(verb._unsealed(kept.read_bytes(), "four words and more", str(kept)))
     with tarfile.open(plain) as tar:
         assert tar.getnames() == ["identity.json", "key"]
         key = tar.extractfile("key")

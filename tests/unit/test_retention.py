@@ -42,6 +42,7 @@ def a_set(
     pinned: bool = False,
     attached: bool = False,
     size: int | None = 10,
+    received: bool = False,
     **marks: str,
 ) -> SnapshotSet:
     set_id = f"s{taken_at:%Y%m%dt%H%M%Sz}-{order:06x}"
@@ -58,7 +59,7 @@ def a_set(
     )
     given = {"sealed": "1", "grade": "filesystem", **({"pinned": "1"} if pinned else {}), **marks}
     given = {name.replace("_", "-"): value for name, value in given.items()}
-    snapshot = Snapshot("memory", set_id, birth, ImageState.READY, given, size, order)
+    snapshot = Snapshot("memory", set_id, birth, ImageState.READY, given, size, order, received=received)
     attachment = Attachment("a", "memory", set_id, 0, "/mnt", Access.WRITABLE, Purpose.RESTORE, taken_at)
     return SnapshotSet(birth, (snapshot,), given, state, (attachment,) if attached else ())
 
@@ -113,6 +114,7 @@ def history(chance: random.Random) -> tuple[list[SnapshotSet], datetime, Keep]:
                 pinned=chance.random() < 0.03,
                 attached=chance.random() < 0.03,
                 size=chance.choice([None, 1, 10, 1000]),
+                received=chance.random() < 0.03,
                 **marks,
             )
         )
@@ -145,6 +147,7 @@ def hold(sets: list[SnapshotSet], now: datetime, keep: Keep, automatic: bool) ->
     left = [verdict.found for verdict in plan.verdicts if verdict.keep]
     for found in gone:
         assert found.birth.host == HERE and not found.pinned and not found.attachments
+        assert not found.received
         assert found.state not in (State.PENDING, State.UNKNOWN, State.INCOMPLETE)
         assert not (automatic and found.state is State.DAMAGED)
         assert found.birth.taken_at <= now + FUTURE, "a set of the future went"
@@ -185,7 +188,7 @@ def hold(sets: list[SnapshotSet], now: datetime, keep: Keep, automatic: bool) ->
             )
         if any((keep.hourly, keep.daily, keep.weekly, keep.monthly, keep.yearly)):
             buckets = sum((keep.hourly, keep.daily, keep.weekly, keep.monthly, keep.yearly))
-            free = [f for f in left if f in plausible and not f.pinned and not f.attachments]
+            free = [f for f in left if f in plausible and not (f.pinned or f.attachments or f.received)]
             assert len(free) <= buckets + keep.min + 6, "more stay than anything asks for"
     again = decide(left, now, keep, HERE, automatic=automatic)
     # Once more changes nothing, but for space: what went made room, and sizes that aren't known are no reason.
