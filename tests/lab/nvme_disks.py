@@ -80,8 +80,9 @@ class NvmeDisks(disks.Disks):
             subsystem.rmdir()
 
     def _kernel_name(self, disk: str) -> str:
+        """Not that of the path to it (`nvme1c1n1`, hidden), which has the same serial and no device."""
         for block in Path("/sys/block").glob("nvme*"):
-            if _said(block / "device" / "serial") == disks.serial(disk):
+            if _said(block / "device" / "serial") == disks.serial(disk) and _said(block / "hidden") != "1":
                 return block.name
         return ""
 
