@@ -110,10 +110,11 @@ class Disks(Struct, frozen=True):
         return _read(f"{self.sysfs}/block/{disk}/device/model")
 
     def find(self, identity: str, prefix: str) -> str | None:
-        """The kernel name of the disk with this identity, None while there is none."""
+        """The kernel name of the disk with this identity, None while there is none. (Where the kernel does NVMe's
+        multipath, each path to a disk is listed too, `nvme1c1n1`: hidden, with the disk's serial, and no device.)"""
         blocks = f"{self.sysfs}/block"
         for disk in os.listdir(blocks) if os.path.isdir(blocks) else []:
-            if _read(f"{blocks}/{disk}/device/serial") == identity:
+            if _read(f"{blocks}/{disk}/device/serial") == identity and _read(f"{blocks}/{disk}/hidden") != "1":
                 return disk
         return self.linked(prefix).get(identity)
 

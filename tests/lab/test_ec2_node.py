@@ -31,7 +31,7 @@ def harness() -> Iterator[EbsHarness]:
     scratch = Path(tempfile.mkdtemp(prefix="e-"))
     try:
         with (
-            nvme_disks(scratch / "disks") as disks,
+            nvme_disks(NvmeDisks, scratch / "disks") as disks,
             Twin(disks) as twin,
             environment(**twin.environment(keys=False)),
         ):

@@ -135,6 +135,19 @@ def test_without_a_serial_in_sysfs_the_link_tells(nitro: Disks) -> None:
     assert nitro.find("vol0b", AWS) == "nvme1n1"
 
 
+def test_a_path_to_a_disk_is_no_disk(nitro: Disks) -> None:
+    """A controller that says it may be one of several: the kernel lists its path to the disk beside the disk."""
+    blocks = Path(nitro.sysfs, "block")
+    for path in ("nvme0c0n1", "nvme9c9n1"):  # wherever the directory lists them
+        (blocks / path / "device").mkdir(parents=True)
+        (blocks / path / "device/serial").write_text("vol0d\n")
+        (blocks / path / "hidden").write_text("1\n")
+    assert nitro.find("vol0d", AWS) == "nvme3n1"
+    (blocks / "nvme3n1").unlink()
+    Path(nitro.by_id, f"{AWS}vol0d").unlink()
+    assert nitro.find("vol0d", AWS) is None
+
+
 def test_there_may_be_nothing(tmp_path: Path) -> None:
     disks = Disks(sysfs=str(tmp_path), by_id=str(tmp_path / "by-id"))
     assert disks.vendor() == ""
