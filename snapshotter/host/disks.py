@@ -113,7 +113,8 @@ class Disks(Struct, frozen=True):
         """The kernel name of the disk with this identity, None while there is none."""
         blocks = f"{self.sysfs}/block"
         for disk in os.listdir(blocks) if os.path.isdir(blocks) else []:
-            if _read(f"{blocks}/{disk}/device/serial") == identity:
+            # A path of a multipath NVMe disk is hidden: it has the serial, and no node in /dev.
+            if _read(f"{blocks}/{disk}/device/serial") == identity and _read(f"{blocks}/{disk}/hidden") != "1":
                 return disk
         return self.linked(prefix).get(identity)
 

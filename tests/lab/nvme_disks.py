@@ -81,7 +81,8 @@ class NvmeDisks(disks.Disks):
 
     def _kernel_name(self, disk: str) -> str:
         for block in Path("/sys/block").glob("nvme*"):
-            if _said(block / "device" / "serial") == disks.serial(disk):
+            # A path of a multipath disk is hidden: it has the serial, and no node in /dev.
+            if _said(block / "device" / "serial") == disks.serial(disk) and _said(block / "hidden") != "1":
                 return block.name
         return ""
 
