@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from providers.ebs import sets, tags
@@ -19,30 +18,22 @@ from snapshotter.core.errors import (
     BusyError,
     Interrupted,
     NotFoundError,
-    PreconditionError,
     SnapshotterError,
     StorageError,
 )
 from snapshotter.core.labels import check_marks, encode_birth, pack, slot_value
 from snapshotter.core.model import (
-    Access,
-    Attachment,
     Birth,
-    Elsewhere,
     Hold,
-    ImageState,
-    MountSpec,
-    Purpose,
     Quiesce,
     Snapshot,
-    Space,
     Tagged,
-    Tree,
     Volume,
 )
-from snapshotter.core.remote import Clock, Deadline, Lost, operation_id, poll
+from snapshotter.core.remote import Deadline, Lost, operation_id, poll
 from snapshotter.host import mounts
-from snapshotter.host.disks import Disks
+from snapshotter.host.cloud import Cloud, parts, refuse_unsealable
+from snapshotter.host.disks import Part
 from snapshotter.host.mounts import Mount
 from snapshotter.provider import Option, Provider, Settings, Traits
 
@@ -56,11 +47,15 @@ if TYPE_CHECKING:
 _CREATE_S = 60.0
 
 
-class EbsProvider(Provider):
+class EbsProvider(Cloud, Provider):
     """See the module."""
 
     name = tags.NAME
     section = "aws"
+    VENDOR = tags.VENDOR
+    MACHINE = "EC2 instance"
+    LIBRARY = "boto3"
+    ELSEWHERE = "region"
     traits = Traits(
         atomic_across_volumes=True,
         quiesce=Quiesce.FREEZE,
@@ -82,9 +77,6 @@ class EbsProvider(Provider):
         "copy_to": Option(str, "regions that each set is copied to, encrypted, once it is whole"),
         "initialization_rate": Option(int, "MiB/s, 100 to 300, at which a restored volume is filled (costs)"),
     }
-    #: Tests have others.
-    disks = Disks()
-    clock = Clock()
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -94,21 +86,16 @@ class EbsProvider(Provider):
         self._uncertain: dict[str, Deadline] = {}  # sets of which a reply was lost: when all of it will be listed
         self._seen: Seen = {}
 
-    # -- where we are -------------------------------------------------------------------------------------------
+    @staticmethod
+    def _installed() -> bool:
+        from importlib.util import find_spec
 
-    def _on_ec2(self) -> bool:
-        return self.disks.vendor() == tags.VENDOR
+        return find_spec("boto3") is not None
 
-    def _here(self) -> Here | None:
-        """The instance that this is; None off EC2."""
-        if not self._on_ec2():
-            return None
+    def _asked(self) -> Here:
         from providers.ebs.here import here
 
         return here()
-
-    def _option(self, name: str) -> Any:
-        return self.settings.options.get(name)
 
     def _api(self) -> Api:
         from providers.ebs.api import connect
@@ -118,45 +105,12 @@ class EbsProvider(Provider):
             region = here.region
         return connect(region, self._option("profile"), self._option("role_arn"), self.clock)
 
-    def _used(self) -> bool:
-        """Whether there can be anything of ours: elsewhere than on EC2 somebody must have said so, and without boto3
-        nobody can have taken anything."""
-        if self.settings.options:
-            return True
-        from importlib.util import find_spec
-
-        return self._on_ec2() and find_spec("boto3") is not None
-
-    def availability(self) -> list[str]:
-        from importlib.util import find_spec
-
-        if find_spec("boto3") is None:
-            return ["boto3 isn't installed: pip install 'node-snapshotter[aws]'"]
-        if not self.settings.options and not self._on_ec2():
-            return ["this is no EC2 instance: set `region` in [aws] to work from elsewhere"]
-        try:
-            self._here()
-        except PreconditionError as error:
-            return [error.line()]
-        return []
-
     # -- which volumes ------------------------------------------------------------------------------------------
 
-    def claim(self, mount: Mount, path: str) -> Volume | None:
-        if not self._on_ec2():
-            return None
-        parts = self.disks.below(mount)
-        found = [tags.volume_of(self.disks.identity(part.disk, tags.BY_ID)) for part in parts]
-        volumes = [volume for volume in found if volume is not None]
-        if not volumes or len(volumes) != len(parts):
-            return None  # an instance store, a memory file system: nothing that EBS knows
-        if not self.disks.between(mount) and len({part.partition for part in parts}) > 1:
-            raise PreconditionError(
-                f"lies on different partitions of {', '.join(volumes)}",
-                object=mount.path,
-                cure="take the volumes from outside by `select`",
-            )
-        return Volume(self.name, tags.joined(sorted(set(volumes))), mounts.top_of(mount), mount.fstype)
+    def _volumes(self, mount: Mount, found: Sequence[Part]) -> list[str] | None:
+        volumes = [tags.volume_of(self.disks.identity(part.disk, tags.BY_ID)) for part in found]
+        known = [volume for volume in volumes if volume is not None]
+        return known if len(known) == len(found) else None  # an instance store is among them
 
     def find(self, select: Mapping[str, object]) -> list[Volume]:
         from providers.ebs import choosing
@@ -186,7 +140,7 @@ class EbsProvider(Provider):
         from providers.ebs import choosing
 
         here = self._here() if any(volume.path is not None for volume in volumes) else None
-        ids = [part for volume in volumes for part in tags.parts(volume.id)]
+        ids = [part for volume in volumes for part in parts(volume.id)]
         return choosing.plan(self._api(), self._seen, ids, here.instance if here else None)
 
     # -- before -------------------------------------------------------------------------------------------------
@@ -195,10 +149,6 @@ class EbsProvider(Provider):
         encode_birth(birth)
         pack(birth.of_member(0), tags.LIMITS)
         self._plans[birth.set_id] = self._plan(volumes)
-
-    def space(self, volumes: Sequence[Volume]) -> Space:
-        """EBS has room without end; what it costs isn't known before."""
-        return Space(total_bytes=None, free_bytes=None)
 
     def prepare(self, volumes: Sequence[Volume], birth: Birth, budget: float) -> None:
         """All that can be asked while the writers run; waits until EC2 takes another snapshot of these volumes."""
@@ -319,16 +269,10 @@ class EbsProvider(Provider):
         if not found:
             raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all")
         if changes.get("sealed"):
-            here = {snapshot.birth.member for snapshot in found}
-            for number, member in enumerate(found[0].birth.members):
-                if member.provider == self.name and number not in here:
-                    raise StorageError(f"can't be sealed: no snapshot of {member.volume}", object=set_id)
-            for snapshot in found:
-                if snapshot.state is ImageState.INVALID:
-                    raise StorageError(f"can't be sealed: {snapshot.why}", object=set_id)
+            refuse_unsealable(found, self.name, set_id)
         volumes.tag(
             self._api(),
-            [part for snapshot in found for part in tags.parts(snapshot.id)],
+            [part for snapshot in found for part in parts(snapshot.id)],
             {tags.mark(name): value for name, value in changes.items()},
         )
 
@@ -386,80 +330,14 @@ class EbsProvider(Provider):
         """The regions that sets are copied to, a blank between two."""
         return " ".join(sorted(set(str(self._option("copy_to") or "").replace(",", " ").split())))
 
-    # -- attachments --------------------------------------------------------------------------------------------
+    # -- volumes made of snapshots ------------------------------------------------------------------------------
 
-    def _clones(self) -> Clones | None:
-        """None where there can be nothing of ours."""
-        if not self._used():
-            return None
+    def _cloning(self) -> Clones:
         from providers.ebs.clones import Clones
 
         return Clones(self._api(), self._here(), self.disks, self.settings)
 
-    def attach(
-        self,
-        snapshot: Snapshot,
-        attachment_id: str,
-        access: Access,
-        destination: str,
-        purpose: Purpose = Purpose.RESTORE,
-    ) -> MountSpec | Tree:
-        return self._clones_for(snapshot).attach(snapshot, attachment_id, access, destination, purpose)
-
-    def foresee(self, snapshot: Snapshot) -> list[str]:
-        return self._clones_for(snapshot).foresee(snapshot)
-
-    def attach_away(self, snapshot: Snapshot, attachment_id: str) -> Elsewhere:
-        return self._clones_for(snapshot).away(snapshot, attachment_id)
-
-    def _clones_for(self, snapshot: Snapshot) -> Clones:
-        if (clones := self._clones()) is None:
-            raise PreconditionError("this is no EC2 instance", object=snapshot.id, cure="restore it on an instance")
-        return clones
-
-    def settle(self, attachment_id: str, since: datetime) -> None:
-        if (clones := self._clones()) is None:
-            raise NotFoundError("no such attachment", object=attachment_id)
-        clones.settle(attachment_id, since)
-
-    def attachments(self) -> Iterator[Attachment]:
-        if (clones := self._clones()) is not None:
-            yield from clones.listed()
-
-    def detach(self, attachment_id: str) -> None:
-        if (clones := self._clones()) is not None:
-            clones.detach(attachment_id)
-
-    # -- taking the origin's place ------------------------------------------------------------------------------
-
-    def _swaps(self) -> Swaps | None:
-        here = self._here()
-        if here is None or not self._used():
-            return None
+    def _swapping(self, here: Here) -> Swaps:
         from providers.ebs.swaps import Swaps
 
         return Swaps(self._api(), here, self.disks, self.settings.report)
-
-    def swap(self, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:
-        swaps = self._swaps()
-        if swaps is None:
-            raise PreconditionError("this is no EC2 instance", object=snapshot.id, cure="restore it on the instance")
-        swaps.swap(swap_id, snapshot, volume.id)
-
-    def swap_back(self, swap_id: str) -> None:
-        if (swaps := self._swaps()) is not None:
-            swaps.back(swap_id)
-
-    def swap_commit(self, swap_id: str) -> None:
-        if (swaps := self._swaps()) is not None:
-            swaps.commit(swap_id)
-
-    def source_of(self, volume: str, known: str) -> str:
-        from snapshotter.host.disks import Part, partition_in
-
-        found = swaps.device_of(volume) if (swaps := self._swaps()) is not None else None
-        return (self.disks.device(Part(found, partition_in(known))) if found else None) or known
-
-    def swaps(self) -> Iterator[str]:
-        if (swaps := self._swaps()) is not None:
-            yield from swaps.listed()

@@ -20,6 +20,7 @@ from snapshotter.core.errors import NotFoundError, PreconditionError, StorageErr
 from snapshotter.core.model import Access, Attachment, Elsewhere, MountSpec, Purpose, Snapshot
 from snapshotter.core.remote import operation_id, poll
 from snapshotter.host import processes
+from snapshotter.host.cloud import joined, parts
 from snapshotter.host.disks import Disks, Part, alone, copy_mount, refuse_inactive, refuse_meeting
 from snapshotter.host.places import host_name
 from snapshotter.provider import Settings
@@ -50,17 +51,17 @@ class Clones:
             cure = "restore it on an instance, or with --away"
             raise PreconditionError("this is no EC2 instance", object=snapshot.id, cure=cure)
         birth, instance, report = snapshot.birth, self.here.instance, self.settings.report
-        items = [restorable(self.api, part) for part in tags.parts(snapshot.id)]
+        items = [restorable(self.api, part) for part in parts(snapshot.id)]
         kind, partition = tags.file_system(tags.read(items[0]), birth.member)
         refuse_inactive(kind, snapshot.id)
         if kind == "btrfs":
             # Two disks of one btrfs confuse the kernel as soon as it sees them.
-            for origin in tags.parts(snapshot.volume):
+            for origin in parts(snapshot.volume):
                 self.disks.refuse_beside(self.disks.find(tags.serial(origin), tags.BY_ID), snapshot.id)
         born = tags.of_attachment(
             attachment_id, birth.set_id, birth.member, destination, access, purpose, instance, _maker()
         )
-        made = [self._made(each, attachment_id, self.here.zone, born) for each in tags.parts(snapshot.id)]
+        made = [self._made(each, attachment_id, self.here.zone, born) for each in parts(snapshot.id)]
         found = []
         for volume in made:
             volumes.attach(self.api, volume, instance, report)
@@ -74,7 +75,7 @@ class Clones:
         """What its volumes will be, how fast their blocks come, and what is paid for."""
         options = self.settings.options
         kind, rate = str(options.get("volume_type") or "gp3"), options.get("initialization_rate")
-        size = sum(int(restorable(self.api, part)["VolumeSize"]) for part in tags.parts(snapshot.id))
+        size = sum(int(restorable(self.api, part)["VolumeSize"]) for part in parts(snapshot.id))
         price = f" (in us-east-1 {size * _GP3_DOLLARS:.2f} $ a month by 2025's list)" if kind == "gp3" else ""
         made = f"{snapshot.volume} comes back as {size} GiB of {kind}, paid for as long as it exists{price}"
         if isinstance(rate, int):
@@ -98,10 +99,10 @@ class Clones:
         if not zone:
             cure = "-o instance=, or -o zone= for volumes that are attached to none"
             raise PreconditionError("is to be made in which zone?", object=snapshot.id, cure=cure)
-        items = [restorable(self.api, each) for each in tags.parts(snapshot.id)]
+        items = [restorable(self.api, each) for each in parts(snapshot.id)]
         kind = tags.file_system(tags.read(items[0]), birth.member)[0]
         if instance and alone(kind):
-            for origin in tags.parts(snapshot.volume):
+            for origin in parts(snapshot.volume):
                 found = volumes.look(self.api, origin, self.api.deadline(origin)) or {}
                 refuse_meeting(kind, volumes.attached_to(found)[0] == instance, snapshot.id)
         born = tags.of_attachment(
@@ -115,13 +116,13 @@ class Clones:
             _maker(),
         )
         born[tags.AWAY] = _host()
-        made = [self._made(each, attachment_id, zone, born) for each in tags.parts(snapshot.id)]
+        made = [self._made(each, attachment_id, zone, born) for each in parts(snapshot.id)]
         if not instance:
-            return Elsewhere(tags.joined(made))
+            return Elsewhere(joined(made))
         for volume in made:
             volumes.attach(self.api, volume, instance, report)
         devices = [f"/dev/disk/by-id/{tags.BY_ID}{tags.serial(volume)}" for volume in made]
-        return Elsewhere(tags.joined(made), instance, tags.joined(devices))
+        return Elsewhere(joined(made), instance, joined(devices))
 
     def _made(self, part: str, attachment_id: str, zone: str, born: Mapping[str, str]) -> str:
         """A volume of one EBS snapshot, as the options say."""
@@ -155,14 +156,10 @@ class Clones:
         return [item["VolumeId"] for item, found in self._all() if found.id == attachment_id]
 
     def listed(self) -> Iterator[Attachment]:
-        """A member of several volumes is one attachment, complete when all of them are."""
-        parts: dict[tuple[str, int], list[Attachment]] = {}
+        """By volume: a member may be several."""
         for item, found in self._all():
             maker = tags.maker_of(tags.read(item))
-            held = maker is not None and processes.alive(maker)
-            parts.setdefault((found.id, found.member), []).append(msgspec.structs.replace(found, held=held))
-        for each in parts.values():
-            yield next((part for part in each if part.since is None), each[0])
+            yield msgspec.structs.replace(found, held=maker is not None and processes.alive(maker))
 
     def settle(self, attachment_id: str, since: datetime) -> None:
         ours = self._of(attachment_id)

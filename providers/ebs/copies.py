@@ -17,6 +17,7 @@ from providers.ebs import tags, volumes
 from providers.ebs.api import Api
 from snapshotter.core.errors import SnapshotterError, StorageError
 from snapshotter.core.remote import Deadline, Lost, operation_id
+from snapshotter.host.cloud import parts
 
 #: EC2 has no more copies under way into a region than this; it says so, and the next run goes on.
 _FULL = ("ResourceLimitExceeded", "ConcurrentSnapshotLimitExceeded", "ConcurrentCopyLimitExceeded")
@@ -59,7 +60,7 @@ def _wanted(api: Api) -> Iterator[tuple[str, list[dict[str, Any]]]]:
             continue
         have = {tags.origin_of(item) for item in source}
         theirs = [member.volume for member in first.members if member.provider == tags.NAME]
-        wanted = {part for volume in theirs for part in tags.parts(volume)}
+        wanted = {part for volume in theirs for part in parts(volume)}
         sealed = all("sealed" in tags.marks_of(tags.read(item)) for item in source)
         if sealed and have == wanted and _missing(source):
             yield set_id, source

@@ -11,6 +11,7 @@ from typing import Any
 from providers.ebs import tags
 from snapshotter.core.labels import merge_marks
 from snapshotter.core.model import Birth, ImageState, Snapshot
+from snapshotter.host.cloud import joined, parts
 
 
 def snapshots(items: Iterable[Mapping[str, Any]]) -> Iterator[Snapshot]:
@@ -30,7 +31,7 @@ def snapshots(items: Iterable[Mapping[str, Any]]) -> Iterator[Snapshot]:
 
 
 def _member(birth: Birth, have: Mapping[str, Mapping[str, Any]]) -> Snapshot:
-    wanted = tags.parts(birth.members[birth.member].volume)
+    wanted = parts(birth.members[birth.member].volume)
     items = [have[volume] for volume in wanted if volume in have]
     why = ", ".join(f"the snapshot of {volume} is gone" for volume in wanted if volume not in have)
     for item in items:
@@ -42,7 +43,7 @@ def _member(birth: Birth, have: Mapping[str, Mapping[str, Any]]) -> Snapshot:
     sizes = [int(item["FullSnapshotSizeInBytes"]) for item in items if item.get("FullSnapshotSizeInBytes") is not None]
     return Snapshot(
         provider=tags.NAME,
-        id=tags.joined(str(item["SnapshotId"]) for item in items),
+        id=joined(str(item["SnapshotId"]) for item in items),
         birth=birth,
         state=state,
         marks=merge_marks([tags.marks_of(each) for each in labels]),

@@ -18,6 +18,7 @@ from providers.ebs.here import Here
 from snapshotter.core.errors import BusyError, PreconditionError, StorageError
 from snapshotter.core.model import Report, Snapshot
 from snapshotter.core.remote import operation_id
+from snapshotter.host.cloud import parts
 from snapshotter.host.disks import Disks, alone
 
 
@@ -44,7 +45,7 @@ class Swaps:
         return next((item for known, item in self.open() if known == swap_id), None)
 
     def swap(self, swap_id: str, snapshot: Snapshot, volume: str) -> None:
-        if len(tags.parts(volume)) > 1:
+        if len(parts(volume)) > 1:
             why = "lies on several volumes: they can't change places at one instant"
             raise PreconditionError(why, object=volume, cure="restore it with --to")
         item = restorable(self.api, snapshot.id)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 from snapshotter.core.labels import MARK_NAMES, LabelLimits, pack, slot_value, unpack
 from snapshotter.core.model import Access, Attachment, Birth, Purpose
+from snapshotter.host.cloud import parts
 from snapshotter.provider import VENDORS
 
 PREFIX = "snapshotter:"
@@ -58,17 +59,6 @@ def serial(volume: str) -> str:
 def volume_of(identity: str) -> str | None:
     """Inverse of `serial`; None for another disk (an instance store says `AWS...`)."""
     return f"vol-{identity[3:]}" if identity.startswith("vol") and identity[3:4] != "-" else None
-
-
-def parts(name: str) -> list[str]:
-    """What a volume of ours consists of: a btrfs over several devices is one volume, `vol-1+vol-2`, and its snapshot is
-    `snap-1+snap-2`, in the same order."""
-    return name.split("+")
-
-
-def joined(names: Iterable[str]) -> str:
-    """Inverse of `parts`."""
-    return "+".join(names)
 
 
 def as_tags(values: Mapping[str, str]) -> list[dict[str, str]]:

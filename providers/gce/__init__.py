@@ -14,32 +14,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from providers.gce import labels, names, sets
-from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, SnapshotterError
 from snapshotter.core.labels import check_marks, encode_birth, pack, slot_value
 from snapshotter.core.model import (
-    Access,
-    Attachment,
     Birth,
-    Elsewhere,
     Hold,
     ImageState,
-    MountSpec,
-    Purpose,
     Quiesce,
     Snapshot,
-    Space,
     Tagged,
-    Tree,
     Volume,
     utc_now,
 )
-from snapshotter.core.remote import Clock, Deadline
+from snapshotter.core.remote import Deadline
 from snapshotter.host import mounts
-from snapshotter.host.disks import Disks
+from snapshotter.host.cloud import Cloud, parts, refuse_unsealable
+from snapshotter.host.disks import Part
 from snapshotter.host.mounts import Mount
 from snapshotter.provider import Option, Provider, Settings, Traits
 
@@ -58,11 +52,15 @@ _SETTLE_S = 30.0
 _ELSEWHERE = timedelta(hours=1)
 
 
-class GceProvider(Provider):
+class GceProvider(Cloud, Provider):
     """See the module."""
 
     name = names.NAME
     section = "gcp"
+    VENDOR = names.VENDOR
+    MACHINE = "Compute Engine instance"
+    LIBRARY = "google-cloud-compute"
+    ELSEWHERE = "project"
     traits = Traits(
         atomic_across_volumes=False,
         quiesce=Quiesce.FREEZE,
@@ -87,9 +85,6 @@ class GceProvider(Provider):
         ),
         "snapshot_type": Option(str, "standard or archive"),
     }
-    #: Tests have others.
-    disks = Disks()
-    clock = Clock()
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -100,21 +95,20 @@ class GceProvider(Provider):
         self._working: dict[str, Any] = {}  # snapshot -> the operation that makes it
         self._seen: Seen = {}
 
-    # -- where we are -------------------------------------------------------------------------------------------
+    @staticmethod
+    def _installed() -> bool:
+        from importlib.metadata import PackageNotFoundError, version
 
-    def _on_gce(self) -> bool:
-        return self.disks.vendor() == names.VENDOR
+        try:
+            version("google-cloud-compute")
+        except PackageNotFoundError:
+            return False
+        return True
 
-    def _here(self) -> Here | None:
-        """The instance that this is; None elsewhere."""
-        if not self._on_gce():
-            return None
+    def _asked(self) -> Here:
         from providers.gce.here import here
 
         return here()
-
-    def _option(self, name: str) -> Any:
-        return self.settings.options.get(name)
 
     def _api(self) -> Api:
         from providers.gce.api import connect
@@ -130,53 +124,24 @@ class GceProvider(Provider):
         here = self._here()
         return here.zone if here is not None else ""
 
-    def _used(self) -> bool:
-        """Whether there can be anything of ours: elsewhere than on Compute Engine somebody must have said so, and
-        without Google's library nobody can have taken anything."""
-        return bool(self.settings.options) or (self._on_gce() and _installed())
-
-    def availability(self) -> list[str]:
-        if not _installed():
-            return ["google-cloud-compute isn't installed: pip install 'node-snapshotter[gcp]'"]
-        if not self.settings.options and not self._on_gce():
-            return ["this is no Compute Engine instance: set `project` in [gcp] to work from elsewhere"]
-        try:
-            self._here()
-            self._resource("standard")
-        except SnapshotterError as error:
-            return [error.line()]
-        return []
-
     # -- which disks --------------------------------------------------------------------------------------------
 
-    def claim(self, mount: Mount, path: str) -> Volume | None:
-        if not self._on_gce():
-            return None
+    def _volumes(self, mount: Mount, found: Sequence[Part]) -> list[str] | None:
         from providers.gce.devices import devices
 
-        parts = self.disks.below(mount)
         known = {disk: device for device, disk in devices(self.disks).items()}
-        seen = [known[part.disk] for part in parts if part.disk in known]
-        if not seen or len(seen) != len(parts):
-            return None  # a memory file system, a disk of another kind
+        if any(part.disk not in known for part in found):
+            return None
         attached = {each.device_name: each for each in self._instance(self._here()).disks}
-        if missing := [device for device in seen if device not in attached]:
+        if missing := [known[part.disk] for part in found if known[part.disk] not in attached]:
             raise PreconditionError(
                 f"Compute Engine knows of no disk attached here as {', '.join(missing)}",
                 object=mount.path,
                 cure="is the project another? -o project=",
             )
-        found = [names.disk_of(attached[device].source) for device in seen]
-        volumes = [each.id for each in found if each is not None]
-        if len(volumes) != len(seen):
-            return None  # a local SSD: nothing that could be snapshotted
-        if not self.disks.between(mount) and len({part.partition for part in parts}) > 1:
-            raise PreconditionError(
-                f"lies on different partitions of {', '.join(volumes)}",
-                object=mount.path,
-                cure="take the disks from outside by `select`",
-            )
-        return Volume(self.name, names.joined(sorted(set(volumes))), mounts.top_of(mount), mount.fstype)
+        volumes = [names.disk_of(attached[known[part.disk]].source) for part in found]
+        ids = [each.id for each in volumes if each is not None]
+        return ids if len(ids) == len(found) else None  # a local SSD can't be snapshotted
 
     def _instance(self, here: Here | None) -> Any:
         """What Compute Engine says of this instance."""
@@ -212,7 +177,7 @@ class GceProvider(Provider):
         from providers.gce import choosing
 
         here = self._instance(self._here()) if any(volume.path is not None for volume in volumes) else None
-        ids = [part for volume in volumes for part in names.parts(volume.id)]
+        ids = [part for volume in volumes for part in parts(volume.id)]
         return choosing.plan(self._api(), self._seen, ids, here)
 
     # -- before -------------------------------------------------------------------------------------------------
@@ -225,7 +190,7 @@ class GceProvider(Provider):
         self._resource("standard")
         plan = self._plan(volumes)
         for volume in volumes:
-            if volume.fstype in mounts.NEVER_FROZEN and len(names.parts(volume.id)) > 1 and not plan.group:
+            if volume.fstype in mounts.NEVER_FROZEN and len(parts(volume.id)) > 1 and not plan.group:
                 raise PreconditionError(
                     f"is a {volume.fstype} over several disks that are in no consistency group, and can't be frozen",
                     object=volume.id,
@@ -233,10 +198,6 @@ class GceProvider(Provider):
                 )
         wait = choosing.room(self._api(), self._seen, plan, birth.set_id)
         self._plans[birth.set_id] = plan, self.clock.now() + wait
-
-    def space(self, volumes: Sequence[Volume]) -> Space:
-        """There is room without end; what it costs isn't known before."""
-        return Space(total_bytes=None, free_bytes=None)
 
     def prepare(self, volumes: Sequence[Volume], birth: Birth, budget: float) -> None:
         """All that can be asked while the writers run; waits until another instant of these disks may be taken."""
@@ -339,15 +300,9 @@ class GceProvider(Provider):
         found = list(fresh or self.snapshots(set_id))
         if not found:
             raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all")
-        each_named = [part for snapshot in found for part in names.parts(snapshot.id)]
+        each_named = [part for snapshot in found for part in parts(snapshot.id)]
         if changes.get("sealed"):
-            here = {snapshot.birth.member for snapshot in found}
-            for number, member in enumerate(found[0].birth.members):
-                if member.provider == self.name and number not in here:
-                    raise StorageError(f"can't be sealed: no snapshot of {member.volume}", object=set_id)
-            for snapshot in found:
-                if snapshot.state is ImageState.INVALID:
-                    raise StorageError(f"can't be sealed: {snapshot.why}", object=set_id, cure="take it again")
+            refuse_unsealable(found, self.name, set_id)
             for name in each_named:
                 if not fresh or name in self._working:
                     taking.settled(api, name, self._working.pop(name, None), api.deadline(name))
@@ -393,7 +348,7 @@ class GceProvider(Provider):
             taking.instants_gone(api, set_id, instants, within)
             birth = labels.birth_of(found[0]) if found else None
             theirs = [member.volume for member in birth.members if member.provider == self.name] if birth else []
-            whole = birth is not None and len(found) >= sum(len(names.parts(volume)) for volume in theirs)
+            whole = birth is not None and len(found) >= sum(len(parts(volume)) for volume in theirs)
             if whole or settling is None or settling.left() <= 0:
                 break
             self.clock.sleep(min(5.0, settling.left()))
@@ -427,93 +382,14 @@ class GceProvider(Provider):
                 gone.append(f"instant snapshots of {set_id}")
         return gone
 
-    # -- attachments --------------------------------------------------------------------------------------------
+    # -- disks made of snapshots --------------------------------------------------------------------------------
 
-    def _clones(self) -> Clones | None:
-        """None where there can be nothing of ours."""
-        if not self._used():
-            return None
+    def _cloning(self) -> Clones:
         from providers.gce.clones import Clones
 
         return Clones(self._api(), self._here(), self.disks, self.settings)
 
-    def _some_clones(self, snapshot: Snapshot) -> Clones:
-        if (clones := self._clones()) is None:
-            why = "this is no Compute Engine instance"
-            raise PreconditionError(why, object=snapshot.id, cure="restore it on one, or set `project` in [gcp]")
-        return clones
-
-    def attach(
-        self,
-        snapshot: Snapshot,
-        attachment_id: str,
-        access: Access,
-        destination: str,
-        purpose: Purpose = Purpose.RESTORE,
-    ) -> MountSpec | Tree:
-        return self._some_clones(snapshot).attach(snapshot, attachment_id, access, destination, purpose)
-
-    def attach_away(self, snapshot: Snapshot, attachment_id: str) -> Elsewhere:
-        return self._some_clones(snapshot).away(snapshot, attachment_id)
-
-    def settle(self, attachment_id: str, since: datetime) -> None:
-        if (clones := self._clones()) is None:
-            raise NotFoundError("no such attachment", object=attachment_id)
-        clones.settle(attachment_id, since)
-
-    def attachments(self) -> Iterator[Attachment]:
-        if (clones := self._clones()) is not None:
-            yield from clones.listed()
-
-    def detach(self, attachment_id: str) -> None:
-        if (clones := self._clones()) is not None:
-            clones.detach(attachment_id)
-
-    # -- taking the origin's place ------------------------------------------------------------------------------
-
-    def _swaps(self) -> Swaps | None:
-        here = self._here()
-        if here is None or not self._used():
-            return None
+    def _swapping(self, here: Here) -> Swaps:
         from providers.gce.swaps import Swaps
 
         return Swaps(self._api(), here, self.disks, self.settings.report)
-
-    def swap(self, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:
-        swaps = self._swaps()
-        if swaps is None:
-            why = "this is no Compute Engine instance"
-            raise PreconditionError(why, object=snapshot.id, cure="restore it on the instance")
-        swaps.swap(swap_id, snapshot, volume.id)
-        self._seen.clear()
-
-    def swap_back(self, swap_id: str) -> None:
-        if (swaps := self._swaps()) is not None:
-            swaps.back(swap_id)
-            self._seen.clear()
-
-    def swap_commit(self, swap_id: str) -> None:
-        if (swaps := self._swaps()) is not None:
-            swaps.commit(swap_id)
-            self._seen.clear()
-
-    def source_of(self, volume: str, known: str) -> str:
-        from snapshotter.host.disks import Part, partition_in
-
-        found = swaps.device_of(volume) if (swaps := self._swaps()) is not None else None
-        return (self.disks.device(Part(found, partition_in(known))) if found else None) or known
-
-    def swaps(self) -> Iterator[str]:
-        if (swaps := self._swaps()) is not None:
-            yield from swaps.listed()
-
-
-def _installed() -> bool:
-    """Whether Google's client is there, without loading anything of it."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        version("google-cloud-compute")
-    except PackageNotFoundError:
-        return False
-    return True

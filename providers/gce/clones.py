@@ -17,11 +17,12 @@ from providers.gce import disks, labels, taking
 from providers.gce.api import Api
 from providers.gce.devices import devices
 from providers.gce.here import Here
-from providers.gce.names import BY_ID, Disk, disk, disk_of, joined, member_names, parts, region_of
+from providers.gce.names import BY_ID, Disk, disk, disk_of, member_names, region_of
 from snapshotter.core.errors import NotFoundError, PreconditionError, StorageError
 from snapshotter.core.model import Access, Attachment, Elsewhere, MountSpec, Purpose, Snapshot
 from snapshotter.core.remote import poll
 from snapshotter.host import processes
+from snapshotter.host.cloud import joined, parts
 from snapshotter.host.disks import Disks, Part, alone, copy_mount, refuse_inactive, refuse_meeting
 from snapshotter.host.places import host_name
 from snapshotter.provider import Settings
@@ -76,6 +77,13 @@ class Clones:
             disks.make(self.api, which, body, self.settings.report)
             made.append(which)
         return made
+
+    def foresee(self, snapshot: Snapshot) -> list[str]:
+        """What its disks will be, how their blocks come, and what is paid for."""
+        size = sum(int(restorable(self.api, part).disk_size_gb) for part in parts(snapshot.id))
+        kind = self.settings.options.get("disk_type") or "pd-balanced"
+        made = f"{snapshot.volume} comes back as {size} GiB of {kind}, paid for as long as it exists"
+        return [f"{made}; until all of its blocks are there, which takes its time, it reads slowly"]
 
     def away(self, snapshot: Snapshot, attachment_id: str) -> Elsewhere:
         """For the instance or the zone that the options name."""
@@ -147,14 +155,10 @@ class Clones:
         return [which for which, _, found in self._all() if found.id == attachment_id]
 
     def listed(self) -> Iterator[Attachment]:
-        """A member of several disks is one attachment, complete when all of them are."""
-        members: dict[tuple[str, int], list[Attachment]] = {}
+        """By disk: a member may be several."""
         for _, item, found in self._all():
             maker = labels.maker_of(item.labels)
-            held = maker is not None and processes.alive(maker)
-            members.setdefault((found.id, found.member), []).append(msgspec.structs.replace(found, held=held))
-        for each in members.values():
-            yield next((part for part in each if part.since is None), each[0])
+            yield msgspec.structs.replace(found, held=maker is not None and processes.alive(maker))
 
     def settle(self, attachment_id: str, since: datetime) -> None:
         ours = self._of(attachment_id)

@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from providers.gce.names import NAME, disk_of, member_names, parts
+from providers.gce.names import NAME, disk_of, member_names
 from snapshotter.core.errors import PreconditionError
 from snapshotter.core.labels import MARK_NAMES, LabelLimits, decode_birth, encode_birth, slot_value
 from snapshotter.core.model import Access, Attachment, Birth, Purpose
+from snapshotter.host.cloud import parts
 
 PREFIX = "snapshotter-"
 MANAGED = PREFIX + "managed"

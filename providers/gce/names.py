@@ -5,11 +5,11 @@ call, and load nothing that takes time.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from msgspec import Struct
 
+from snapshotter.host.cloud import parts
 from snapshotter.provider import VENDORS
 
 NAME = "gce"
@@ -71,17 +71,6 @@ def disk_of(link: str) -> Disk | None:
 
 def region_of(place: str) -> str:
     return place.rpartition("-")[0] if _ZONE.fullmatch(place) else place
-
-
-def parts(name: str) -> list[str]:
-    """The disks of a volume: one, or, where a file system lies on several, `zone/a+zone/b`; its snapshot's id is joined
-    likewise, in the same order."""
-    return name.split("+")
-
-
-def joined(names: Iterable[str]) -> str:
-    """Inverse of `parts`."""
-    return "+".join(names)
 
 
 def member_names(identity: str, member: int, volume: str) -> list[str]:

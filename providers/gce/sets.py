@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from providers.gce import labels
-from providers.gce.names import NAME, joined, member_names, milliseconds, parts
+from providers.gce.names import NAME, member_names, milliseconds
 from snapshotter.core.labels import merge_marks
 from snapshotter.core.model import Birth, ImageState, Snapshot
+from snapshotter.host.cloud import joined, parts
 
 
 def snapshots(items: Iterable[Any]) -> Iterator[Snapshot]:

@@ -15,9 +15,10 @@ from providers.gce import disks, labels, taking
 from providers.gce.api import Api
 from providers.gce.clones import key_of, origin_here, restorable, source
 from providers.gce.here import Here
-from providers.gce.names import Disk, disk, disk_of, parts
+from providers.gce.names import Disk, disk, disk_of
 from snapshotter.core.errors import BusyError, PreconditionError, StorageError
 from snapshotter.core.model import Report, Snapshot
+from snapshotter.host.cloud import parts
 from snapshotter.host.disks import Disks, alone
 
 

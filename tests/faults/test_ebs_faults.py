@@ -29,7 +29,8 @@ from snapshotter.testing.conformance.steps import ready, seal, take
 from snapshotter.testing.conformance.undoing import Life
 from snapshotter.testing.harness import describe, fill, make_birth
 from tests.twins.ec2 import Twin
-from tests.unit.ebs_kit import REGION, EbsHarness, QuickClock, ebs_harness, environment
+from tests.unit.cloud_kit import QuickClock
+from tests.unit.ebs_kit import REGION, EbsHarness, ebs_harness, environment
 
 MUTATING = (
     "CreateSnapshots",

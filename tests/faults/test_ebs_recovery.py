@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from snapshotter.testing.harness import describe, fill
-from tests.faults.test_ebs_kill import EbsCommand, World
+from tests.faults.cloud_kill_kit import World
+from tests.faults.test_ebs_kill import EbsCommand
 from tests.unit.ebs_kit import ebs_harness
 
 pytestmark = pytest.mark.root
@@ -28,7 +29,7 @@ def world(tmp_path: Path) -> Iterator[World]:
             database.executemany("insert into blocks values (?)", [(height,) for height in range(1000)])
         database.close()
         (Path(volume.path) / "genesis.json").write_text("{}")
-        yield World(harness, EbsCommand(tmp_path / "home", harness), volume)
+        yield World(harness, EbsCommand(tmp_path / "home", harness), [volume])
 
 
 def test_the_whole_recovery(world: World) -> None:
@@ -38,15 +39,16 @@ def test_the_whole_recovery(world: World) -> None:
     taken = command.json("take", path)["set_id"]
     world.harness.replaced()
     os.rmdir(path)
+    command.machine = "new"
     before = world.harness.objects()
 
     assert "no good set" in command.error("init", "--from", "latest:another", exit_code=4)["line"]
     assert command.error("init", exit_code=2)["cure"]
     said = command.json("init", "--from", f"latest:{name}", "--write")
     assert (said["set_id"], said["found"]["path"], said["written"]) == (taken, path, str(command.config))
-    assert said["restore"] == f"snapshotter restore {taken} --in-place"
+    assert said["restore"] == f"snapshotter restore {taken} --in-place --from-host"
     assert "already" in command.error("init", "--from", taken, exit_code=2)["line"]
-    planned = command.json("restore", taken, "--in-place", "--dry-run")
+    planned = command.json("restore", taken, "--in-place", "--from-host", "--dry-run")
     assert any("GiB" in warning for warning in planned["warnings"]), planned["warnings"]
     command.json(*said["restore"].split()[1:], "--yes")
     assert describe(path) == content

@@ -32,7 +32,8 @@ from snapshotter.testing.conformance.steps import ready, seal, take
 from snapshotter.testing.conformance.undoing import Life
 from snapshotter.testing.harness import describe, fill, make_birth
 from tests.twins.gce import Twin
-from tests.unit.gce_kit import GceHarness, QuickClock, environment, gce_harness, group
+from tests.unit.cloud_kit import QuickClock
+from tests.unit.gce_kit import GceHarness, environment, gce_harness, group
 
 MUTATING = (
     "snapshots.insert",

@@ -120,11 +120,12 @@ def test_the_zone_is_lost_and_the_node_comes_back(tmp_path: Path) -> None:
         taken = command.json("take", volume.path)["set_id"]
         harness.replaced()
         os.rmdir(volume.path)
+        command.machine = "new"
         before = harness.objects()
         said = command.json("init", "--from", f"latest:{name}", "--write")
         assert (said["set_id"], said["found"]["path"]) == (taken, volume.path)
-        assert said["restore"] == f"snapshotter restore {taken} --in-place"
-        command.json("restore", taken, "--in-place", "--dry-run")
+        assert said["restore"] == f"snapshotter restore {taken} --in-place --from-host"
+        command.json("restore", taken, "--in-place", "--from-host", "--dry-run")
         command.json(*said["restore"].split()[1:], "--yes")
         assert describe(volume.path) == content
         command.json("restore", name, "--discard", "--yes")

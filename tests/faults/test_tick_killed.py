@@ -40,7 +40,7 @@ def test_two_ticks_at_once(tmp_path: Path, request: pytest.FixtureRequest) -> No
     for number in range(rounds):
         both = [command.start("tick", f"n{number}", "--json") for _ in range(2)]
         for process in both:
-            said, complaints = process.communicate(timeout=60)
+            said, complaints = process.communicate(timeout=300)
             assert process.returncode == 0, (said, complaints)
         assert len(sealed(command, f"n{number}")) == 1
 
@@ -58,7 +58,7 @@ def test_killed_at_random_instants(tmp_path: Path, request: pytest.FixtureReques
         time.sleep(chance.uniform(0.3, 1.0) * whole_s)
         cut += process.poll() is None
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         before[number] = sealed(command, f"n{number}")
         assert len(before[number]) <= 1
         command.json("tick", f"n{number}")  # heals, or finds a dead run's image that might still be in the making

@@ -1,6 +1,6 @@
 """A validator on EC2, played through on NVMe disks as Nitro shows them: RocksDB under load on one EBS volume, what
 belongs to it on another, and a writer that orders its writes over both. Taken hot; the instance is lost; restored on a
-new one.
+new one. And a logical volume over two of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from snapshotter.core.digest import sha256
+from snapshotter.testing.harness import describe, fill
 from tests.faults.test_ebs_kill import EbsCommand
+from tests.lab.lvm_kit import lvm
 from tests.lab.nvme_disks import NvmeDisks, nvme_disks
 from tests.lab.test_lvm_hot import ORDERED
 from tests.support import Node, check_database
@@ -90,3 +92,51 @@ def test_a_validator_on_ec2(harness: EbsHarness) -> None:
     assert second <= first <= second + 1 and second >= ordered, (first, second, ordered)
     command.json("release", str(clone), "--discard-changes", timeout=600)
     assert harness.objects() == before_restore
+
+
+def test_a_logical_volume_over_two_volumes(harness: EbsHarness) -> None:
+    """All the disks below it are taken at one instant, under a freeze; on another instance the group is activated."""
+    made = [harness.twin.world.add_volume(harness.instance, f"/dev/sd{letter}") for letter in "gh"]
+    harness.origins |= {each.id for each in made}
+    devices = [harness.disks.device(each.id) for each in made]
+    lvm("pvcreate", "-q", *devices)
+    lvm("vgcreate", "-q", "ec2data", *devices)
+    lvm("lvcreate", "-q", "--yes", "-i", "2", "-l", "100%FREE", "-n", "data", "ec2data")
+    lvm("mkfs.xfs", "-q", "/dev/ec2data/data")
+    data, clone = harness.scratch / "data", harness.scratch / "clone"
+    data.mkdir()
+    clone.mkdir()
+    try:
+        lvm("mount", "/dev/ec2data/data", str(data))
+        fill(str(data))
+        content = describe(str(data))
+        command = EbsCommand(harness.scratch / "etc", harness)
+        words = ("take", str(data), "--provider", "ebs", "--budget", "60s")
+        taken = command.json(*words, timeout=600)
+        assert (taken["quiesce"], taken["grade"], taken["good"]) == ("freeze", "filesystem", True), taken
+        assert [each["volume"] for each in taken["snapshots"]] == ["+".join(sorted(each.id for each in made))]
+        assert harness.twin.count()["CreateSnapshots"] == 1
+        here = harness.instance.id
+        assert "LVM2_member" in command.error("restore", taken["set_id"], "--to", str(clone), exit_code=3)["line"]
+        beside = ("restore", taken["set_id"], "--away", "-o", f"instance={here}")
+        assert "told apart" in command.error(*beside, exit_code=3)["line"]
+        (data / "later").write_text("after the instant")
+        lvm("umount", str(data))
+        lvm("vgchange", "-an", "ec2data")
+        harness.replaced()
+        before = harness.objects()
+        away = command.json("restore", taken["set_id"], "--away", "-o", f"instance={harness.instance.id}", timeout=600)
+        lvm("udevadm", "settle")
+        lvm("vgchange", "-ay", "ec2data")
+        lvm("mount", "/dev/ec2data/data", str(clone))
+        assert describe(str(clone)) == content
+        assert "mounted" in command.error("release", away["attachment_id"], exit_code=5)["line"]
+        lvm("umount", str(clone))
+        assert "ec2data-data" in command.error("release", away["attachment_id"], exit_code=5)["line"]
+        lvm("vgchange", "-an", "ec2data")
+        command.json("release", away["attachment_id"], timeout=600)
+        assert harness.objects() == before
+    finally:
+        for point in (clone, data):
+            lvm("umount", str(point), check=False)
+        lvm("vgchange", "-an", "ec2data", check=False)

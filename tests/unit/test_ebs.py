@@ -33,7 +33,8 @@ from snapshotter.testing.conformance.steps import attach, content_of, ready, sea
 from snapshotter.testing.harness import describe, fill, make_birth, ruin
 from snapshotter.verbs import plan
 from tests.support import CHECKOUT
-from tests.unit.ebs_kit import DisksHere, ebs_harness, environment
+from tests.unit.cloud_command import DisksHere
+from tests.unit.ebs_kit import ebs_harness, environment
 
 
 @pytest.mark.root
@@ -131,7 +132,7 @@ def test_what_lies_on_lvm_is_taken_and_comes_back_elsewhere() -> None:
         assert one.path is not None
         fill(one.path)
         disks = [harness.provider().disks.find(serial(each.id), BY_ID) or "" for each in (two, one)]
-        mapped = Mapped(by_id=str(harness.disks.by_id), over=(*disks, disks[0]))
+        mapped = Mapped(by_id=str(harness.disks.by_id), maker=VENDOR, over=(*disks, disks[0]))
         provider = harness.provider()
         provider.disks = mapped
         volume = provider.claim(mount_of(one.path), one.path)
@@ -240,14 +241,14 @@ def test_off_ec2_nobody_is_asked(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_no_volume_is_not_claimed(tmp_path: Path) -> None:
     provider = EbsProvider(Settings("/nonexistent"))
-    provider.disks = DisksHere(by_id=str(tmp_path))
+    provider.disks = DisksHere(by_id=str(tmp_path), maker=VENDOR)
     assert provider.disks.vendor() == VENDOR
     assert provider.claim(mount_of("/"), "/") is None
 
 
 def test_the_metadata_service_that_does_not_answer(tmp_path: Path) -> None:
     provider = EbsProvider(Settings("/nonexistent"))
-    provider.disks = DisksHere(by_id=str(tmp_path))
+    provider.disks = DisksHere(by_id=str(tmp_path), maker=VENDOR)
     with environment(AWS_EC2_METADATA_SERVICE_ENDPOINT="http://127.0.0.1:9/"):
         (reason,) = provider.availability()
     assert "metadata service" in reason and "IMDSv2" in reason
