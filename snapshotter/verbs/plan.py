@@ -21,7 +21,8 @@ from snapshotter.host.places import host_name
 from snapshotter.nodes import profiles
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.profiles import Profile
-from snapshotter.nodes.target import Layout, roots, target_id
+from snapshotter.nodes.roots import Layout, roots
+from snapshotter.nodes.target import target_id
 from snapshotter.provider import Provider
 from snapshotter.verbs.documents import when
 from snapshotter.verbs.session import Session

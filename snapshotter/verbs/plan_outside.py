@@ -13,7 +13,8 @@ from snapshotter.core.model import Birth, Grade, Member, Quiesce, Root, new_set_
 from snapshotter.host.places import host_name
 from snapshotter.nodes import profiles
 from snapshotter.nodes.config import Node
-from snapshotter.nodes.target import Layout, target_of
+from snapshotter.nodes.roots import Layout
+from snapshotter.nodes.target import target_of
 from snapshotter.verbs.plan import Plan, refuse_grade
 from snapshotter.verbs.session import Session
 
