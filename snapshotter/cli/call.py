@@ -142,7 +142,7 @@ def complete_set(ctx: click.Context, param: click.Parameter, incomplete: str) ->
 
 def in_seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
     """A duration such as 5s, 250ms or 2m."""
-    from snapshotter.nodes.config import Seconds
+    from snapshotter.nodes.values import Seconds
 
     try:
         seconds = None if value is None else Seconds.parse(value)

@@ -42,7 +42,7 @@ def prune(call: Call, target: str | None, dry_run: bool, yes: bool, confirm_many
 
 
 def _in_seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
-    from snapshotter.nodes.config import Seconds
+    from snapshotter.nodes.values import Seconds
 
     try:
         return None if value is None else Seconds.parse(value)

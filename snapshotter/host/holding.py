@@ -264,14 +264,16 @@ class Held(ABC):
         failures, fired = ["not tried"], ""
         for _ in range(10):
             try:
+                # All of it: cut in the middle of asking for its child, `subprocess` never sees that end.
                 with deferred():
-                    failures = guard.undo()
-                if self.held_ms is None and self._deadline is not None:
-                    self.held_ms = (self._budget_s - self._remaining_s()) * 1000
-                fired = guard.end()
-                guard.close(undone=not failures)
-                self._guard = None
-                self._close()
+                    if self._guard is not None:
+                        failures = guard.undo()
+                        if self.held_ms is None and self._deadline is not None:
+                            self.held_ms = (self._budget_s - self._remaining_s()) * 1000
+                        fired = guard.end()
+                        guard.close(undone=not failures)
+                        self._guard = None
+                    self._close()
                 break
             except BaseException as error:  # a second Ctrl-C: first let go, then obey
                 interruption = error

@@ -10,7 +10,6 @@ server). The file copier's last walk is there for these.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import stat
@@ -19,14 +18,13 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from msgspec import Struct
 
 from snapshotter.core.errors import NotFoundError
+from snapshotter.host import proc
 from snapshotter.host.mounts import Mount, inside, is_under, mount_of, mounts_below, parse, table
 from snapshotter.host.permissions import Permissions, open_for_writing
 
-_PF_KTHREAD = 0x00200000  # include/linux/sched.h
 #: One line of /proc/pid/maps that is writable and shared: range, device, inode, path.
 _SHARED_MAP = re.compile(rb"^([0-9a-f]+-[0-9a-f]+) .w.s [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) (\d+) +(/.*)$", re.M)
 _ANY_MAP = re.compile(rb"^([0-9a-f]+-[0-9a-f]+) .... [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) (\d+) +(/.*)$", re.M)
-_DELETED = " (deleted)"
 #: Every daemon has some of these.
 _NEVER_DATA = ("/dev/null", "/dev/pts/", "/memfd:")
 #: Stands for all that a /proc with `hidepid` doesn't show.
@@ -65,80 +63,9 @@ class Scan(Struct, frozen=True):
     assumed: tuple[Process, ...] = ()
 
 
-class _Stat(Struct, frozen=True):
-    """What we need of /proc/pid/stat."""
-
-    name: str
-    state: str
-    parent: int
-    kernel_thread: bool
-    threads: int
-    starttime: int
-
-    @property
-    def dead(self) -> bool:
-        """A dead leader with living threads still is a process."""
-        return self.state in "ZXx" and self.threads <= 1
-
-
-def _read(path: str, long: bool = False) -> bytes:
-    """A file of /proc. Only a `long` one (maps) comes in parts."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        found = os.read(fd, 1 << 16)
-        if long:
-            parts = [found]
-            while part := os.read(fd, 1 << 18):
-                parts.append(part)
-            found = b"".join(parts)
-        return found
-    finally:
-        os.close(fd)
-
-
-def _stat(where: str) -> _Stat | None:
-    """Of /proc/<where>/stat; None if gone. The name may hold blanks and brackets: the fields start after the last."""
-    try:
-        line = _read(f"/proc/{where}/stat")
-    except (FileNotFoundError, ProcessLookupError, PermissionError):  # PermissionError: hidepid=noaccess
-        return None
-    before, _, after = line.rpartition(b")")
-    fields = after.split()
-    return _Stat(
-        name=os.fsdecode(before.partition(b"(")[2]),
-        state=fields[0].decode(),
-        parent=int(fields[1]),
-        kernel_thread=bool(int(fields[6]) & _PF_KTHREAD),
-        threads=int(fields[17]),
-        starttime=int(fields[19]),
-    )
-
-
-def _pids() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-
-
-def _every_pid() -> Iterator[int]:
-    """Those that were there, and those that were born while the caller looked at them: their parents may have ended
-    before they were looked at."""
-    done: set[int] = set()
-    while new := [pid for pid in _pids() if pid not in done]:
-        done.update(new)
-        yield from new
-
-
-def _status(pid: int, wanted: Sequence[bytes]) -> dict[bytes, list[bytes]]:
-    found = {}
-    for line in _read(f"/proc/{pid}/status").split(b"\n"):
-        key, _, value = line.partition(b":")
-        if key in wanted:
-            found[key] = value.split()
-    return found
-
-
 def identity(pid: int) -> Identity | None:
     """The process that has this pid now; None if there is none."""
-    seen = _stat(str(pid))
+    seen = proc.stat_of(str(pid))
     return None if seen is None or seen.dead else (pid, seen.starttime)
 
 
@@ -150,7 +77,7 @@ def alive(who: Identity) -> bool:
 def ancestors(pid: int) -> list[int]:
     """Parent, its parent, and so on up to the first process that this pid namespace shows."""
     found: list[int] = []
-    while (seen := _stat(str(pid))) is not None and seen.parent > 0 and seen.parent not in found:
+    while (seen := proc.stat_of(str(pid))) is not None and seen.parent > 0 and seen.parent not in found:
         pid = seen.parent
         found.append(pid)
     return found
@@ -159,7 +86,7 @@ def ancestors(pid: int) -> list[int]:
 def stopped(pid: int, starttime: int) -> bool | None:
     """True if every thread of that process is stopped (by a signal, or by a tracer), False if one isn't; None if it is
     gone or dead."""
-    seen = _stat(str(pid))
+    seen = proc.stat_of(str(pid))
     if seen is None or seen.dead or seen.starttime != starttime:
         return None
     if seen.state not in "TtZXx":
@@ -169,7 +96,7 @@ def stopped(pid: int, starttime: int) -> bool | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     for thread in threads:
-        one = _stat(f"{pid}/task/{thread}")
+        one = proc.stat_of(f"{pid}/task/{thread}")
         if one is not None and one.state not in "TtZXx":
             return False
     return True
@@ -229,21 +156,21 @@ class Scanner:
         mapped: set[tuple[int, int]] = set()
         refused: list[Process] = []
         assumed: list[Process] = []
-        for pid in _every_pid() if only is None else only:
-            seen = _stat(str(pid))
+        for pid in proc.every_pid() if only is None else only:
+            seen = proc.stat_of(str(pid))
             if seen is None or seen.kernel_thread or seen.dead or (pid, seen.starttime) in settled:
                 continue
             who = (pid, seen.starttime)
             try:
                 if who not in self._judged:
-                    base = _readable_base(pid, seen)
+                    base = proc.readable_base(pid, seen)
                     maps = self._maps(base, pid)
                     reason = next(
                         (found for found, _ in self._open_files(base, pid, writable=True)), maps[0][1] if maps else ""
                     )
                     mapped.update(file for file, _ in maps)
                     if reason:
-                        writers.append(Process(pid, seen.starttime, seen.name, _owner(pid), seen.state, reason))
+                        writers.append(Process(pid, seen.starttime, seen.name, proc.owner(pid), seen.state, reason))
                     continue
             except PermissionError:
                 try:
@@ -267,25 +194,25 @@ class Scanner:
         """Every process but ourselves that has anything open, mapped, or as its cwd, root or program below the
         paths, as far as we may look."""
         found: list[Process] = []
-        for pid in _pids():
-            seen = _stat(str(pid))
+        for pid in proc.pids():
+            seen = proc.stat_of(str(pid))
             if pid == os.getpid() or seen is None or seen.kernel_thread or seen.dead:
                 continue
             try:
-                reason = self._use(_readable_base(pid, seen), pid)
+                reason = self._use(proc.readable_base(pid, seen), pid)
             except (PermissionError, FileNotFoundError, ProcessLookupError):
                 continue
             if reason is not None:
-                found.append(Process(pid, seen.starttime, seen.name, _owner(pid), seen.state, reason))
+                found.append(Process(pid, seen.starttime, seen.name, proc.owner(pid), seen.state, reason))
         return found
 
     def _use(self, base: str, pid: int) -> str | None:
         for link in ("cwd", "root", "exe"):
             try:
-                target = _link(f"{base}/{link}")
+                target = proc.link_of(f"{base}/{link}")
             except FileNotFoundError:
                 continue
-            if target == _TOO_LONG:
+            if target == proc.TOO_LONG:
                 if os.stat(f"{base}/{link}").st_dev in self._devices:
                     return target
                 continue
@@ -293,8 +220,8 @@ class Scanner:
                 return target
         for found, _ in self._open_files(base, pid, writable=False):
             return found
-        for match in _ANY_MAP.finditer(_read(f"{base}/maps", long=True)):
-            target = _map_path(match[5])
+        for match in _ANY_MAP.finditer(proc.read(f"{base}/maps", long=True)):
+            target = proc.map_path(match[5])
             if self._path_is_ours(pid, target, f"{int(match[2], 16)}:{int(match[3], 16)}"):
                 return target
         return None
@@ -309,13 +236,13 @@ class Scanner:
                 try:
                     if writable and not entry.stat(follow_symlinks=False).st_mode & stat.S_IWUSR:
                         continue
-                    link = _link(entry.path)
+                    link = proc.link_of(entry.path)
                     if not link.startswith("/") or link.startswith(_NEVER_DATA):
                         continue  # a socket, a pipe
-                    info = _read(f"{base}/fdinfo/{entry.name}")
+                    info = proc.read(f"{base}/fdinfo/{entry.name}")
                 except (FileNotFoundError, ProcessLookupError):
                     continue
-                if link == _TOO_LONG:
+                if link == proc.TOO_LONG:
                     if os.stat(entry.path).st_dev in self._devices:  # where it is can't be told, so it counts
                         yield link, entry.path
                     continue
@@ -355,7 +282,7 @@ class Scanner:
         if fresh or namespace not in self._tables:
             whole = namespace == self._namespace or os.readlink(f"/proc/{pid}/root") == "/"
             whose = os.getpid() if namespace == self._namespace else pid
-            text = _read(f"/proc/{whose}/mountinfo", long=True) if whole else _mounts_in_namespace(pid)
+            text = proc.read(f"/proc/{whose}/mountinfo", long=True) if whole else proc.mounts_in_namespace(pid)
             self._tables[namespace] = parse(text)
             self._by_id.update((mount.id, mount) for mount in self._tables[namespace])
         return self._tables[namespace]
@@ -375,15 +302,15 @@ class Scanner:
 
     def _maps(self, base: str, pid: int) -> list[tuple[tuple[int, int], str]]:
         """((st_dev, st_ino), path) of files of ours that are mapped shared and writable."""
-        maps = _read(f"{base}/maps", long=True)
+        maps = proc.read(f"{base}/maps", long=True)
         if b"w-s " not in maps and b"wxs " not in maps:
             return []
         found = []
         for match in _SHARED_MAP.finditer(maps):
             device = f"{int(match[2], 16)}:{int(match[3], 16)}"
-            path = _map_path(match[5])
+            path = proc.map_path(match[5])
             if self._path_is_ours(pid, path, device):
-                found.append((_mapped_file(pid, match, path), path))
+                found.append((proc.mapped_file(pid, match, path), path))
         return found
 
     def _nobody_unseen_writes(self) -> bool:
@@ -410,7 +337,7 @@ class Scanner:
             suspects = [path for path, is_open in busy.items() if is_open]
             if suspects:
                 seen = self._files_open_for_writing()
-                suspects = [path for path in suspects if _file(path) not in seen]
+                suspects = [path for path in suspects if proc.file_of(path) not in seen]
             if not suspects:
                 return True
         return False
@@ -418,21 +345,21 @@ class Scanner:
     def _files_open_for_writing(self) -> set[tuple[int, int] | None]:
         """(st_dev, st_ino) of those in processes that we can look into; None stands for a file that is gone."""
         found: set[tuple[int, int] | None] = {None}
-        for pid in _pids():
+        for pid in proc.pids():
             try:
-                seen = _stat(str(pid))
+                seen = proc.stat_of(str(pid))
                 if seen is None or seen.kernel_thread or seen.dead:
                     continue
-                base = _readable_base(pid, seen)
-                found.update(_file(entry) for _, entry in self._open_files(base, pid, writable=True))
+                base = proc.readable_base(pid, seen)
+                found.update(proc.file_of(entry) for _, entry in self._open_files(base, pid, writable=True))
                 found.update(file for file, _ in self._maps(base, pid))
             except (PermissionError, FileNotFoundError, ProcessLookupError):
                 continue
         return found
 
-    def _judge(self, pid: int, seen: _Stat) -> tuple[bool, Process]:
+    def _judge(self, pid: int, seen: proc.Stat) -> tuple[bool, Process]:
         """Could this process, which we may not look into, write below the paths by mode and ACL?"""
-        status = _status(pid, (b"Uid", b"Gid", b"Groups"))
+        status = proc.status(pid, (b"Uid", b"Gid", b"Groups"))
         uids = frozenset(int(uid) for uid in status[b"Uid"])
         gids = frozenset(int(gid) for gid in status[b"Gid"] + status[b"Groups"])
         if self._permissions is None:
@@ -467,94 +394,6 @@ def users_of(path: str) -> list[Process]:
     """Who but ourselves uses anything at or below the canonical `path` (see `Scanner.users`): the check before an
     unmount or a removal."""
     return Scanner([path]).users()
-
-
-def _mounts_in_namespace(pid: int) -> bytes:
-    """mountinfo as it is seen from the root of that process' mount namespace, by a child that goes there. Raises
-    PermissionError."""
-    import ctypes  # slow to import; os.setns is there from 3.12 on
-
-    library = ctypes.CDLL(None, use_errno=True)
-    namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    source, sink = os.pipe2(os.O_CLOEXEC)
-    child = os.fork()
-    if child == 0:
-        try:
-            if library.setns(namespace, _CLONE_NEWNS) == 0:
-                mounts = os.open("self/mountinfo", os.O_RDONLY, dir_fd=proc)
-                while part := os.read(mounts, 1 << 16):
-                    os.write(sink, part)
-                os._exit(0)
-        finally:
-            os._exit(1)
-    os.close(sink)
-    try:
-        parts = []
-        while part := os.read(source, 1 << 16):
-            parts.append(part)
-    finally:
-        for fd in (namespace, proc, source):
-            os.close(fd)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code != 0:
-        raise PermissionError(errno.EPERM, "can't see the mounts of its namespace", str(pid))
-    return b"".join(parts)
-
-
-_CLONE_NEWNS = 0x00020000  # linux/sched.h
-_TOO_LONG = "/(a path too long to be told)"
-
-
-def _link(path: str) -> str:
-    """Where a link of /proc leads; the kernel tells no path longer than a page."""
-    try:
-        return os.readlink(path)
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            return _TOO_LONG
-        raise
-
-
-def _readable_base(pid: int, seen: _Stat) -> str:
-    """Where to read: a process whose first thread has ended shows its files only under a thread that lives."""
-    if seen.state not in "ZXx":
-        return f"/proc/{pid}"
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        one = _stat(f"{pid}/task/{thread}")
-        if one is not None and one.state not in "ZXx":
-            return f"/proc/{pid}/task/{thread}"
-    raise FileNotFoundError(pid)
-
-
-def _owner(pid: int) -> int:
-    """Effective uid."""
-    return int(_status(pid, (b"Uid",))[b"Uid"][1])
-
-
-def _map_path(field: bytes) -> str:
-    return os.fsdecode(field.replace(b"\\012", b"\n"))  # the only escape in maps
-
-
-def _mapped_file(pid: int, match: re.Match[bytes], path: str) -> tuple[int, int]:
-    """(st_dev, st_ino) as stat tells them: on btrfs the device in maps is another one."""
-    number = int(match[4])
-    for where in (f"/proc/{pid}/map_files/{match[1].decode()}", f"/proc/{pid}/root{path.removesuffix(_DELETED)}"):
-        try:
-            found = os.stat(where)
-        except OSError:
-            continue  # map_files is for root alone; the path may be gone
-        if found.st_ino == number:
-            return found.st_dev, found.st_ino
-    return os.makedev(int(match[2], 16), int(match[3], 16)), number
-
-
-def _file(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def named(processes: Sequence[Process], limit: int = 5) -> str:

@@ -15,7 +15,8 @@ from msgspec import Struct
 
 from snapshotter.core.model import SnapshotSet, State
 from snapshotter.host.places import same_host
-from snapshotter.nodes.config import Keep, Seconds
+from snapshotter.nodes.config import Keep
+from snapshotter.nodes.values import Seconds
 
 #: A set stamped so far ahead of the clock was taken under another one.
 FUTURE = timedelta(minutes=5)

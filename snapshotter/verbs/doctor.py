@@ -22,7 +22,8 @@ from snapshotter.host.places import host_name, same_host
 from snapshotter.host.store import default_store
 from snapshotter.nodes import config, identity
 from snapshotter.nodes.config import Node
-from snapshotter.nodes.target import canonical, resolve, roots
+from snapshotter.nodes.roots import roots
+from snapshotter.nodes.target import canonical, resolve
 from snapshotter.verbs import open_restores
 from snapshotter.verbs import plan as planning
 from snapshotter.verbs import schedule as scheduling

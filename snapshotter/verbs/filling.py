@@ -17,7 +17,7 @@ from snapshotter.core.errors import SnapshotterError
 from snapshotter.core.model import Space, Volume
 from snapshotter.host.places import private_directory, replace_file
 from snapshotter.nodes.config import Node
-from snapshotter.nodes.target import roots
+from snapshotter.nodes.roots import roots
 from snapshotter.provider import Provider
 from snapshotter.verbs import plan as planning
 from snapshotter.verbs.session import Session

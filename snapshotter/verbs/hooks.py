@@ -14,7 +14,7 @@ from snapshotter.nodes.config import Node
 
 
 class Around:
-    """`with Around(node, "take", set_id=...) as around: ...`. `notes` are for a person. Where the first hook ran the
+    """`with Around(node, "take", set=...) as around: ...`. `notes` are for a person. Where the first hook ran the
     second does too, whatever comes between; it is told `SNAPSHOTTER_OUTCOME` (done, failed, interrupted)."""
 
     def __init__(self, node: Node | None, event: str, **facts: str) -> None:

@@ -26,7 +26,8 @@ from snapshotter.host.service import of as service_of
 from snapshotter.nodes import identity, profiles
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.profiles import Profile
-from snapshotter.nodes.target import canonical, mount_at, node_name, target_id
+from snapshotter.nodes.roots import mount_at
+from snapshotter.nodes.target import canonical, node_name, target_id
 from snapshotter.verbs import in_place_ways as ways
 from snapshotter.verbs import open_restores
 from snapshotter.verbs.in_place_ways import Ground, Swap
@@ -305,7 +306,7 @@ def _height(found: SnapshotSet | None) -> int | None:
 
 
 def _roots_of(node: Node, profile: Profile) -> list[str]:
-    from snapshotter.nodes.target import roots
+    from snapshotter.nodes.roots import roots
 
     return [root.path for root in roots(node, profile).roots]
 

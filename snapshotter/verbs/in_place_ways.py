@@ -19,7 +19,8 @@ from snapshotter.host.store import MARKER, readable
 from snapshotter.nodes import identity, profiles
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.profiles import Profile
-from snapshotter.nodes.target import canonical, mount_at
+from snapshotter.nodes.roots import mount_at
+from snapshotter.nodes.target import canonical
 from snapshotter.verbs.session import Session
 
 #: Inside a directory that can't be renamed itself.

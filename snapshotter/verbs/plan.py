@@ -21,7 +21,8 @@ from snapshotter.host.places import host_name
 from snapshotter.nodes import profiles
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.profiles import Profile
-from snapshotter.nodes.target import Layout, roots, target_id
+from snapshotter.nodes.roots import Layout, roots
+from snapshotter.nodes.target import target_id
 from snapshotter.provider import Provider
 from snapshotter.verbs.documents import when
 from snapshotter.verbs.session import Session
@@ -203,6 +204,8 @@ def make(
     chosen = _quiesce(node, quiesce, owners, volumes)
     grade = _grade(chosen, owners, volumes)
     refuse_grade(node, grade, volumes, require, allow_skew)
+    if chosen not in (Quiesce.STOP, Quiesce.HOOKS):
+        _heed_safety(node, profile, layout)
     plan = Plan(
         node=node,
         profile=profile,
@@ -235,6 +238,25 @@ def refuse_grade(node: Node, grade: Grade, volumes: Sequence[Volume], require: s
         raise PreconditionError(
             f"the grade would be {grade}, {wanted} is required", object=node.path, cure="--quiesce stop, or hooks"
         )
+
+
+def _heed_safety(node: Node, profile: Profile, layout: Layout) -> None:
+    """What the profile says of an image of the running node. Raises PreconditionError where that is worth nothing, and
+    somebody uses the data now."""
+    said = profile.hot_safety
+    if said.safety == "contested":
+        layout.warnings.append(
+            f"whether {profile.title} opens a hot image is contested: {said.reason}; verify it, or --quiesce stop"
+        )
+    elif said.safety == "stop-required":
+        from snapshotter.host import processes
+
+        if users := processes.Scanner([found.path for found in layout.roots]).users():
+            raise PreconditionError(
+                f"is in use by {processes.named(users)}, and {profile.title} must be stopped for it: {said.reason}",
+                object=node.path,
+                cure="--quiesce stop, with its unit (or stop, start and status) in the config",
+            )
 
 
 def _address(node: Node, profile: Profile, layout: Layout) -> str:

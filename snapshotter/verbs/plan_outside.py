@@ -13,7 +13,8 @@ from snapshotter.core.model import Birth, Grade, Member, Quiesce, Root, new_set_
 from snapshotter.host.places import host_name
 from snapshotter.nodes import profiles
 from snapshotter.nodes.config import Node
-from snapshotter.nodes.target import Layout, target_of
+from snapshotter.nodes.roots import Layout
+from snapshotter.nodes.target import target_of
 from snapshotter.verbs.plan import Plan, refuse_grade
 from snapshotter.verbs.session import Session
 
@@ -54,10 +55,14 @@ def make(
         slot=slot,
     )
     provider.check(volumes, birth)
+    profile = profiles.get(birth.profile, session.config.profiles)
+    said, doubts = profile.hot_safety, []
+    if said.safety in ("contested", "stop-required"):
+        doubts.append(f"{profile.title} is {said.safety} for images of the running node: {said.reason}")
     return Plan(
         node=node,
-        profile=profiles.get(birth.profile, session.config.profiles),
-        layout=Layout(roots=[], subvolumes=[], links_outside=[], aliases=[], warnings=[]),
+        profile=profile,
+        layout=Layout(roots=[], subvolumes=[], links_outside=[], aliases=[], warnings=doubts),
         birth=birth,
         volumes=tuple(volumes),
         providers=(provider,) * len(volumes),

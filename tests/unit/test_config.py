@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from snapshotter.core.errors import PreconditionError, UsageError
 from snapshotter.core.model import Grade
 from snapshotter.nodes import config as config_module
-from snapshotter.nodes.config import Bytes, Clock, Config, Node, Seconds, Share, load, parse, to_toml
+from snapshotter.nodes.config import Config, Node, load, parse, to_toml
+from snapshotter.nodes.values import Bytes, Clock, Seconds, Share
 
 EVERY_KEY = """
 state = "/srv/state"

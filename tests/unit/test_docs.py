@@ -92,3 +92,13 @@ def test_every_exit_code_and_every_problem_has_its_line() -> None:
     assert [int(code) for code in codes] == [int(code) for code in Exit]
     rows = re.findall(r"^\| `([a-z-]+)` \| (\w+) \|", (CHECKOUT / "docs" / "alerting.md").read_text(), re.MULTILINE)
     assert dict(rows) == PROBLEMS
+
+
+def test_every_hook_and_what_it_is_told() -> None:
+    page = (CHECKOUT / "docs" / "hooks.md").read_text()
+    assert set(config.Hooks.__struct_fields__) == set(re.findall(r"\b(?:before|after)_[a-z]+", page))
+    verbs = [*(CHECKOUT / "snapshotter" / "verbs").glob("*.py")]
+    given = {name for path in verbs for call in re.findall(r"Around\([^)]*\)", path.read_text())
+             for name in re.findall(r"\b(\w+)=", call)}  # fmt: skip
+    told = {f"SNAPSHOTTER_{name.upper()}" for name in (*given, "event", "node", "path", "outcome", "error")}
+    assert told == set(re.findall(r"`(SNAPSHOTTER_[A-Z]+)`", page))

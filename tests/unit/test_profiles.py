@@ -218,6 +218,23 @@ def test_the_users_profiles_lie_beside_the_config(tmp_path: Path) -> None:
     assert "mine.toml" in command.error("take", str(data), exit_code=2)["message"]
 
 
+def test_what_a_hot_image_is_worth_is_heeded(tmp_path: Path) -> None:
+    """Contested: said. Stop-required: refused while somebody uses it; stopped, it is taken as any other."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "x").write_text("x")
+    command = Command(tmp_path / "etc", config=f'[node.n]\npath = "{data}"\nprofile = "mine"\n')
+    (command.home / "profiles").mkdir()
+    (command.home / "profiles/mine.toml").write_text(_USER)
+    assert any("contested" in note for note in command.json("take", "n", "--dry-run")["warnings"])
+    (command.home / "profiles/mine.toml").write_text(_USER.replace("contested", "stop-required"))
+    with open(data / "x"):
+        error = command.error("take", "n", exit_code=3)
+    assert "must be stopped" in error["message"] and "--quiesce stop" in error["cure"]
+    assert command.json("list", "n")["sets"] == []
+    assert command.json("take", "n")["good"]
+
+
 def test_profiles_are_read_from_a_zip(tmp_path: Path) -> None:
     package = Path(snapshotter.__file__).parent
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:

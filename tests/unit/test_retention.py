@@ -24,8 +24,9 @@ from snapshotter.core.model import (
     SnapshotSet,
     State,
 )
-from snapshotter.nodes.config import Bytes, Keep, Seconds
+from snapshotter.nodes.config import Keep
 from snapshotter.nodes.retention import FUTURE, Plan, decide, reach
+from snapshotter.nodes.values import Bytes, Seconds
 
 HERE, ELSEWHERE = "here-00000001", "there-00000002"
 DAY = timedelta(days=1)

@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, UsageError
 from snapshotter.host import places
 from snapshotter.nodes import profiles
-from snapshotter.nodes.config import NODE_NAME, Config, Node, Seconds
-from snapshotter.nodes.target import Layout, canonical, node_name, resolve, roots, target_id
+from snapshotter.nodes.config import NODE_NAME, Config, Node
+from snapshotter.nodes.roots import Layout, roots
+from snapshotter.nodes.target import canonical, node_name, resolve, target_id
+from snapshotter.nodes.values import Seconds
 
 needs_root = pytest.mark.root
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
@@ -232,12 +234,12 @@ def test_a_directory_that_cant_be_read_is_refused(top: Path) -> None:
     made(top / "hidden/x")
     code = """
 import os, sys
-from snapshotter.nodes import profiles, target
+from snapshotter.nodes import profiles, roots, target
 from snapshotter.nodes.config import Config, Node
 from snapshotter.core.errors import PreconditionError
 for path in sys.argv[1:]:
     try:
-        target.roots(target.resolve(path, Config(state="/")), profiles.get("generic"))
+        roots.roots(target.resolve(path, Config(state="/")), profiles.get("generic"))
     except PreconditionError as error:
         print(error.line())
 """
@@ -501,9 +503,9 @@ def test_without_root_links_lead_anywhere_that_can_be_read(top: Path) -> None:
             above.chmod(above.stat().st_mode | 0o055)
     code = """
 import sys
-from snapshotter.nodes import profiles, target
+from snapshotter.nodes import profiles, roots
 from snapshotter.nodes.config import Node
-print(len(target.roots(Node(name="n", path=sys.argv[1]), profiles.get("generic")).roots))
+print(len(roots.roots(Node(name="n", path=sys.argv[1]), profiles.get("generic")).roots))
 """
     argv = [sys.executable, "-c", code, str(data)]
     if os.geteuid() == 0:
@@ -515,11 +517,11 @@ print(len(target.roots(Node(name="n", path=sys.argv[1]), profiles.get("generic")
 _LAYOUT = """
 import json, resource, sys
 from snapshotter.core.errors import PreconditionError
-from snapshotter.nodes import profiles, target
+from snapshotter.nodes import profiles, roots
 from snapshotter.nodes.config import Node
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 try:
-    found = target.roots(Node(name="n", path=sys.argv[1]), profiles.get("generic"))
+    found = roots.roots(Node(name="n", path=sys.argv[1]), profiles.get("generic"))
     print(json.dumps([[root.path for root in found.roots], found.warnings]))
 except PreconditionError as error:
     print(json.dumps(error.line()))
