@@ -96,9 +96,19 @@ def carry_out(work: Mapping[str, list[str]], set_id: str) -> None:
 
 
 def flush(rows: Sequence[Row]) -> None:
-    """LVM writes its metadata past the page cache, but a disk's own cache may hold it still."""
-    numbers = [number for row in rows if (number := block.number_of(row.device)) is not None]
+    """LVM writes its metadata past the page cache, but a disk's own cache may hold it still. What LVM writes to is told
+    to flush, not the disks at the very bottom: between them may be what has a cache or a journal of its own (dm-cache,
+    bcache, a thin volume), and only what comes through it makes it write."""
+    written = [pv for row in rows if (number := block.number_of(row.device)) for pv in _physical(number, row)]
     try:
-        block.flush(list(dict.fromkeys(disk for number in numbers for disk in block.disks(number))))
+        block.flush(list(dict.fromkeys(written)))
     except OSError as error:
         raise StorageError(f"can't flush its disks: {error.strerror}", object=rows[0].vg) from None
+
+
+def _physical(number: str, row: Row) -> list[str]:
+    """The physical volumes (numbers) below a device of this volume's group; they may be another group's volumes."""
+    found, group = block.device(number), f"LVM-{row.vg_uuid.replace('-', '')}"
+    if found is None or not found.dm_uuid.startswith(group):
+        return [number]
+    return [pv for under in block.below(number) for pv in _physical(under, row)]

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from providers.lvm import clones, commands, room, swaps
+from providers.lvm import clones, commands, images, room, swaps
 from providers.lvm.reports import (
     Row,
     attachment_record,
@@ -281,7 +281,8 @@ def test_the_key_file_is_found_in_crypttab(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_way_down_ends_where_it_forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tree as sysfs has it: dm-1 (LUKS) on dm-0 (a volume) on nvme0n1p2 on nvme0n1; md0 on two disks."""
+    """A tree as sysfs has it: dm-1 (LUKS) on dm-0 (a volume) on nvme0n1p2 on nvme0n1; md0 on two disks, a pool and a
+    thin volume on that."""
     devices = tmp_path / "devices"
     for name, number, slaves in (
         ("nvme0n1", "259:0", []),
@@ -292,6 +293,7 @@ def test_the_way_down_ends_where_it_forks(tmp_path: Path, monkeypatch: pytest.Mo
         ("sdc", "8:32", []),
         ("md0", "9:0", ["sdb", "sdc"]),
         ("dm-2", "254:2", ["md0"]),
+        ("dm-3", "254:3", ["dm-2"]),
     ):
         top = devices / name
         top.mkdir(parents=True)
@@ -301,7 +303,12 @@ def test_the_way_down_ends_where_it_forks(tmp_path: Path, monkeypatch: pytest.Mo
             (top / "slaves" / Path(slave).name).symlink_to(devices / slave)
         (tmp_path / number).symlink_to(top)
     (devices / "nvme0n1/nvme0n1p2/partition").write_text("2\n")
-    for name, uuid in (("dm-0", row().dm_uuid), ("dm-1", "CRYPT-LUKS2-x-data")):
+    for name, uuid in (
+        ("dm-0", row().dm_uuid),
+        ("dm-1", "CRYPT-LUKS2-x-data"),
+        ("dm-2", f"{pool().dm_uuid}-tpool"),
+        ("dm-3", row().dm_uuid),
+    ):
         (devices / name / "dm").mkdir()
         (devices / name / "dm" / "uuid").write_text(uuid + "\n")
         (devices / name / "dm" / "name").write_text("tv--a-data\n" if name == "dm-0" else "data\n")
@@ -313,6 +320,9 @@ def test_the_way_down_ends_where_it_forks(tmp_path: Path, monkeypatch: pytest.Mo
     assert [device.name for device in block.chain("254:2")] == ["dm-2", "md0"]
     assert block.disks("254:2") == ["8:16", "8:32"] and block.disks("254:1") == ["259:0"]
     assert block.chain("1:99") == []
+    # What LVM wrote is flushed through what LVM wrote to: md0 may have a journal of its own.
+    assert images._physical("254:0", row()) == ["259:2"]
+    assert images._physical("254:3", row()) == ["9:0"]
 
 
 @pytest.mark.parametrize(
