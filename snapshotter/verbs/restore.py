@@ -229,14 +229,6 @@ def layout(found: SnapshotSet, top: str) -> list[tuple[Root, str]]:
     return sorted(places, key=lambda pair: pair[1].count("/"))
 
 
-def make_parents(undo: Undo, place: str) -> None:
-    """The directory that `place` is to be in: there already but for roots beside the data path."""
-    parent = os.path.dirname(place)
-    if not os.path.isdir(parent):
-        undo.push(parent, lambda: _remove_if_empty(parent))
-        os.makedirs(parent, mode=0o700)
-
-
 def attach_all(
     undo: Undo,
     holding: Mapping[str, Provider],
@@ -250,10 +242,15 @@ def attach_all(
     provider's is there once, below all its mounts: it detaches all volumes, and none may be mounted then."""
     made: dict[int, MountSpec | Tree] = {}  # several roots may lie in one volume: it is attached once
     detached: set[str] = set()
-    for _, place in places:  # below every detach: they are empty only after it
-        if not any(mounts.is_under(os.path.dirname(place), other) for _, other in places):
-            make_parents(undo, place)
+    # The directory of roots beside the data path: removed below every detach, as it is empty only after that, and made
+    # when there is an attachment by which a later run finds it (`release.tidy`).
+    beside = {os.path.dirname(place) for _, place in places if os.path.dirname(place).endswith(".roots")}
+    for parent in beside:
+        if not os.path.isdir(parent):
+            undo.push(parent, functools.partial(_remove_if_empty, parent))
     for index, (root, place) in enumerate(places):
+        if os.path.dirname(place) in beside:
+            os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
         if root.member not in made:
             snapshot = next(member for member in found.snapshots if member.birth.member == root.member)
             provider = holding[snapshot.provider]

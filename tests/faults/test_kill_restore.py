@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import signal
 import subprocess
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,3 +67,32 @@ def test_killed_at_random_instants(tmp_path: Path, kind: str, request: pytest.Fi
         assert len(list((clone / "database").iterdir())) == 200
         command.json("release", str(clone))
         command.json("delete", identity, "--yes", "--last")
+
+
+def test_killed_once_the_directory_of_other_roots_is_made(tmp_path: Path) -> None:
+    """It is there with none of them: found by the attachment, which is recorded first."""
+    data, fast = tmp_path / "node", tmp_path / "fast"
+    for top in (data, fast):
+        top.mkdir()
+        (top / "file").write_text("content")
+    (data / "database").symlink_to(fast)
+    command = Command(tmp_path / "etc")
+    command.json("take", str(data))
+    clone = tmp_path / "clone"
+    program = """
+        import os, signal, sys
+        made = os.makedirs
+        def makedirs(path, *args, **named):
+            made(path, *args, **named)
+            if str(path).endswith(".roots"):
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.makedirs = makedirs
+        from snapshotter.__main__ import main
+        main()
+    """
+    words = command.argv("restore", "latest", "--to", str(clone))
+    argv = [words[0], "-c", textwrap.dedent(program), *words[3:]]
+    assert subprocess.run(argv, env=command.environment(), cwd="/").returncode == -signal.SIGKILL
+    assert (tmp_path / "clone.roots").is_dir()
+    command.json("reap")
+    assert sorted(os.listdir(tmp_path)) == [".snapshotter", "etc", "fast", "node"]

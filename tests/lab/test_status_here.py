@@ -39,6 +39,7 @@ def test_lvm(tmp_path: Path, kind: str) -> None:
         lvm_kit.make_file_system(f"/dev/{made.vg}/data", "ext4")
         subprocess.run(["mount", f"/dev/{made.vg}/data", str(point)], check=True)
         try:
+            (point / "file").write_text("content")
             options = "" if thin else 'provider = "lvm"\noptions = {size = "24m"}\n'
             command = Command(tmp_path / "etc", config=f'[node.n]\npath = "{point}"\nfloor = "5%"\n{options}')
             taken = command.json("take", "n")
@@ -61,6 +62,7 @@ def test_zfs(tmp_path: Path) -> None:
         zfs_kit.zfs("create", f"{pool}/n")
         point = Path(zfs_kit.zfs("get", "-Ho", "value", "mountpoint", f"{pool}/n").strip())
         command = Command(tmp_path / "etc", config=f'[node.n]\npath = "{point}"\n')
+        (point / "file").write_text("content")
         assert command.json("take", "n")["snapshots"][0]["provider"] == "zfs"
         assert look(command, 0)[1] == set()
         room = command.json("status")["nodes"][0]["room"][0]
