@@ -94,7 +94,7 @@ def test_killed_on_btrfs(tmp_path: Path, start, request: pytest.FixtureRequest) 
     """The same with the btrfs provider, which needs no watchdog: after `reap` only the images of good sets are left."""
     times = 40 if request.config.getoption("--full") else 6
     chance = random.Random("btrfs")
-    with loop_file_system("btrfs", tmp_path, 3000) as place:
+    with loop_file_system("btrfs", tmp_path, 8000) as place:
         node: Node = start(place / "data", "--rate", "2", "--fill", "20")
         node.wait_for(30)
         command = Command(tmp_path / "etc")
