@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from _thread import allocate_lock  # `threading` takes its time to import
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -332,6 +333,7 @@ def _refuse_same_path(nodes: Iterable[Node], source: str) -> None:
 
 # Decoding, with errors that an operator understands. What runs only on an error imports what it needs there.
 
+_ONE_AT_A_TIME = allocate_lock()
 _FOUND = {"int": "an integer", "str": "a string", "float": "a number", "bool": "true or false", "array": "a list"}
 _FOUND |= {"object": "a table", "datetime": "a date and time", "date": "a date", "time": "a time without quotes"}
 
@@ -351,7 +353,9 @@ def decode(raw: object, kind: type[T], where: str, source: str) -> T:
     """`raw` (as tomllib gives it) as a `kind`. `where` is its place in the file, `source` the file's name. Raises
     UsageError: an unknown key with the nearest known one, a wrong type with what was expected and found."""
     try:
-        return convert(raw, kind, dec_hook=_from_text)
+        # msgspec (0.22) learns a type when it first meets it, and crashes in another thread that comes meanwhile.
+        with _ONE_AT_A_TIME:
+            return convert(raw, kind, dec_hook=_from_text)
     except ValidationError as error:
         raise _explained(str(error), kind, where, source) from None
 

@@ -17,6 +17,7 @@ from snapshotter.core.model import Grade
 from snapshotter.nodes import config as config_module
 from snapshotter.nodes.config import Config, Node, load, parse, to_toml
 from snapshotter.nodes.values import Bytes, Clock, Seconds, Share
+from tests.support import CHECKOUT
 
 EVERY_KEY = """
 state = "/srv/state"
@@ -354,3 +355,36 @@ def test_a_node_written_is_the_node_read(name: str, path: str, keys: dict[str, A
 def test_what_toml_cant_hold_is_refused() -> None:
     with pytest.raises(UsageError, match="UTF-8"):
         to_toml(Node(name="n", path=os.fsdecode(b"/\xff")))
+
+
+LEARNT_AT_ONCE = """
+import sys, threading, time
+from msgspec import defstruct
+from snapshotter.nodes.config import decode
+
+sys.setswitchinterval(1e-6)
+end = time.monotonic() + 3
+while time.monotonic() < end:
+    inner = defstruct("Inner", [(f"i{k}", int, 0) for k in range(20)], frozen=True)
+    middle = defstruct("Middle", [(f"m{k}", inner, inner()) for k in range(3)], frozen=True)
+    outer = defstruct("Outer", [(f"o{k}", middle, middle()) for k in range(3)], frozen=True)
+    go = threading.Event()
+
+    def act():
+        while not go.is_set():
+            pass
+        decode({"o0": {"m0": {"i1": 1}}, "o2": {"m2": {"i3": 4}}}, outer, "", "test")
+
+    threads = [threading.Thread(target=act) for _ in range(8)]
+    for each in threads:
+        each.start()
+    go.set()
+    for each in threads:
+        each.join()
+"""
+
+
+def test_many_threads_may_decode_what_none_has_decoded_before() -> None:
+    """A fleet's do. msgspec by itself crashes: another thread meets a type that is being learnt."""
+    done = subprocess.run([sys.executable, "-c", LEARNT_AT_ONCE], capture_output=True, text=True, cwd=CHECKOUT)
+    assert done.returncode == 0, (done.returncode, done.stderr[-1000:])
