@@ -20,18 +20,13 @@ class Validator(Story):
     """A CometBFT data path without a service: the test signs itself, as the node would."""
 
     def __init__(self, place: Path, home: Path, *, mount_point: bool = False) -> None:
-        import plyvel
-
         self.place = place
         self.data = self.place if mount_point else self.place / "node"
         store = f'store = "{home}/store"\n' if mount_point else ""
         (self.data / "data").mkdir(parents=True)
         (self.data / "config").mkdir()
         (self.data / "config" / "config.toml").write_text("")
-        for name in ("state", "blockstore"):
-            database = plyvel.DB(str(self.data / "data" / f"{name}.db"), create_if_missing=True)
-            database.put(b"height", b"1")
-            database.close()
+        self.make_databases()
         self.state = self.data / "data" / "priv_validator_state.json"
         self.signed = (0, 0, 0)
         self.sign(1)
@@ -39,6 +34,15 @@ class Validator(Story):
             home / "etc",
             config=f'[node.ours]\npath = "{self.data}"\nprofile = "cometbft"\nprovider = "copy"\n{store}',
         )
+
+    def make_databases(self) -> None:
+        """As the node does it when it starts without."""
+        import plyvel
+
+        for name in ("state", "blockstore"):
+            database = plyvel.DB(str(self.data / "data" / f"{name}.db"), create_if_missing=True)
+            database.put(b"height", b"1")
+            database.close()
 
     def sign(self, by: int) -> None:
         """As CometBFT does it: a new file, and a rename."""
@@ -92,6 +96,7 @@ def walk(node: Validator, chance: random.Random, steps: int) -> None:
             ok(node, "restore", chance.choice(sets), "--in-place", "--only", "database", *YES)
         elif act == "resync":
             ok(node, "resync", "ours", "--yes")
+            node.make_databases()
         elif act == "killed":
             part = chance.choice([(), ("--only", "database")])
             words = ("restore", sets[0], "--in-place", *part, *YES)
