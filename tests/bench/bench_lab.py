@@ -162,6 +162,7 @@ def lvm_volume(made: lvm_kit.Storage, name: str, thin: bool, home: Path) -> Iter
 def on_lvm(report: Report, here: Here, home: Path, rounds: int) -> None:
     snapm = str(PEERS / "snapm" / "bin" / "snapm")
     os.makedirs("/run/snapm", mode=0o700, exist_ok=True)  # as its tmpfiles.d does at boot
+    os.makedirs("/boot/loader/entries", exist_ok=True)  # as a boot loader does; snapm looks for its own there
     with lvm_kit.storage(2500, pool_mb=900) as made:
         for thin in (True, False):
             name = "thin" if thin else "classic"
