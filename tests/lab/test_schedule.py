@@ -14,6 +14,8 @@ from tests.systemd_kit import booted
 from tests.unit.test_schedule import Inside
 
 pytestmark = marks
+#: A minute until the timer's next one, and a tick; emulated, on a machine that does other things too.
+PATIENCE_S = 900
 SERVICE, TIMER = "snapshotter-chain.service", "snapshotter-chain.timer"
 
 
@@ -40,8 +42,8 @@ def test_the_timer_fires_and_a_good_set_appears(tmp_path: Path, measured: Any) -
                 exposure = re.search(r"exposure level for .*: ([0-9.]+)", said.stdout)
                 assert said.returncode == 0 and exposure is not None, said.stdout
                 while systemd.show(SERVICE, "ExecMainExitTimestampMonotonic") in ("", "0"):
-                    assert time.monotonic() < started + 400
-                    time.sleep(1)
+                    assert time.monotonic() < started + PATIENCE_S
+                    time.sleep(3)  # each question is two programs of the same emulated CPU
                 status = systemd.enter("systemctl", "status", "--no-pager", SERVICE, check=False).stdout
                 assert systemd.show(SERVICE, "Result") == "success", status
                 sets = inside.json("list", "chain")["sets"]
@@ -62,10 +64,10 @@ def test_cron_runs_its_line_and_a_good_set_appears(tmp_path: Path) -> None:
     try:
         made = command.json("schedule", "install")
         assert made["kind"] == "cron" and made["active"]
-        give_up = time.monotonic() + 400
+        give_up = time.monotonic() + PATIENCE_S
         while not any(entry["good"] for entry in command.json("list", "plain")["sets"]):
             assert time.monotonic() < give_up
-            time.sleep(1)
+            time.sleep(3)
     finally:
         command.run("schedule", "remove", "--all")
         daemon.terminate()
