@@ -42,6 +42,7 @@ SAMPLED: dict[str, set[str]] = {
     # Not run to their end yet.
     "test_in_place_lab": set(),
     "test_schedule": {"test_the_timer_fires_and_a_good_set_appears"},
+    "test_status_here": {"test_lvm[thin]", "test_zfs"},
     "test_lvm_hot": {"test_rocksdb[thin-xfs-3]"},
     "test_lvm_kills": {"test_killed_inside_lvcreate[thin]"},
     "test_lvm_beside": {
