@@ -54,7 +54,7 @@ def test_what_is_attached_is_linked_by_the_name_that_we_gave_it(harness: GceHarn
     assert taken["good"] and [each["provider"] for each in taken["snapshots"]] == ["gce"]
     ruin(data)
     clone = harness.scratch / "clone"
-    command.json("restore", taken["set_id"], "--to", str(clone), timeout=600)
+    command.json("restore", taken["set_id"], "--to", str(clone), "--with-identity", timeout=600)
     (made,) = links() - before
     (attached,) = [each for each in harness.instance.disks if f"google-{each.device_name}" == made]
     assert attached.disk in harness.objects() and attached.disk.endswith(f"/{attached.device_name}"), attached

@@ -5,7 +5,7 @@ state, is there room; then the effect; then the answer in boto3's names. Must kn
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,9 +104,21 @@ def _named(world: World, kind: dict[str, Any], params: Params, ids: str, region:
     found = world.listed(kind, region)
     if kind is world.snapshots and "volume-id" in wanted:
         found = (each for each in found if each.volume in wanted["volume-id"])
+    if kind is world.volumes and "volume-id" in wanted:
+        found = (each for each in found if each.id in wanted["volume-id"])
     if kind is world.volumes and "attachment.instance-id" in wanted:
         found = (each for each in found if each.attached and each.attached.instance in wanted["attachment.instance-id"])
+    for name, values in wanted.items():
+        if name.startswith("tag:"):
+            found = _tagged(world, found, name[4:], values)
     return list(found)
+
+
+def _tagged(world: World, found: Iterable[Any], key: str, values: list[str]) -> Iterator[Any]:
+    for each in found:
+        value = world.tags(each).get(key)
+        if value is not None and (value in values or any(fnmatch.fnmatchcase(value, wanted) for wanted in values)):
+            yield each
 
 
 def _tag_set(tags: dict[str, str]) -> list[Answer]:
