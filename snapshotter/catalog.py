@@ -114,10 +114,10 @@ def read(
     by_set: dict[str, list[Attachment]] = {}
     for attachment in attachments.values():
         by_set.setdefault(attachment.set_id, []).append(attachment)
-    cannot_ask = {entry.provider for entry in gone}
+    # Also of a driver that isn't among them (not installed, or with nothing that it could look at) nothing is known.
+    asked = {provider.name for provider in providers} - {entry.provider for entry in gone}
     sets = [
-        _assemble(list(parts.values()), tuple(by_set.get(identity, ())), cannot_ask)
-        for identity, parts in members.items()
+        _assemble(list(parts.values()), tuple(by_set.get(identity, ())), asked) for identity, parts in members.items()
     ]
     sets.sort(key=lambda found: found.sort_key)
     return Catalog(
@@ -128,14 +128,14 @@ def read(
     )
 
 
-def _assemble(found: list[Snapshot], attachments: tuple[Attachment, ...], cannot_ask: set[str]) -> SnapshotSet:
+def _assemble(found: list[Snapshot], attachments: tuple[Attachment, ...], asked: set[str]) -> SnapshotSet:
     found.sort(key=lambda snapshot: snapshot.birth.member)
     birth = found[0].birth
     marks = merge_marks(snapshot.marks for snapshot in found)
     here = {snapshot.birth.member for snapshot in found}
     missing = [index for index in range(len(birth.members)) if index not in here]
     state, why = State.READY, ""
-    unasked = [birth.members[index] for index in missing if birth.members[index].provider in cannot_ask]
+    unasked = [birth.members[index] for index in missing if birth.members[index].provider not in asked]
     if unasked:
         state, why = State.UNKNOWN, f"can't ask {unasked[0].provider} about {unasked[0].volume}"
     elif not all(snapshot.marks_known for snapshot in found):  # never "incomplete": that would be reaped

@@ -285,7 +285,7 @@ def _third_parties() -> bool:
     """Whether anything installed may announce a driver. importlib.metadata knows, but takes longer to import than a
     snapshot and its clone to make; what it reads are these files (and archives, which only it can read)."""
     for place in sys.path:
-        if os.path.isfile(place):
+        if os.path.isfile(place) or place.endswith(".egg"):
             return True
         for file in glob.iglob(f"{glob.escape(place or '.')}/*.*-info/entry_points.txt"):
             try:

@@ -54,8 +54,7 @@ class Clones:
         items = [restorable(self.api, part) for part in parts(snapshot.id)]
         kind, partition = tags.file_system(tags.read(items[0]), birth.member)
         refuse_inactive(kind, snapshot.id)
-        if kind == "btrfs":
-            # Two disks of one btrfs confuse the kernel as soon as it sees them.
+        if kind in ("btrfs", ""):  # '': taken from outside, it may be anything
             for origin in parts(snapshot.volume):
                 self.disks.refuse_beside(self.disks.find(tags.serial(origin), tags.BY_ID), snapshot.id)
         born = tags.of_attachment(

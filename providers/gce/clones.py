@@ -48,7 +48,7 @@ class Clones:
         items = [restorable(self.api, part) for part in parts(snapshot.id)]
         kind, partition = labels.file_system(items[0])
         refuse_inactive(kind, snapshot.id)
-        if kind == "btrfs":
+        if kind in ("btrfs", ""):  # '': taken from outside, it may be anything
             for origin in map(disk, parts(snapshot.volume)):
                 self.host.refuse_beside(origin_here(self.api, self.host, origin, self.instance), snapshot.id)
         maker = processes.identity(os.getpid())

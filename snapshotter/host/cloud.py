@@ -153,6 +153,12 @@ class Cloud(ABC):
         volumes = self._volumes(mount, found) if found else None
         if not volumes:
             return None  # a memory file system, a disk that isn't the cloud's
+        if elsewhere := [each for each in sorted(mount.super_options) if each.startswith(("logdev=", "rtdev="))]:
+            raise PreconditionError(
+                f"keeps a part of itself on another device ({elsewhere[0]}), which isn't known to be of the set",
+                object=mount.path,
+                cure="take the volumes from outside by `select`",
+            )
         if not self.disks.between(mount) and len({part.partition for part in found}) > 1:
             raise PreconditionError(
                 f"lies on different partitions of {', '.join(volumes)}",

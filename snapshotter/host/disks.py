@@ -151,15 +151,26 @@ class Disks(Struct, frozen=True):
         for mount in mounts.table():
             if disk in [part.disk for part in self.below(mount)]:
                 raise BusyError(f"is mounted at {mount.path}", object=volume, cure=f"umount {mount.path}")
+        if holder := self._holder(disk):
+            raise BusyError(f"is in use by {holder}", object=volume, cure="deactivate that (vgchange -an, mdadm -S)")
+
+    def _holder(self, disk: str) -> str:
+        """What is made of a disk, or of a part of it: the name of an LV, an array; '' if nothing."""
         top = f"{self.sysfs}/block/{disk}"
         for part in [top, *(f"{top}/{name}" for name in (os.listdir(top) if os.path.isdir(top) else []))]:
             for holder in os.listdir(f"{part}/holders") if os.path.isdir(f"{part}/holders") else []:
-                name = _read(f"{part}/holders/{holder}/dm/name") or holder
-                raise BusyError(f"is in use by {name}", object=volume, cure="deactivate that (vgchange -an, mdadm -S)")
+                return _read(f"{part}/holders/{holder}/dm/name") or holder
+        return ""
 
     def refuse_beside(self, disk: str | None, copy: str) -> None:
-        """Raises PreconditionError if the disk is (part of) a btrfs that is mounted here: two disks of one btrfs
-        confuse the kernel as soon as it sees them."""
+        """Raises PreconditionError if the disk is (part of) what is in use here and a copy may not be beside: a btrfs
+        (the kernel is confused as soon as it sees both), a volume group, an array."""
+        if disk and (holder := self._holder(disk)):
+            raise PreconditionError(
+                f"is of what {holder} is made of here: the two can't be told apart",
+                object=copy,
+                cure="restore it on another instance",
+            )
         for mount in mounts.table():
             if disk and mount.fstype == "btrfs" and disk in [part.disk for part in self.below(mount)]:
                 raise PreconditionError(

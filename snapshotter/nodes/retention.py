@@ -65,7 +65,8 @@ def decide(sets: Sequence[SnapshotSet], now: datetime, keep: Keep, host: str, *,
     future = [moment > now + FUTURE for moment in moments]
     hosts = {name: same_host(name, host) for name in {found.birth.host for found in sets}}
     ours = [hosts[found.birth.host] for found in sets]
-    good = [k for k, found in enumerate(sets) if ours[k] and found.good]
+    # A replica is its sender's, who may remove it at any time: nothing is let go for its sake.
+    good = [k for k, found in enumerate(sets) if ours[k] and found.good and not found.received]
     # By the clock, then by the storage: in this order buckets are filled. What the future holds fills none.
     plausible = sorted((k for k in good if not future[k]), key=lambda k: (moments[k], k), reverse=True)
     guards = _newest(sets, good, plausible)
@@ -167,10 +168,12 @@ def reach(keep: Keep) -> float | None:
 
 def _fit(verdicts: list[Verdict], candidates: list[int], keep: Keep) -> None:
     """`max_space`: of what would stay the oldest good sets (`candidates`, oldest first) go until the rest fits. A size
-    that isn't known counts as nothing; the space of bad sets counts too."""
+    that isn't known counts as nothing; the space of bad sets counts too, that of replicas doesn't: it isn't ours to
+    free."""
     if keep.max_space is None:
         return
-    used = sum(verdict.found.size_bytes or 0 for verdict in verdicts if verdict.keep)
+    staying = [verdict.found for verdict in verdicts if verdict.keep and not verdict.found.received]
+    used = sum(found.size_bytes or 0 for found in staying)
     for k in candidates:
         if used <= keep.max_space:
             return

@@ -230,7 +230,7 @@ def refuse_grade(node: Node, grade: Grade, volumes: Sequence[Volume], require: s
         raise PreconditionError(
             f"the image would be skewed: {len(volumes)} volumes are not one instant and no writer is held"
             if len(volumes) > 1
-            else f"the image would be skewed: {volumes[0].provider} needs the writers held",
+            else f"the image would be skewed: {volumes[0].provider} needs the writers held, or its disks in one group",
             object=node.path,
             cure="leave --quiesce to auto, or say --allow-skew",
         )
@@ -328,6 +328,10 @@ def _one_instant(owners: Sequence[Provider], volumes: Sequence[Volume]) -> bool:
 
 
 def _grade(quiesce: Quiesce, owners: Sequence[Provider], volumes: Sequence[Volume]) -> Grade:
+    for owner, volume in zip(owners, volumes, strict=True) if quiesce is not Quiesce.FREEZE else ():
+        # One file system over several disks, each of another instant: the kernel writes to it whoever is paused.
+        if owner.traits.quiesce is Quiesce.FREEZE and not owner.one_instant([volume]):
+            return Grade.SKEWED
     if quiesce in (Quiesce.STOP, Quiesce.HOOKS):
         return Grade.APPLICATION
     if quiesce in (Quiesce.PAUSE, Quiesce.FREEZE):

@@ -134,8 +134,7 @@ def tidy(paths: list[str], attachment_id: str) -> None:
     """Remove what is left empty of these places, and the directory of the roots beside the data path, where they are
     younger than the attachment: restore made them, and nobody has used them."""
     made_ns = parse_compact_time(attachment_id[1:].partition("-")[0]).timestamp() * 1e9
-    beside = {f"{path}.roots" for path in paths}  # killed early, it may be there with none of its roots
-    beside |= {os.path.dirname(path) for path in paths if os.path.dirname(path).endswith(".roots")}
+    beside = {os.path.dirname(path) for path in paths if os.path.dirname(path).endswith(".roots")}
     for path in [*paths, *(f"{top}/outside" for top in beside), *beside]:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

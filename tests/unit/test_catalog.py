@@ -79,7 +79,9 @@ def test_states() -> None:
     assert state_of(snapshot(two, 0, **GOOD), snapshot(two, 1)) is State.INCOMPLETE, "sealed on one of two"
     assert state_of(snapshot(two, 0, **GOOD), snapshot(two, 1, **GOOD)) is State.READY
     both = snapshot(three, 0, **GOOD), snapshot(three, 1, **GOOD)
-    assert state_of(*both) is State.DAMAGED
+    asked = catalog.read([Listed("one", list(both)), Listed("two", [])])  # type: ignore[list-item]
+    assert asked.sets[0].state is State.DAMAGED, "two was asked, and has none"
+    assert state_of(*both) is State.UNKNOWN, "two isn't installed here: nobody asked it"
     assert state_of(*both, gone=(Unavailable("two", "no SDK"),)) is State.UNKNOWN
 
 

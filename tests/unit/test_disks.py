@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from snapshotter.core.errors import BusyError
+from snapshotter.core.errors import BusyError, PreconditionError
 from snapshotter.host.disks import Disks, Part, inactive
 from snapshotter.host.mounts import Mount, mount_of
 from tests.support import loop_file_system
@@ -124,6 +124,8 @@ def test_a_disk_that_something_holds_is_not_pulled_away(nitro: Disks) -> None:
     for disk in ("nvme1n1", "nvme2n1"):
         with pytest.raises(BusyError, match="named-dm-1"):
             nitro.refuse_mounted(disk, "vol-0b")
+        with pytest.raises(PreconditionError, match="can't be told apart"):
+            nitro.refuse_beside(disk, "snap-0b")
     nitro.refuse_mounted("nvme0n1", "vol-0a")
     nitro.refuse_mounted(None, "vol-0a")
 

@@ -13,10 +13,11 @@ import pytest
 from providers.gce import GceProvider, labels, names
 from providers.gce.errors import reason_of, told
 from snapshotter.core.errors import BusyError, Exit, NotFoundError, PreconditionError, SnapshotterError, StorageError
-from snapshotter.core.model import Access, Purpose, Volume, new_attachment_id, utc_now
+from snapshotter.core.model import Access, Grade, Purpose, Quiesce, Volume, new_attachment_id, utc_now
 from snapshotter.host.disks import Disks
 from snapshotter.provider import Settings
 from snapshotter.testing.harness import make_birth
+from snapshotter.verbs import plan
 from tests.support import CHECKOUT
 
 compute_v1 = pytest.importorskip("google.cloud.compute_v1")
@@ -217,3 +218,12 @@ def test_a_disk_without_a_link_says_its_name_itself(said: bytes, name: str) -> N
     from providers.gce.devices import name_in
 
     assert name_in(said) == name
+
+
+def test_a_file_system_over_disks_of_several_instants_wants_a_freeze(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel writes its journal and metadata whoever is stopped: what isn't frozen, nor one group, is torn."""
+    monkeypatch.setattr(GceProvider, "one_instant", lambda self, volumes: False)
+    owners, volumes = [GceProvider(Settings("/nonexistent"))], [Volume("gce", "z/a+z/b", "/data", "ext4")]
+    for quiesce in (Quiesce.STOP, Quiesce.HOOKS, Quiesce.PAUSE, Quiesce.NONE):
+        assert plan._grade(quiesce, owners, volumes) is Grade.SKEWED
+    assert plan._grade(Quiesce.FREEZE, owners, volumes) is Grade.FILESYSTEM

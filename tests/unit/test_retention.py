@@ -154,7 +154,7 @@ def hold(sets: list[SnapshotSet], now: datetime, keep: Keep, automatic: bool) ->
         assert found.birth.taken_at <= now + FUTURE, "a set of the future went"
     assert all(v.future == (v.found.birth.taken_at > now + FUTURE) for v in plan.verdicts)
     mine = [found for found in sets if found.birth.host == HERE]
-    good = [found for found in mine if found.good]
+    good = [found for found in mine if found.good and not found.received]
     plausible = sorted(
         (found for found in good if found.birth.taken_at <= now + FUTURE),
         key=lambda found: (found.birth.taken_at, *found.sort_key),
@@ -264,3 +264,13 @@ def test_damaged_sets_are_a_persons() -> None:
     assert not decide(sets, NOON + 12 * DAY, DAILY, HERE, automatic=True).removals
     (gone,) = decide(sets, NOON + 12 * DAY, DAILY, HERE).removals
     assert gone.found is sets[0] and "damaged" in gone.rule
+
+
+def test_replicas_are_nobodys_reason_to_let_go() -> None:
+    """They are their senders': their space isn't ours to free, and their being there guards nothing."""
+    away = [a_set(NOON + number * DAY, number + 1, received=True) for number in range(20)]
+    own = [a_set(NOON + (20 + number) * DAY, 21 + number) for number in range(7)]
+    keep = Keep(daily=7, max_space=Bytes(75))
+    assert not decide([*away, *own], NOON + 26 * DAY, keep, HERE, automatic=True).removals
+    newer = [a_set(NOON + (27 + number) * DAY, 40 + number, received=True) for number in range(7)]
+    assert not decide([*own, *newer], NOON + 33 * DAY, DAILY, HERE).removals
