@@ -226,6 +226,11 @@ class Provider(ABC):
         name while any depends on the set-aside."""
         raise NotImplementedError
 
+    def swappable(self, volume: Volume) -> bool:
+        """Whether `swap` could ever do it for this volume: some drivers have several kinds, and not all can. Only asked
+        where `traits.swaps`. Default: yes."""
+        return True
+
     def source_of(self, volume: str, known: str) -> str:
         """The device that the file system of the volume (its id), or of what stands in its place, is mounted from now;
         `known` is what it was before a swap or its inverse. Default: the same. A cloud's disk gets another name."""

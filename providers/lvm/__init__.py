@@ -414,6 +414,9 @@ class LvmProvider(Provider):
 
     # -- taking the origin's place --------------------------------------------------------------------------------
 
+    def swappable(self, volume: Volume) -> bool:
+        return find(self._report(_groups([volume])), volume.id).thin
+
     def swap(self, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:
         from providers.lvm import swaps
 

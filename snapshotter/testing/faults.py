@@ -145,6 +145,9 @@ class Proxy(Provider):
     def swap_commit(self, swap_id: str) -> None:
         self.mutate("swap_commit", lambda: self.inner.swap_commit(swap_id))
 
+    def swappable(self, volume: Volume) -> bool:
+        return self.inner.swappable(volume)
+
     def source_of(self, volume: str, known: str) -> str:
         return self.inner.source_of(volume, known)
 

@@ -91,6 +91,8 @@ def swaps(
         volume = provider.claim(mount, root.path)
         if volume is None or volume.id != member.volume or volume.path != root.path:
             return []
+        if not provider.swappable(volume):
+            return []
         if any(below.path not in known for below in mounts.mounts_below(root.path, table)):
             return []
         others = [canonical(other.path) for other in session.config.nodes.values() if other.name != node.name]

@@ -160,7 +160,10 @@ def lvm_volume(made: lvm_kit.Storage, name: str, thin: bool, home: Path) -> Iter
 
 
 def on_lvm(report: Report, here: Here, home: Path, rounds: int) -> None:
-    snapm = str(PEERS / "snapm" / "bin" / "snapm")
+    tools = home / "tools"
+    tools.mkdir()
+    (tools / "journalctl").symlink_to("/bin/true")  # it flushes the journal first, and here is none
+    snapm = ["env", f"PATH={tools}:{os.environ['PATH']}", str(PEERS / "snapm" / "bin" / "snapm")]
     os.makedirs("/run/snapm", mode=0o700, exist_ok=True)  # as its tmpfiles.d does at boot
     os.makedirs("/boot/loader/entries", exist_ok=True)  # as a boot loader does; snapm looks for its own there
     with lvm_kit.storage(2500, pool_mb=900) as made:
@@ -174,7 +177,7 @@ def on_lvm(report: Report, here: Here, home: Path, rounds: int) -> None:
                         lvm_kit.lvm("lvremove", "-qq", "-y", *(f"{made.vg}/{row}" for row in rows))
 
                 def forget_snapm() -> None:
-                    subprocess.run([snapm, "snapset", "delete", "bench"], capture_output=True)
+                    subprocess.run([*snapm, "snapset", "delete", "bench"], capture_output=True)
                     clear()
 
                 size = [] if thin else ["-L", "48m"]
@@ -185,7 +188,7 @@ def on_lvm(report: Report, here: Here, home: Path, rounds: int) -> None:
                     Ours(here, str(point), clear, *options),
                     Program(
                         "snapm",
-                        [snapm, "snapset", "create", "bench", f"{point}{'' if thin else ':48MiB'}"],
+                        [*snapm, "snapset", "create", "bench", f"{point}{'' if thin else ':48MiB'}"],
                         forget_snapm,
                     ),
                 ]

@@ -28,6 +28,7 @@ READING = {
     "attachments",
     "swaps",
     "source_of",
+    "swappable",
     "reap",
     "space",
 }

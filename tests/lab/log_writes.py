@@ -11,8 +11,10 @@ is replayed up to an entry is what a disk without a cache of its own holds.
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +39,17 @@ def run(*words: str) -> str:
     done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{words}: {done.stderr}"
     return done.stdout.strip()
+
+
+def detach(disk: str) -> None:
+    """A loop device that somebody has open (udev, a scan of LVM's) only goes when that is closed. Until then it would
+    be a second disk with the same UUIDs as the next one, and LVM may take it for the group's."""
+    run("udevadm", "settle")
+    run("losetup", "-d", disk)
+    give_up = time.monotonic() + 60
+    while os.path.exists(f"/sys/block/{os.path.basename(disk)}/loop/backing_file"):
+        assert time.monotonic() < give_up, f"{disk} is still in use"
+        time.sleep(0.05)
 
 
 class Logged:
@@ -104,4 +117,4 @@ def logged(name: str, where: Path, base: Path) -> Iterator[Logged]:
             subprocess.run(["dmsetup", "remove", "--retry", name], capture_output=True)
     finally:
         for disk in disks:
-            subprocess.run(["losetup", "-d", disk], capture_output=True)
+            detach(disk)

@@ -17,7 +17,7 @@ from snapshotter.core.model import Access, Birth, ImageState, Snapshot, Volume
 from snapshotter.host import block, mounts
 from snapshotter.testing import make_birth
 from snapshotter.testing.conformance import attach, seal, take
-from tests.lab.log_writes import logged, run
+from tests.lab.log_writes import detach, logged, run
 from tests.lab.lvm_kit import LvmHarness, Storage, lvm, make_file_system, marks, tear_down
 
 pytestmark = marks
@@ -190,4 +190,4 @@ def loop(path: Path) -> Iterator[str]:
     try:
         yield disk
     finally:
-        run("losetup", "-d", disk)
+        detach(disk)
