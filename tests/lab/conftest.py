@@ -34,12 +34,13 @@ SAMPLED: dict[str, set[str]] = {
         "test_luks_on_a_volume",
         "test_after_a_swap_and_a_reboot_path_and_uuid_are_the_restored_data",
     },
-    # A cloud's client is minutes of an emulated CPU. Seen to pass.
+    # A cloud's client is minutes of an emulated CPU. The first is seen to pass; the second linked, restored, and then
+    # missed the withheld key, which it asks for since: not run again.
     "test_ec2_node": set(),
     "test_gce_attach": set(),
     # Fails behind the seal, though the log has its write and a flush there: test or driver, not settled yet.
     "test_power_cuts": set(),
-    # Not run to their end yet.
+    # Minutes each. Of these the story on ZFS is seen to pass; the kills are not run to their end yet.
     "test_in_place_lab": set(),
     "test_schedule": {"test_the_timer_fires_and_a_good_set_appears"},
     "test_status_here": {"test_lvm[thin]", "test_zfs"},
