@@ -34,11 +34,12 @@ SAMPLED: dict[str, set[str]] = {
         "test_luks_on_a_volume",
         "test_after_a_swap_and_a_reboot_path_and_uuid_are_the_restored_data",
     },
-    # A cloud's client is minutes of an emulated CPU. Seen to pass.
+    # A cloud's client is minutes of an emulated CPU. The first is seen to pass; the second linked, restored, and then
+    # missed the withheld key, which it asks for since: not run again.
     "test_ec2_node": set(),
     "test_gce_attach": set(),
     "test_power_cuts": {"test_power_goes_during_a_take[classic]"},
-    # Of LVM: [classic] not green to its end yet, the kills not run at all.
+    # Minutes each. [zfs] is seen to pass too; [classic] and the kills are not run to their end yet.
     "test_in_place_lab": {"test_restored_undone_restored_discarded[thin]"},
     "test_schedule": {"test_the_timer_fires_and_a_good_set_appears"},
     "test_status_here": {"test_lvm[thin]", "test_zfs"},
