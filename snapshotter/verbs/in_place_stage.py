@@ -22,7 +22,7 @@ from snapshotter.nodes import files, identity
 from snapshotter.nodes.files import Places
 from snapshotter.nodes.profiles import Profile
 from snapshotter.verbs.in_place_plan import Plan
-from snapshotter.verbs.in_place_ways import Ground, left_alone, refuse_no_room
+from snapshotter.verbs.in_place_ways import Ground, left_alone, refuse_no_room, set_aside_in_image
 from snapshotter.verbs.restore import staging_directory
 from snapshotter.verbs.session import Session
 
@@ -216,7 +216,9 @@ def _inside(chosen: Sequence[str] | None, below: str) -> Sequence[str] | None:
 
 
 def _wanted(path: str, chosen: Sequence[str] | None) -> bool:
-    return chosen is None or any(is_under("/" + path, "/" + name) for name in chosen)
+    if chosen is None:
+        return not set_aside_in_image(path)
+    return any(is_under("/" + path, "/" + name) for name in chosen)
 
 
 def _above(path: str, chosen: Sequence[str] | None) -> bool:
@@ -226,7 +228,7 @@ def _above(path: str, chosen: Sequence[str] | None) -> bool:
 def _move_out(view: str, into: str, chosen: Sequence[str] | None) -> None:
     """Out of a copy that is ours alone. Directory times don't matter; modes of the top do."""
     like = os.stat(view)
-    for name in os.listdir(view) if chosen is None else chosen:
+    for name in filter(lambda name: _wanted(name, None), os.listdir(view)) if chosen is None else chosen:
         if os.path.lexists(os.path.join(view, name)):
             os.makedirs(os.path.dirname(os.path.join(into, name)), exist_ok=True)
             exchange.move(os.path.join(view, name), os.path.join(into, name))

@@ -179,6 +179,12 @@ def _one_file_system(into: str, root: str, fixed: bool, table: list[Mount]) -> b
     return os.stat(into).st_dev == os.stat(at).st_dev and mount_at(into, table).id == mount_at(at, table).id
 
 
+def set_aside_in_image(path: str) -> bool:
+    """Whether what has this path in an image of a root is what a restore had set aside in it when the image was taken:
+    nobody's any more, and never put in place."""
+    return _OURS.fullmatch(path.partition("/")[0]) is not None
+
+
 def left_alone(ground: Ground, roots: list[str], table: list[Mount]) -> list[str]:
     """What lies below a ground and isn't the node's to be moved: other mounts, and in one that can't be renamed also
     what mkfs made, our stores, what earlier restores set aside, other tools' subvolumes."""

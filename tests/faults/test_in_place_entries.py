@@ -196,3 +196,14 @@ def test_a_part_whose_files_were_not_there_before(tmp_path: Path) -> None:
         (node.data / "VERSION_METADATA.json").write_text("{}")
         ok(node, "restore", "--undo", "ours")
         assert node.as_it_was(), difference(picture(node.data), node.old)
+
+
+def test_what_an_image_holds_of_an_earlier_restore_is_not_put_in_place(node: Story) -> None:
+    """A take while the old data waits has that in its image too, as it lies in the mount point: nobody's any more."""
+    ok(node, *IN_PLACE)
+    taken = ok(node, "take", "ours")["set_id"]
+    assert node.leftovers()
+    ok(node, "restore", "--discard", "ours", "--yes")
+    ok(node, "restore", taken, "--in-place", "--yes")
+    ok(node, "restore", "--discard", "ours", "--yes")
+    assert not node.leftovers() and node.restored(), difference(picture(node.data), node.of_set)
