@@ -39,7 +39,7 @@ SAMPLED: dict[str, set[str]] = {
     "test_ec2_node": set(),
     "test_gce_attach": set(),
     "test_power_cuts": {"test_power_goes_during_a_take[classic]"},
-    # Minutes each. [zfs] is seen to pass too; [classic] and the kills are not run to their end yet.
+    # Minutes each. [classic] and [zfs] pass too; of the kills see RESULTS.md.
     "test_in_place_lab": {"test_restored_undone_restored_discarded[thin]"},
     "test_schedule": {"test_the_timer_fires_and_a_good_set_appears"},
     "test_status_here": {"test_lvm[thin]", "test_zfs"},
