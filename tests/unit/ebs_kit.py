@@ -30,6 +30,7 @@ def environment(**values: str) -> Iterator[None]:
         os.environ.clear()
         os.environ.update(before)
         api._shared.cache_clear()  # a client is tens of megabytes, and each test has its own
+        here._ask.cache_clear()  # another twin may get the same port
 
 
 class ProviderOf(Remounting, EbsProvider):
