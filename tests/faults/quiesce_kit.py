@@ -161,10 +161,13 @@ def watchdogs(run: Path) -> list[int]:
     return found
 
 
-#: A run that holds with the given expression, says so, and then waits.
+#: A run that holds with the given expression, says so, and then waits. It takes signals as the command does: letting go
+#: isn't cut.
 RUN = """
 import sys, time
+from snapshotter.core import interrupts
 from snapshotter.host import quiesce, service
+interrupts.install()
 say = lambda text: print(text, flush=True)
 say("begin")
 try:

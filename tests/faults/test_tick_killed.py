@@ -55,7 +55,7 @@ def test_killed_at_random_instants(tmp_path: Path, request: pytest.FixtureReques
     cut, before = 0, {}
     for number in range(rounds):
         process = command.start("tick", f"n{number}", "--json")
-        time.sleep(chance.uniform(0.3, 1.0) * whole_s)
+        time.sleep(chance.uniform(0.1, 1.0) * whole_s)
         cut += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=300)
