@@ -140,8 +140,9 @@ def killed_at_calls_of_restore(world: World, kind: str, whole: bool, sample: Pla
         if not world.command.killed(action, nth, kind, *words):
             break
         world.reaped()
-        for complete in world.command.json("show", set_id)["attachments"]:  # killed behind its last step: a person's
-            assert complete["since"] and kind == "kill-after" and describe(str(clone)) == content
+        # Killed behind its last step (or asking what became of it): complete, and a person's.
+        for complete in world.command.json("show", set_id)["attachments"]:
+            assert complete["since"] and describe(str(clone)) == content
             world.command.json("release", str(clone))
         assert world.harness.objects() == before, f"left after {kind} at {action} {nth}"
         assert not is_mount_point(str(clone))
