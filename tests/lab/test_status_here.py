@@ -40,8 +40,8 @@ def test_lvm(tmp_path: Path, kind: str) -> None:
         subprocess.run(["mount", f"/dev/{made.vg}/data", str(point)], check=True)
         try:
             (point / "file").write_text("content")
-            options = "" if thin else 'provider = "lvm"\noptions = {size = "24m"}\n'
-            command = Command(tmp_path / "etc", config=f'[node.n]\npath = "{point}"\nfloor = "5%"\n{options}')
+            options = "" if thin else 'provider = "lvm"\noptions = {size = "24m"}\nfloor = "5%"\n'
+            command = Command(tmp_path / "etc", config=f'[node.n]\npath = "{point}"\n{options}')
             taken = command.json("take", "n")
             assert taken["snapshots"][0]["provider"] == "lvm" and look(command, 0)[1] == set()
             fill(point / "more", 86 if thin else 22)
