@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,8 @@ def fill(path: Path, megabytes: int) -> None:
         os.fsync(file.fileno())
 
 
-def parts(command: Command) -> dict[str, float]:
-    (room,) = command.json("status")["nodes"][0]["room"]
+def parts(document: dict[str, Any]) -> dict[str, float]:
+    (room,) = document["nodes"][0]["room"]
     return {part["name"]: part["full"] for part in room["parts"]}
 
 
@@ -45,9 +46,9 @@ def test_lvm(tmp_path: Path, kind: str) -> None:
             taken = command.json("take", "n")
             assert taken["snapshots"][0]["provider"] == "lvm" and look(command, 0)[1] == set()
             fill(point / "more", 86 if thin else 22)
-            _, problems = look(command, 8)
+            document, problems = look(command, 8)
             assert problems == {"full"}
-            name = next(name for name, full in parts(command).items() if full > 0.85)
+            name = next(name for name, full in parts(document).items() if full > 0.85)
             assert name == "space" if thin else name.endswith("copy-on-write")
             said = command.run("status", "n").stdout
             assert "full" in said and (thin or "copy-on-write" in said), said
