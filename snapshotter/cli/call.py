@@ -145,9 +145,14 @@ def in_seconds(ctx: click.Context, param: click.Parameter, value: str | None) ->
     from snapshotter.nodes.values import Seconds
 
     try:
-        seconds = None if value is None else Seconds.parse(value)
+        return None if value is None else Seconds.parse(value)
     except ValueError as error:
         raise click.BadParameter(str(error), ctx, param) from None
+
+
+def as_budget(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """A duration for which writers may be held."""
+    seconds = in_seconds(ctx, param, value)
     if seconds is not None and not 0.01 <= seconds <= 600:
         raise click.BadParameter(f"{value} is out of range; allowed: 10ms to 10m", ctx, param)
     return seconds

@@ -8,13 +8,13 @@ import click
 
 from snapshotter.cli.call import (
     Call,
+    as_budget,
     common,
     complain,
     complete_set,
     complete_target,
     confirm,
     from_host,
-    in_seconds,
     providing,
 )
 from snapshotter.core.errors import Exit, UsageError, worst
@@ -30,7 +30,7 @@ from snapshotter.core.errors import Exit, UsageError, worst
     help="How writes are held still (default: what the storage needs).",
 )
 @click.option(
-    "--budget", callback=in_seconds, metavar="DURATION", help="How long the writers may be held at most (default 5s)."
+    "--budget", callback=as_budget, metavar="DURATION", help="How long the writers may be held at most (default 5s)."
 )
 @click.option(
     "--require",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from snapshotter.cli.call import Call, common, complain, complete_target, confirm
+from snapshotter.cli.call import Call, common, complain, complete_target, confirm, in_seconds
 from snapshotter.core.errors import Exit, UsageError, worst
 
 
@@ -41,18 +41,9 @@ def prune(call: Call, target: str | None, dry_run: bool, yes: bool, confirm_many
     call.answer(document, lambda: human.pruned(document), int(Exit.REFUSED) if document["failed"] else 0)
 
 
-def _in_seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
-    from snapshotter.nodes.values import Seconds
-
-    try:
-        return None if value is None else Seconds.parse(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error), ctx, param) from None
-
-
 @click.command()
 @click.argument("target", metavar="[NODE]", required=False, shell_complete=complete_target)
-@click.option("--deadline", callback=_in_seconds, metavar="DURATION", help="Begin nothing after so long (10m).")
+@click.option("--deadline", callback=in_seconds, metavar="DURATION", help="Begin nothing after so long (10m).")
 @common
 def tick(call: Call, target: str | None, deadline: float | None) -> None:
     """Do what is due now: take, verify, prune, reap. What a timer calls.
