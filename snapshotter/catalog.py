@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from snapshotter.core.errors import NotFoundError, SnapshotterError, UsageError
 from snapshotter.core.labels import merge_marks
-from snapshotter.core.model import SET_ID, Attachment, ImageState, Snapshot, SnapshotSet, State
+from snapshotter.core.model import SET_ID, Attachment, ImageState, Member, Snapshot, SnapshotSet, State
 from snapshotter.host.places import host_name, same_host
 from snapshotter.provider import Provider
 
@@ -115,7 +115,8 @@ def read(
     for attachment in attachments.values():
         by_set.setdefault(attachment.set_id, []).append(attachment)
     # Also of a driver that isn't among them (not installed, or with nothing that it could look at) nothing is known.
-    asked = {provider.name for provider in providers} - {entry.provider for entry in gone}
+    failed = {entry.provider for entry in gone}
+    asked = [provider for provider in providers if provider.name not in failed]
     sets = [
         _assemble(list(parts.values()), tuple(by_set.get(identity, ())), asked) for identity, parts in members.items()
     ]
@@ -128,16 +129,26 @@ def read(
     )
 
 
-def _assemble(found: list[Snapshot], attachments: tuple[Attachment, ...], asked: set[str]) -> SnapshotSet:
+def _not_known(member: Member, asked: Sequence[Provider]) -> str:
+    """Why nothing is known of a member that isn't listed; '' if it is gone."""
+    theirs = [provider for provider in asked if provider.name == member.provider]
+    if not theirs:
+        return f"can't ask {member.provider} about {member.volume}"
+    if not any(provider.sees(member.volume) for provider in theirs):
+        return f"what holds {member.volume} ({member.provider}) isn't connected or imported"
+    return ""
+
+
+def _assemble(found: list[Snapshot], attachments: tuple[Attachment, ...], asked: Sequence[Provider]) -> SnapshotSet:
     found.sort(key=lambda snapshot: snapshot.birth.member)
     birth = found[0].birth
     marks = merge_marks(snapshot.marks for snapshot in found)
     here = {snapshot.birth.member for snapshot in found}
     missing = [index for index in range(len(birth.members)) if index not in here]
     state, why = State.READY, ""
-    unasked = [birth.members[index] for index in missing if birth.members[index].provider not in asked]
-    if unasked:
-        state, why = State.UNKNOWN, f"can't ask {unasked[0].provider} about {unasked[0].volume}"
+    unknown = next(filter(None, (_not_known(birth.members[index], asked) for index in missing)), "")
+    if unknown:
+        state, why = State.UNKNOWN, unknown
     elif not all(snapshot.marks_known for snapshot in found):  # never "incomplete": that would be reaped
         state, why = State.DAMAGED, "its marks can't be read: damaged, or of a newer version of snapshotter"
     elif "sealed" not in marks:

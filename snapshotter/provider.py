@@ -145,6 +145,11 @@ class Provider(ABC):
         Other tools' objects, and ours that have no readable record, are not listed. Marks that are there and can't be
         read are not none: `marks_known` says so. No effects."""
 
+    def sees(self, volume: str) -> bool:
+        """Whether what holds this volume (its id) is here now: its pool is imported, its group's disks are connected.
+        Only where it is does an absent snapshot mean that it is gone. Default: it is."""
+        return True
+
     def of_slot(self, target: str, slot: str) -> Iterator[Snapshot]:
         """Those of one scheduled time of one target. A store that is shared by a fleet asks for just these (by a label
         that `create` wrote); default: looked for among all."""

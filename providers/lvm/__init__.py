@@ -322,6 +322,10 @@ class LvmProvider(Provider):
                 yield found
         self._refuse_blind()  # hides no other group: last
 
+    def sees(self, volume: str) -> bool:
+        group = volume.partition("/")[0]
+        return any(row.vg == group for row in self._report())
+
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         check_marks(changes)
         sealing = bool(changes.get("sealed"))

@@ -198,6 +198,9 @@ class ZfsProvider(Provider):
         if set_id is None or not found:
             tool.refuse_blind()  # hides no other pool: last
 
+    def sees(self, volume: str) -> bool:
+        return tool.pool_of(volume) in tool.pools()
+
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         check_marks(changes)
         if set_id in self._made and changes == self._made[set_id][1]:

@@ -84,7 +84,7 @@ class State(StrEnum):
     READY = "ready"
     INCOMPLETE = "incomplete"  # never sealed
     DAMAGED = "damaged"  # was sealed; a member is gone or invalid
-    UNKNOWN = "unknown"  # a provider named in its record can't be asked now
+    UNKNOWN = "unknown"  # a member is out of sight: its provider can't be asked, or its pool or group isn't here
 
 
 class Access(StrEnum):

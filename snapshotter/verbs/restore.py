@@ -172,7 +172,7 @@ def judge(found: SnapshotSet) -> list[str]:
     if found.state is State.PENDING:
         raise PreconditionError("the storage still copies it", object=found.set_id, cure="try again when it is ready")
     if found.state is State.UNKNOWN:
-        raise PreconditionError(found.why, object=found.set_id, cure="make that provider work, then try again")
+        raise PreconditionError(found.why, object=found.set_id, cure="make that work, then try again")
     if found.state is not State.READY:
         raise JudgedBadError(f"is {found.state}: {found.why}", object=found.set_id, cure="restore another set")
     warnings = []

@@ -306,6 +306,12 @@ def test_two_pools_are_not_one_instant(harness: ZfsHarness) -> None:
         taken = command.json("take", str(top(one)))
         assert taken["quiesce"] == "pause" and taken["good"] and taken["grade"] == "filesystem"
         assert [snapshot["volume"] for snapshot in taken["snapshots"]] == [one.id, two.id]
+        disk = run("zpool", "list", "-vHPL", other).stdout.splitlines()[1].split()[0]
+        assert run("zpool", "export", other).returncode == 0
+        (listed,) = command.json("list")["sets"]
+        assert listed["state"] == "unknown" and other in listed["why"], "what is out of sight isn't gone"
+        assert run("zpool", "import", "-d", os.path.dirname(disk), other).returncode == 0
+        assert command.json("list")["sets"][0]["good"]
         birth = make_birth([one, two])
         zfs("snapshot", f"{two.id}@{birth.set_id}-1")
         before = harness.objects()

@@ -49,6 +49,10 @@ class Listed:
         self.notes: list[str] = []
         self.found = found
         self.error = error
+        self.away: set[str] = set()
+
+    def sees(self, volume: str) -> bool:
+        return volume not in self.away
 
     def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
         if self.error:
@@ -83,6 +87,16 @@ def test_states() -> None:
     assert asked.sets[0].state is State.DAMAGED, "two was asked, and has none"
     assert state_of(*both) is State.UNKNOWN, "two isn't installed here: nobody asked it"
     assert state_of(*both, gone=(Unavailable("two", "no SDK"),)) is State.UNKNOWN
+
+
+def test_what_is_out_of_sight_is_not_gone() -> None:
+    """A pool that isn't imported: a person who prunes, or follows `status`, must not lose what is left of the set."""
+    here = Listed("one", [snapshot(birth("000001", members=2), 0, **GOOD)])
+    assert catalog.read([here]).sets[0].state is State.DAMAGED  # type: ignore[list-item]
+    here.away.add("v1")
+    (only,) = catalog.read([here]).sets  # type: ignore[list-item]
+    assert only.state is State.UNKNOWN and "v1" in only.why
+    assert catalog.read([here, Listed("one", [])]).sets[0].state is State.DAMAGED  # type: ignore[list-item]
 
 
 def test_good() -> None:
