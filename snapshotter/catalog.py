@@ -129,14 +129,12 @@ def read(
     )
 
 
-def _not_known(member: Member, asked: Sequence[Provider]) -> str:
-    """Why nothing is known of a member that isn't listed; '' if it is gone."""
-    theirs = [provider for provider in asked if provider.name == member.provider]
-    if not theirs:
-        return f"can't ask {member.provider} about {member.volume}"
-    if not any(provider.sees(member.volume) for provider in theirs):
-        return f"what holds {member.volume} ({member.provider}) isn't connected or imported"
-    return ""
+def _out_of_sight(members: Iterable[Member], asked: Sequence[Provider]) -> Member | None:
+    """The first of these that isn't listed because what holds it isn't here."""
+    for member in members:
+        if not any(provider.sees(member.volume) for provider in asked if provider.name == member.provider):
+            return member
+    return None
 
 
 def _assemble(found: list[Snapshot], attachments: tuple[Attachment, ...], asked: Sequence[Provider]) -> SnapshotSet:
@@ -144,17 +142,19 @@ def _assemble(found: list[Snapshot], attachments: tuple[Attachment, ...], asked:
     birth = found[0].birth
     marks = merge_marks(snapshot.marks for snapshot in found)
     here = {snapshot.birth.member for snapshot in found}
-    missing = [index for index in range(len(birth.members)) if index not in here]
+    missing = [member for index, member in enumerate(birth.members) if index not in here]
     state, why = State.READY, ""
-    unknown = next(filter(None, (_not_known(birth.members[index], asked) for index in missing)), "")
-    if unknown:
-        state, why = State.UNKNOWN, unknown
+    names = {provider.name for provider in asked}
+    if unasked := [member for member in missing if member.provider not in names]:
+        state, why = State.UNKNOWN, f"can't ask {unasked[0].provider} about {unasked[0].volume}"
     elif not all(snapshot.marks_known for snapshot in found):  # never "incomplete": that would be reaped
         state, why = State.DAMAGED, "its marks can't be read: damaged, or of a newer version of snapshotter"
     elif "sealed" not in marks:
         state, why = State.INCOMPLETE, "never sealed"
+    elif (away := _out_of_sight(missing, asked)) is not None:
+        state, why = State.UNKNOWN, f"what holds {away.volume} ({away.provider}) isn't connected or imported"
     elif missing:
-        state, why = State.DAMAGED, f"the snapshot of {birth.members[missing[0]].volume} is gone"
+        state, why = State.DAMAGED, f"the snapshot of {missing[0].volume} is gone"
     else:
         invalid = [snapshot for snapshot in found if snapshot.state is ImageState.INVALID]
         if invalid:

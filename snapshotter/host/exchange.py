@@ -45,7 +45,7 @@ def known(path: str) -> Known | None:
         return None
     try:
         found = os.fstat(fd)
-        return found.st_ino, tree.born_ns(fd) or found.st_dev
+        return found.st_ino, tree.born_ns(fd)  # never the device's number: it changes with a boot or a mount
     finally:
         os.close(fd)
 
@@ -69,6 +69,7 @@ def _swap(one: str, other: str, between: str) -> None:
     except OSError as error:
         if error.errno not in _NO_SUCH_FLAG:
             raise
+        _make_parent(between)
         move(one, between)
         move(other, one)
 
@@ -87,7 +88,7 @@ def forward(unit: Unit) -> None:
         if known(unit.staged) != unit.new:
             raise StorageError("what was made ready is gone", object=unit.staged)
         if here is None:
-            os.makedirs(os.path.dirname(unit.place), exist_ok=True)
+            _make_like(os.path.dirname(unit.staged), os.path.dirname(unit.place))
             move(unit.staged, unit.place)
         elif here == unit.old:
             _make_parent(unit.aside)
@@ -201,6 +202,26 @@ def sync_parents(paths: Iterable[str]) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def missing_above(path: str) -> list[str]:
+    """The directories above `path` that aren't there, the deepest first."""
+    found = []
+    while not os.path.isdir(path := os.path.dirname(path)):
+        found.append(path)
+    return found
+
+
+def _make_like(like: str, directory: str) -> None:
+    """The directory, and those above it, as they were made ready: the node's own, not root's."""
+    if os.path.isdir(directory):
+        return
+    _make_like(os.path.dirname(like), os.path.dirname(directory))
+    found = os.stat(like)
+    os.mkdir(directory, 0o700)
+    if os.geteuid() == 0:
+        os.chown(directory, found.st_uid, found.st_gid)
+    os.chmod(directory, stat.S_IMODE(found.st_mode))
 
 
 def _make_parent(path: str) -> None:

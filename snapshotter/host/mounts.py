@@ -17,6 +17,7 @@ from snapshotter.core.model import MountSpec
 
 #: File systems whose own commands hang while they are frozen.
 NEVER_FROZEN = frozenset({"zfs", "btrfs"})
+FSTAB = "/etc/fstab"
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
@@ -167,6 +168,16 @@ def mount(spec: MountSpec, where: str) -> None:
 def is_mount_point(path: str) -> bool:
     """True if something is mounted exactly at the canonical `path`."""
     return any(entry.path == path for entry in table())
+
+
+def in_fstab() -> set[str]:
+    """The mount points that /etc/fstab names, mounted or not; none if it can't be read."""
+    try:
+        with open(FSTAB, "rb") as file:
+            lines = [line.split() for line in file if not line.lstrip().startswith(b"#")]
+    except OSError:
+        return set()
+    return {unescape(words[1]) for words in lines if len(words) > 2}
 
 
 def unmount(where: str, patience_s: float = 5.0) -> None:

@@ -373,6 +373,17 @@ def born_ns(fd: int, name: str = "") -> int:
     return int(seconds) * 1_000_000_000 + int(ns)
 
 
+def locked(dir_fd: int, name: str) -> bool:
+    """Whether nobody, root neither, can remove or rename this entry (chattr +i, +a). Source: statx(2),
+    STATX_ATTR_IMMUTABLE and STATX_ATTR_APPEND."""
+    buffer = ctypes.create_string_buffer(256)
+    try:
+        failed = _libc.statx(dir_fd, os.fsencode(name), 0x100, 0, buffer)  # AT_SYMLINK_NOFOLLOW
+    except AttributeError:
+        return False
+    return not failed and bool(struct.unpack_from("Q", buffer, 8)[0] & 0x30)
+
+
 def open_to_read(name: str, dir_fd: int) -> int:
     """Open a file without following a link, waiting for a FIFO, or (where permitted) touching its atime."""
     try:

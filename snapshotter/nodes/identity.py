@@ -141,6 +141,7 @@ def carry(
     source: str,
     into: str,
     profile: Profile,
+    key_file: str | None = None,
     *,
     production: str = "",
     source_roots: Places = (),
@@ -150,14 +151,16 @@ def carry(
 
     They are copied, so that `source` still has its own for an undo: each a new file of the old one's owner, secrets
     with mode 0600, renamed into place and synced. What of the profile's `identity` only `into` has is removed: a
-    `nodeAddress` that derives from another key. Killed half-way, it is called again and does the rest.
+    `nodeAddress` that derives from another key. `key_file`, where the config says that the key is, goes along if it
+    lies in both. Killed half-way, it is called again and does the rest.
 
     `production` is the data path whose copies these are, where neither is it; `..._roots` are the other roots.
     Raises PreconditionError (`source` has no identity: nothing was changed), StorageError.
     """
     theirs, ours = _places(source, production, source_roots), _places(into, production, into_roots)
     wanted = _names(theirs, profile.identity)
-    if not wanted:
+    key = _key_file(theirs, ours, key_file)
+    if not wanted and key is None:
         raise PreconditionError("there is no identity in it", object=source, cure=_CURE)
     secret = {files.locate(theirs, name) for name in _secrets(theirs, profile)}
     # All that could refuse comes before the first change.
@@ -166,6 +169,9 @@ def carry(
         path, place = files.locate(theirs, name), _place_of(ours, name)
         if files.locate(ours, name) != path:  # else both lead to one file, outside what is moved
             moves.append((path, place, *files.read(path, _LARGEST_FILE)))
+    if key is not None and key not in [(path, place) for path, place, _, _ in moves]:
+        moves.append((*key, *files.read(key[0], _LARGEST_KEY)))
+        secret.add(key[0])
     surplus = [_place_of(ours, name) for name in _names(ours, profile.identity) if name not in wanted]
     for path, place, content, like in moves:
         files.make_parents(os.path.dirname(path), os.path.dirname(place))
@@ -175,6 +181,15 @@ def carry(
     for place in surplus:
         files.remove(place)
     return wanted
+
+
+def _key_file(theirs: Places, ours: Places, key_file: str | None) -> tuple[str, str] | None:
+    """Where the config's key file is in the one and in the other; None if it isn't in both, so no part of the data."""
+    if not key_file:
+        return None
+    path, place = (files.here(places, os.path.realpath(key_file)) for places in (theirs, ours))
+    inside = files.held(theirs, path) and files.held(ours, place)
+    return (path, place) if inside and path != place and os.path.lexists(path) else None
 
 
 def collect(top: str, profile: Profile, key_file: str | None = None) -> dict[str, tuple[bytes, int]]:

@@ -155,6 +155,7 @@ def go_on(session: Session, target: str | None) -> dict[str, Any]:
                     object=work.plan.path,
                     cure=f"snapshotter restore --undo {work.plan.path}, then restore it again",
                 )
+            work.require_set_aside()
             _drive(work)
         elif done["healthy"] is False:
             healthy(work)  # it may have found its peers by now

@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Sequence
 
-from snapshotter.core.errors import StorageError
+from snapshotter.core.errors import PreconditionError, StorageError
 from snapshotter.core.model import Progress, Report
 from snapshotter.host import exchange, tree
 from snapshotter.host.mirror import Mirror
@@ -19,8 +19,21 @@ from snapshotter.verbs.in_place_ways import Ground
 
 def save(ground: Ground, entries: Sequence[str], report: Report) -> None:
     """Copy these entries ('' is the directory itself) to `ground.aside`, a directory that is there and empty. On the
-    disk when this returns. Raises StorageError."""
-    _copy(ground.path, ground.aside, entries, "setting aside", report)
+    disk when this returns, with owners, modes and attributes. Raises StorageError, PreconditionError (something could
+    not be removed afterwards)."""
+    with told(ground.path), tree.open_tree(ground.path) as top:
+
+        def can_go(at: int, name: str, path: str, _: os.stat_result) -> None:
+            if tree.locked(at, name):
+                raise PreconditionError(
+                    "can't be moved: it is immutable or append-only",
+                    object=os.path.join(ground.path, path),
+                    cure=f"chattr -R -ia {ground.path}",
+                )
+
+        tree.walk(top, seen=can_go)
+    for lost in _copy(ground.path, ground.aside, entries, "setting aside", report):
+        raise StorageError(f"{lost} there", object=ground.aside, cure="--aside a directory on another kind of disk")
 
 
 def remove_saved(ground: Ground, entries: Sequence[str]) -> None:
@@ -66,7 +79,8 @@ def _remove_tree(path: str) -> None:
         exchange.remove(path, known)
 
 
-def _copy(source_top: str, target_top: str, entries: Sequence[str], what: str, report: Report) -> None:
+def _copy(source_top: str, target_top: str, entries: Sequence[str], what: str, report: Report) -> list[str]:
+    """Returns what could not be kept of it."""
     with told(target_top), tree.open_tree(source_top) as source, tree.open_tree(target_top) as target:
         now = tree.walk(source)
         if "" not in entries:
@@ -100,6 +114,11 @@ def _copy(source_top: str, target_top: str, entries: Sequence[str], what: str, r
             if stat.S_ISSOCK(found.mode):
                 continue
             other = copied.get(path)
-            same = other is not None and stat.S_IFMT(other.mode) == stat.S_IFMT(found.mode)
-            if not same or (stat.S_ISREG(found.mode) and other is not None and other.size != found.size):
+            whole = other is not None and stat.S_IFMT(other.mode) == stat.S_IFMT(found.mode)
+            if other is None or not whole or (stat.S_ISREG(found.mode) and other.size != found.size):
                 raise StorageError("was not copied whole", object=os.path.join(source_top, path))
+            if path and (other.mode, other.uid, other.gid) != (found.mode, found.uid, found.gid):
+                raise StorageError(
+                    f"its owner or mode can't be kept in {target_top}", object=os.path.join(source_top, path)
+                )
+        return made.warnings

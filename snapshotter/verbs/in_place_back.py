@@ -21,10 +21,12 @@ from snapshotter.verbs.in_place_work import Work
 
 def backward(work: Work) -> None:
     """The old state. Raises any of core.errors: nothing was changed if `work.turned` is still false."""
-    changed = work.begun("exchange") or work.begun("save")
+    whole = work.plan.way == "swap" or work.begun("start")
+    changed = work.begun("save") or (work.begun("exchange") and (whole or work.touched()))
     if work.journal.has("returned"):
         _let_run(work, bool((work.journal.last("undo") or {}).get("run_again")))
         return
+    work.require_set_aside()
     runs = changed and work.service is not None and work.service.running()
     before = work.journal.last("undo") or {}
     ran = work.begun("start") or bool(before.get("ran"))
@@ -45,8 +47,9 @@ def backward(work: Work) -> None:
             if work.plan.way == "copy" and (ran or work.moved()):
                 units = signing.into_old(work, units, ran=ran)
         except BaseException:
-            if not work.turned:
-                work.let_run(runs)  # nothing was changed yet
+            # Nothing was changed yet. On what is half old and half new nothing may be started: that stays masked.
+            if not work.turned and (work.begun("start") or not work.begun("exchange")):
+                work.let_run(runs or (not work.begun("start") and bool(work.plan.running)))
             raise
     work.turned = True
     if not before:
@@ -59,6 +62,9 @@ def backward(work: Work) -> None:
     _bring_back(work)
     for ground in work.plan.grounds:
         exchange.remove_empty([unit.aside for unit in units], ground.aside)
+        exchange.remove_empty([unit.staged for unit in units], ground.staged)
+    for path in (work.journal.last("above") or {"made": []})["made"]:
+        exchange.remove_empty([], path)
     work.note("returned")  # from here on what stands there is the old run's again, whatever it makes of it
     _let_run(work, run_again)
 
@@ -135,6 +141,7 @@ def discard(work: Work) -> list[str]:
     """Remove what was set aside; returns its names. The journal has it before the first of it goes: from then on, there
     is no way back but where a provider refuses, and has let go of nothing."""
     if not work.discarding:
+        work.require_set_aside()
         work.journal.append("discard")
     gone = _commit_swaps(work)
     units = work.units()
@@ -144,6 +151,8 @@ def discard(work: Work) -> list[str]:
     for record in work.journal.all("saving"):
         ground = next(g for g in work.plan.grounds if g.path == record["step"])
         exchange.remove(ground.aside, tuple(record["known"]))
+        if os.path.lexists(ground.aside):
+            raise StorageError("is not what was put there", object=ground.aside, cure="see what it is; remove it")
         gone.append(ground.aside)
     for ground in work.plan.grounds:
         exchange.remove_empty([unit.aside for unit in units], ground.aside)

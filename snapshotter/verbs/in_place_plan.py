@@ -246,6 +246,7 @@ def _plan(
     table = mounts.table()
     for root in roots:
         _refuse_read_only(root, table)
+    _refuse_unmounted(session, node, found, roots, table)
     service = service_of(node.unit, node.stop, node.start, node.status)
     running = service.running() if service else None
     if service is None:
@@ -385,6 +386,31 @@ def _refuse_read_only(root: str, table: list[Mount]) -> None:
             object=root,
             cure=f"look at why (dmesg), then: mount -o remount,rw {mount.path}; or restore elsewhere with --to",
         )
+
+
+def _refuse_unmounted(
+    session: Session, node: Node, found: SnapshotSet | None, roots: list[str], table: list[Mount]
+) -> None:
+    """Raise PreconditionError where a root was a mount point and nothing is mounted there (a disk that failed at boot):
+    what was restored would fill the disk below, and be hidden as soon as the right one is mounted again."""
+    expected = mounts.in_fstab()
+    for number, path in enumerate(roots):
+        if not os.path.isdir(path) or any(mount.path == os.path.realpath(path) for mount in table):
+            continue
+        missing = "a mount point in /etc/fstab" if os.path.realpath(path) in expected else ""
+        root = found.birth.roots[number] if found else None
+        if found and root and not root.inside and not missing:
+            member = found.birth.members[root.member]
+            provider = session.provider(member.provider, node, chosen=False)
+            volume = provider.claim(mount_at(path, table), path) if provider.traits.needs_host else None
+            elsewhere = volume is None or (volume.id != member.volume and not provider.traits.subvolumes_apart)
+            missing = f"the top of {member.volume}" if provider.traits.needs_host and elsewhere else ""
+        if missing:
+            raise PreconditionError(
+                f"is {missing}, and nothing is mounted there",
+                object=path,
+                cure=f"mount {path}; or restore it elsewhere with --to",
+            )
 
 
 def _live_identity(node: Node, profile: Profile, path: str, roots: list[str], choice: str) -> identity.Identity | None:

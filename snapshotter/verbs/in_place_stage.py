@@ -62,17 +62,18 @@ def views(session: Session, plan: Plan, found: SnapshotSet, attachment_id: str) 
             made[root.member] = place
         yield {root.path: os.path.join(made[root.member], root.inside).rstrip("/") for root in found.birth.roots}
     finally:
-        forget(session, attachment_id)
+        forget(session, attachment_id, list(holding))
 
 
-def forget(session: Session, attachment_id: str) -> None:
-    """End an attachment of `views`, also one of a killed run. Absent is done."""
+def forget(session: Session, attachment_id: str, names: Sequence[str]) -> None:
+    """End an attachment of `views`, also one of a killed run, by the providers of these names: no other can have made
+    it, and one that can't be asked now is no matter. Absent is done."""
     staging = staging_directory()
     ours = [os.path.join(staging, name) for name in os.listdir(staging) if name.startswith(attachment_id)]
     for place in ours:
         mounts.unmount(os.path.realpath(place))
     for provider in session.everywhere()[0]:
-        if any(each.id == attachment_id for each in provider.attachments()):
+        if provider.name in names and any(each.id == attachment_id for each in provider.attachments()):
             provider.detach(attachment_id)
     for place in ours:
         if os.path.isdir(place):
@@ -113,20 +114,29 @@ def names_of(plan: Plan, profile: Profile, seen: Mapping[str, str]) -> dict[str,
     live = [(root, root) for root in plan.roots] if os.path.isdir(plan.path) else []
     chosen: dict[str, list[str] | None] = {}
     for places in filter(None, [live, image_places(plan, seen)]):
-        for pattern in patterns:
-            for name in files.expand(places, pattern):
-                production = _meant(plan, places, name)
-                ground = ground_of(plan, production)
-                entry = os.path.relpath(production, ground.path)
-                if entry == ".":
-                    chosen[ground.path] = None
-                elif (names := chosen.setdefault(ground.path, [])) is not None and entry not in names:
-                    names.append(entry)
+        meant = [_meant(plan, places, name) for pattern in patterns for name in files.expand(places, pattern)]
+        for production in [*meant, *key_files(plan, places)]:
+            ground = ground_of(plan, production)
+            entry = os.path.relpath(production, ground.path)
+            if entry == ".":
+                chosen[ground.path] = None
+            elif (names := chosen.setdefault(ground.path, [])) is not None and entry not in names:
+                names.append(entry)
     for path, names in chosen.items():
         # One inside another goes with it.
         if names is not None:
             chosen[path] = sorted(n for n in names if not any(n != m and is_under("/" + n, "/" + m) for m in names))
     return chosen
+
+
+def key_files(plan: Plan, places: Places) -> list[str]:
+    """The key that the config says lies elsewhere than its profile does, by its path in production; none if that isn't
+    in these places, or isn't asked for."""
+    if plan.only != "key" or not plan.node.key_file:
+        return []
+    key = os.path.realpath(plan.node.key_file)
+    path = files.here(places, key)
+    return [key] if files.held(places, path) and os.path.lexists(path) else []
 
 
 def _meant(plan: Plan, places: Places, name: str) -> str:

@@ -24,6 +24,7 @@ from snapshotter import checks
 from snapshotter.core.errors import JudgedBadError, NotFoundError, SnapshotterError
 from snapshotter.core.model import new_attachment_id, utc_now
 from snapshotter.host import exchange, tree
+from snapshotter.host.mounts import is_under
 from snapshotter.host.store import told
 from snapshotter.nodes import health, identity
 from snapshotter.verbs import in_place_away as away
@@ -72,9 +73,11 @@ def stage(work: Work) -> None:
         _make_ready(work, {})
         return
     attachment_id = new_attachment_id(utc_now())
-    work.journal.append("attachment", id=attachment_id)
+    providers = sorted({member.provider for member in work.found().birth.members})
+    work.journal.append("attachment", id=attachment_id, providers=providers)
     with staging.views(work.session, plan, work.found(), attachment_id) as seen:
         _make_ready(work, seen)
+    work.journal.append("detached", id=attachment_id)
 
 
 def _make_ready(work: Work, seen: dict[str, str]) -> None:
@@ -82,7 +85,8 @@ def _make_ready(work: Work, seen: dict[str, str]) -> None:
     names = staging.names_of(plan, profile, seen)
     wanted = {"key": profile.identity, "database": profile.database}.get(plan.only, ()) if seen else ()
     image = staging.image_places(plan, seen)
-    if not names or (wanted and not any(staging.there(image, pattern) for pattern in wanted)):
+    in_it = [pattern for pattern in wanted if staging.there(image, pattern)] or staging.key_files(plan, image)
+    if not names or (wanted and not in_it):
         what = "is no database" if plan.only == "database" else "are no keys"
         raise NotFoundError(f"there {what} in it", object=plan.set_id or plan.path)
     work.journal.append("names", names=dict(names))
@@ -132,7 +136,8 @@ def save(work: Work) -> None:
             os.mkdir(ground.aside, 0o700)
             work.journal.append("saving", step=ground.path, known=exchange.known(ground.aside))
             away.save(ground, entries, work.session.report)
-            work.journal.append("saved", step=ground.path, entries=entries)
+            there = sorted(os.listdir(ground.aside))
+            work.journal.append("saved", step=ground.path, entries=entries, there=there)
             work.journal.append("removing", step=ground.path)
         else:
             signing.into_copy(work, ground)
@@ -148,7 +153,10 @@ def keep(work: Work) -> None:
         _identity(work)
     signing.into_staged(work)
     staging.dress(plan, work.staged_places(), profile, work.names())
-    work.journal.append("units", units=msgspec.to_builtins(staging.units_of(plan, work.names())))
+    units = staging.units_of(plan, work.names())
+    above = sorted({path for unit in units for path in exchange.missing_above(unit.place)}, key=len, reverse=True)
+    work.journal.append("units", units=msgspec.to_builtins(units))
+    work.journal.append("above", made=[path for path in above if any(is_under(path, root) for root in plan.roots)])
     for ground in plan.grounds:
         if os.path.isdir(ground.staged):
             _sync(ground.staged)
@@ -161,14 +169,30 @@ def _identity(work: Work) -> None:
     new = staging.staged_of(plan, plan.path)
     ours, theirs = plan.outside(dict(work.staged_places())), plan.outside()
     if plan.identity == "live":
-        identity.carry(live, new, profile, production=plan.path, source_roots=theirs, into_roots=ours)
+        _carry_identity(work, live, new)
+        found = identity.read(new, profile, plan.node.key_file, production=plan.path, roots=ours)
+        if plan.address and (found is None or found.address != plan.address):
+            raise different(plan.address, found.address if found else "nobody", plan.set_id)
         return
     found = identity.read(new, profile, plan.node.key_file, production=plan.path, roots=ours)
     mine = identity.read(live, profile, plan.node.key_file, production=plan.path, roots=theirs)
     if mine is not None and found is not None and not mine.same_as(found):
         raise different(mine.address, found.address, plan.set_id)
     if mine is not None and found is None and not plan.only:
-        identity.carry(live, new, profile, production=plan.path, source_roots=theirs, into_roots=ours)
+        _carry_identity(work, live, new)
+
+
+def _carry_identity(work: Work, live: str, new: str) -> None:
+    plan = work.plan
+    identity.carry(
+        live,
+        new,
+        work.profile,
+        plan.node.key_file,
+        production=plan.path,
+        source_roots=plan.outside(),
+        into_roots=plan.outside(dict(work.staged_places())),
+    )
 
 
 def exchange_places(work: Work) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import tempfile
 import time
 
 from msgspec import Struct
@@ -144,6 +145,8 @@ def grounds_of(
             into = _aside_directory(aside, roots)
             put = os.path.join(into, f"{os.path.basename(beside)}.corrupted-{stamp}" + (f"-{number}" if number else ""))
             away = not _one_file_system(into, root, fixed, table)
+            if away:
+                _refuse_lossy(into)
         if os.path.lexists(put):
             put = f"{put}-{token}"  # another restore of this second
         member, inside = (found.birth.roots[number].member, found.birth.roots[number].inside) if found else (0, "")
@@ -169,6 +172,28 @@ def _aside_directory(given: str, roots: list[str]) -> str:
         if is_under(into, root):
             raise UsageError(f"lies in {root}, which is restored", object=given, cure="name another for --aside")
     return into
+
+
+def _refuse_lossy(into: str) -> None:
+    """Raise PreconditionError unless files there keep their owner and mode (vfat's don't, nor root's on NFS): they come
+    back from there, and keys are among them."""
+    root = os.geteuid() == 0
+    wanted = (65534, 65534, 0o600) if root else (os.geteuid(), os.getegid(), 0o600)
+    try:
+        with tempfile.TemporaryFile(dir=into) as file:
+            os.fchmod(file.fileno(), 0o600)
+            if root:
+                os.fchown(file.fileno(), *wanted[:2])
+            found = os.fstat(file.fileno())
+            kept = (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == wanted
+    except OSError:
+        kept = False
+    if not kept:
+        raise PreconditionError(
+            "can't keep the owners and modes of what is set aside there",
+            object=into,
+            cure="name a directory on ext4, XFS or the like for --aside",
+        )
 
 
 def _one_file_system(into: str, root: str, fixed: bool, table: list[Mount]) -> bool:

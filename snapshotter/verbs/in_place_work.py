@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from snapshotter.core.errors import NotFoundError, SnapshotterError, StorageError
+from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.journal import Journal
 from snapshotter.core.model import SnapshotSet
 from snapshotter.host import exchange
@@ -137,6 +137,26 @@ class Work:
         gone = [unit for unit in units if unit.new is None and exchange.known(unit.place) is None]
         return len(there) + len(gone) == len(units) and bool(units) if all_of_them else bool(there or gone)
 
+    def touched(self) -> bool:
+        """Whether anything has left its place: also half way, where old and new change places in two steps."""
+        return any(exchange.known(unit.place) != unit.old for unit in self.units())
+
+    def require_set_aside(self) -> None:
+        """Raise PreconditionError where the old data lies on another disk alone, and that isn't mounted: nothing there
+        must not be taken for nothing that there was."""
+        for ground in self.plan.grounds:
+            saved = self.journal.last("saved", ground.path)
+            removed = self.journal.last("removing", ground.path) is not None
+            if saved is None or not removed or self.brought_back(ground):
+                continue
+            there = [os.path.join(ground.aside, name) for name in saved["there"]]
+            if not os.path.isdir(ground.aside) or (there and not any(map(os.path.lexists, there))):
+                raise PreconditionError(
+                    "what was set aside isn't there, and it is all there is of the old data",
+                    object=ground.aside,
+                    cure="mount its disk, then the same again",
+                )
+
     def may_have_run(self) -> bool:
         """Whether the node may have run on new content before it was meant to: some of that stands in its place, and
         something has started it, or could have: the machine was started anew, and a service that can't be masked (so
@@ -179,8 +199,14 @@ class Work:
 
     def unstage(self) -> None:
         """What was made ready, or was being, goes. Absent is done."""
+        ended = {record["id"] for record in self.journal.all("detached")}
         for record in self.journal.all("attachment"):
-            staging.forget(self.session, record["id"])
+            if record["id"] in ended:
+                continue
+            try:
+                staging.forget(self.session, record["id"], record["providers"])
+            except SnapshotterError as error:  # no reason to leave a node stopped: it holds nothing of ours
+                self.notes.append(f"what the set was read by stays until `snapshotter reap`: {error.line()}")
         for record in self.journal.all("staged"):
             exchange.remove(record["path"], tuple(record["known"]))
         for ground in self.plan.grounds:

@@ -22,13 +22,18 @@ _PATIENCE_S = 150.0
 
 def counts(found: SnapshotSet) -> bool:
     """Whether this set, of a slot, is its backup: good, or likely to be when the store is done or can be asked."""
-    waiting = found.state in (State.PENDING, State.UNKNOWN) and found.grade is not Grade.SKEWED and not found.corrupt
+    waiting = (
+        found.state in (State.PENDING, State.UNKNOWN)
+        and found.sealed
+        and found.grade is not Grade.SKEWED
+        and not found.corrupt
+    )
     return found.good or waiting
 
 
 def being_made(found: SnapshotSet) -> bool:
     """Whether its maker may still live."""
-    return found.state is State.INCOMPLETE and utc_now() <= found.birth.deadline
+    return found.state in (State.INCOMPLETE, State.UNKNOWN) and not found.sealed and utc_now() <= found.birth.deadline
 
 
 def refuse_taken(session: Session, plan: Plan) -> None:

@@ -117,3 +117,20 @@ def test_what_is_stale_is_never_looked_for_in_production(tmp_path: Path) -> None
     assert (live / "run" / "node.pid").exists() and (live / "data" / "node.pid").exists()
     assert (tmp_path / "else" / "other.pid").exists()
     assert not (made / "run" / "node.pid").exists() and not (made / "data" / "node.pid").exists()
+
+
+def test_only_the_key_where_the_directory_above_it_is_gone_too(geth: Geth) -> None:
+    """It is made as it was in the set, the node's own, and an undo leaves none of it."""
+    (geth.data / "geth").unlink()
+    geth.fast.rename(geth.data / "geth")
+    if os.geteuid() == 0:
+        os.chown(geth.data / "geth", 65534, 65534)
+    ok(geth, "take", "ours")
+    like = (geth.data / "geth").stat()
+    (geth.data / "geth").rename(geth.place / "lost")
+    ok(geth, "restore", "latest", "--in-place", "--only", "key", "--yes")
+    made = (geth.data / "geth").stat()
+    assert (made.st_uid, made.st_gid, made.st_mode) == (like.st_uid, like.st_gid, like.st_mode)
+    assert (geth.data / "geth" / "nodekey").read_text() == KEY[2:]
+    ok(geth, "restore", "--undo", "ours")
+    assert not (geth.data / "geth").exists()

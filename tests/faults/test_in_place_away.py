@@ -1,0 +1,111 @@
+"""The old data set aside on another disk: what if that isn't mounted when it is asked for, or can't keep what is put
+there. Nothing there is never taken for nothing that there was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from snapshotter.verbs import in_place_ways as ways
+from tests.faults.in_place_kit import Story, journals, ok, point, run_here, story
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Story]:
+    with story("away", tmp_path) as made:
+        made.begin(blocks=20)
+        made.run_and_damage()
+        yield made
+
+
+def restore(node: Story) -> tuple[str, ...]:
+    return ("restore", node.set_id, *node.in_place)
+
+
+@contextmanager
+def not_mounted(node: Story) -> Iterator[None]:
+    """As after a boot without it in fstab."""
+    assert node.aside
+    mounted = subprocess.run(
+        ["findmnt", "-no", "SOURCE", str(node.aside)], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    subprocess.run(["umount", str(node.aside)], check=True)
+    try:
+        yield
+        assert os.listdir(node.aside) == [], "something was made where the disk should be"
+    finally:
+        subprocess.run(["mount", mounted, str(node.aside)], check=True)
+
+
+def test_its_disk_is_not_mounted_when_it_is_undone_or_discarded(node: Story) -> None:
+    ok(node, *restore(node))
+    with not_mounted(node):
+        for words in (("--undo", "ours"), ("--discard", "ours", "--yes")):
+            error = ok(node, "restore", *words, code=3)
+            assert "mount" in error["cure"] and str(node.aside) in error["object"]
+            assert node.restored() and node.service.running() and journals(node)
+    ok(node, "restore", "--undo", "ours")
+    assert node.as_it_was() and node.service.running() and not node.leftovers()
+
+
+def test_its_disk_is_not_mounted_when_it_goes_on(node: Story) -> None:
+    """Killed when the old data had gone there, and nothing stands in its place yet."""
+    calls = run_here(node.command, *restore(node))[2]
+    ok(node, "restore", "--undo", "ours")
+    at = point(calls, "before-Mirror.update", calls.count("before-Mirror.update"))  # the set's, behind the old data's
+    assert run_here(node.command, *restore(node), kill_at=at)[0] == -signal.SIGKILL
+    with not_mounted(node):
+        ok(node, "restore", "--continue", "ours", code=3)
+        ok(node, "restore", "--undo", "ours", code=3)
+        assert journals(node)
+    ok(node, "restore", "--continue", "ours")
+    assert node.restored() and node.service.running()
+
+
+def test_a_disk_that_keeps_no_owners_is_refused(node: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vfat, or root's files on NFS: there, a key would be anybody's to read, and come back as nobody's."""
+
+    def patch() -> None:
+        def fchown(*_: object) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        ways.os.fchown = fchown  # type: ignore[assignment]
+
+    error = ok(node, *restore(node), code=3, before=patch)
+    assert "owners" in error["message"] and error["object"] == str(node.aside)
+    assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
+
+
+def test_a_copy_that_has_lost_the_owner_is_none(node: Story) -> None:
+    def patch() -> None:
+        from snapshotter.host.mirror import Mirror
+
+        finish = Mirror.finish
+
+        def lossy(self: Mirror, now: object) -> None:
+            finish(self, now)  # type: ignore[arg-type]
+            os.chmod("key", 0o644, dir_fd=self.target.top)
+
+        Mirror.finish = lossy  # type: ignore[assignment,method-assign]
+
+    error = ok(node, *restore(node), code=6, before=patch)
+    assert "owner or mode" in error["message"]
+    assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
+
+
+def test_what_could_not_be_removed_afterwards_is_said_first(node: Story) -> None:
+    subprocess.run(["chattr", "+i", str(node.data / "key")], check=True)
+    try:
+        error = ok(node, *restore(node), code=3)
+        assert "immutable" in error["message"] and error["object"].endswith("/key") and "chattr" in error["cure"]
+        assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
+    finally:
+        subprocess.run(["chattr", "-i", str(node.data / "key")], check=True)
