@@ -120,9 +120,12 @@ def where_new(unit: Unit) -> str | None:
 def back(unit: Unit, *, ran: bool) -> None:
     """The old one stands in its place again; what stood there is at `staged` or `aside` (`remove_new`). `ran`: the node
     ran on the new one, and may have made it anew by a rename, as programs do with small files: then whatever is there
-    is its. Raises BusyError (something else stands there), StorageError, OSError."""
+    is its. Where there was no old one, a directory that isn't the new one is nobody's to remove: it may be a disk's.
+    Raises BusyError (something else stands there), StorageError, OSError."""
     here = known(unit.place)
     if unit.old is None:
+        if here is not None and here != unit.new and ran and stat.S_ISDIR(os.lstat(unit.place).st_mode):
+            raise _foreign(unit.place)
         if here is not None and (ran or here == unit.new):
             if os.path.lexists(unit.staged):
                 raise _foreign(unit.staged)

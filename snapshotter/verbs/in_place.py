@@ -23,6 +23,7 @@ from snapshotter.core.errors import (
 from snapshotter.core.interrupts import deferred
 from snapshotter.core.journal import Journal, names
 from snapshotter.core.model import utc_now
+from snapshotter.host import mounts
 from snapshotter.host.locks import Locks
 from snapshotter.host.places import boot_id, private_directory
 from snapshotter.host.store import told
@@ -65,7 +66,10 @@ def _begin(session: Session, plan: Plan) -> Work:
     private_directory(open_restores.directory(session))
     seen = health.look(plan.node) if plan.running else None
     where = open_restores.path_of(session, plan.target)
-    journal = Journal.create(where, id=plan.id, path=plan.path, boot=boot_id(), plan=planning.dump(plan))
+    paths = [path for ground in plan.grounds for path in (ground.path, ground.aside)]
+    points = {path: mounts.mount_of(os.path.realpath(path)).path for path in paths}
+    facts = {"path": plan.path, "boot": boot_id(), "mounts": points, "plan": planning.dump(plan)}
+    journal = Journal.create(where, id=plan.id, **facts)
     try:
         work = Work(session, plan, journal)
         if seen is not None:
@@ -143,6 +147,7 @@ def go_on(session: Session, target: str | None) -> dict[str, Any]:
     """--continue: to the end, whichever way it was going. Raises NotFoundError (there is none), Unhealthy,
     PreconditionError (the node may have run on a mix of old and new, so the end would be none of both)."""
     with _open(session, target) as work:
+        work.require_disks()
         if work.turned:
             _back(work, None)
             return _document(work, "undone")
@@ -155,7 +160,6 @@ def go_on(session: Session, target: str | None) -> dict[str, Any]:
                     object=work.plan.path,
                     cure=f"snapshotter restore --undo {work.plan.path}, then restore it again",
                 )
-            work.require_set_aside()
             _drive(work)
         elif done["healthy"] is False:
             healthy(work)  # it may have found its peers by now

@@ -24,7 +24,7 @@ def save(ground: Ground, entries: Sequence[str], report: Report) -> None:
     with told(ground.path), tree.open_tree(ground.path) as top:
 
         def can_go(at: int, name: str, path: str, _: os.stat_result) -> None:
-            if tree.locked(at, name):
+            if _chosen(path, entries) and tree.locked(at, name):
                 raise PreconditionError(
                     "can't be moved: it is immutable or append-only",
                     object=os.path.join(ground.path, path),
@@ -79,17 +79,17 @@ def _remove_tree(path: str) -> None:
         exchange.remove(path, known)
 
 
+def _chosen(path: str, entries: Sequence[str]) -> bool:
+    """Whether it is one of the entries, or below or above one."""
+    tops = [f"/{entry}" for entry in entries]
+    return "" in entries or any(is_under(f"/{path}", top) or is_under(top, f"/{path}") for top in tops)
+
+
 def _copy(source_top: str, target_top: str, entries: Sequence[str], what: str, report: Report) -> list[str]:
     """Returns what could not be kept of it."""
     with told(target_top), tree.open_tree(source_top) as source, tree.open_tree(target_top) as target:
         now = tree.walk(source)
-        if "" not in entries:
-            tops = [f"/{entry}" for entry in entries]
-            now = {
-                path: found
-                for path, found in now.items()
-                if any(is_under(f"/{path}", top) or is_under(top, f"/{path}".rstrip("/") or "/") for top in tops)
-            }
+        now = {path: found for path, found in now.items() if _chosen(path, entries)}
         total = sum(found.size for found in now.values() if stat.S_ISREG(found.mode))
         done = 0
 

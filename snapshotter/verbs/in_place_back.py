@@ -21,12 +21,13 @@ from snapshotter.verbs.in_place_work import Work
 
 def backward(work: Work) -> None:
     """The old state. Raises any of core.errors: nothing was changed if `work.turned` is still false."""
-    whole = work.plan.way == "swap" or work.begun("start")
-    changed = work.begun("save") or (work.begun("exchange") and (whole or work.touched()))
+    work.require_disks()
+    appeared = [unit for unit in work.units() if unit.old is None and exchange.known(unit.place) is not None]
+    touched = work.begun("exchange") and (bool(appeared) or work.touched())
+    changed = work.begun("save") or touched or work.begun("start") or work.turned
     if work.journal.has("returned"):
         _let_run(work, bool((work.journal.last("undo") or {}).get("run_again")))
         return
-    work.require_set_aside()
     runs = changed and work.service is not None and work.service.running()
     before = work.journal.last("undo") or {}
     ran = work.begun("start") or bool(before.get("ran"))
@@ -47,9 +48,12 @@ def backward(work: Work) -> None:
             if work.plan.way == "copy" and (ran or work.moved()):
                 units = signing.into_old(work, units, ran=ran)
         except BaseException:
-            # Nothing was changed yet. On what is half old and half new nothing may be started: that stays masked.
-            if not work.turned and (work.begun("start") or not work.begun("exchange")):
-                work.let_run(runs or (not work.begun("start") and bool(work.plan.running)))
+            # Nothing was changed yet. On what is half old and half new, or gone, nothing may be started: that stays
+            # masked.
+            if not work.turned and work.begun("start"):
+                work.let_run(runs)
+            elif not work.turned and not touched and not work.removed():
+                work.let_run(runs or bool(work.plan.running))
             raise
     work.turned = True
     if not before:
@@ -140,20 +144,21 @@ def _bring_back(work: Work) -> None:
 def discard(work: Work) -> list[str]:
     """Remove what was set aside; returns its names. The journal has it before the first of it goes: from then on, there
     is no way back but where a provider refuses, and has let go of nothing."""
+    work.require_disks()
     if not work.discarding:
-        work.require_set_aside()
         work.journal.append("discard")
     gone = _commit_swaps(work)
     units = work.units()
     for unit in units:
         with told(unit.aside):
             exchange.remove_old(unit)
-    for record in work.journal.all("saving"):
-        ground = next(g for g in work.plan.grounds if g.path == record["step"])
-        exchange.remove(ground.aside, tuple(record["known"]))
-        if os.path.lexists(ground.aside):
+    for ground in work.plan.grounds:
+        saved = [tuple(record["known"]) for record in work.journal.all("saving", ground.path)]
+        for one in saved:
+            exchange.remove(ground.aside, one)
+        if saved and os.path.lexists(ground.aside):
             raise StorageError("is not what was put there", object=ground.aside, cure="see what it is; remove it")
-        gone.append(ground.aside)
+        gone += [ground.aside] if saved else []
     for ground in work.plan.grounds:
         exchange.remove_empty([unit.aside for unit in units], ground.aside)
         if os.path.lexists(ground.aside) and any(u.aside.startswith(ground.aside) for u in units):

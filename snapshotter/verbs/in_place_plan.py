@@ -17,7 +17,7 @@ from snapshotter.core.errors import (
     PreconditionError,
     SnapshotterError,
 )
-from snapshotter.core.model import Birth, SnapshotSet, compact_time
+from snapshotter.core.model import Birth, Member, SnapshotSet, compact_time
 from snapshotter.host import mounts, processes
 from snapshotter.host.mounts import Mount, is_under
 from snapshotter.host.places import private_directory
@@ -246,7 +246,7 @@ def _plan(
     table = mounts.table()
     for root in roots:
         _refuse_read_only(root, table)
-    _refuse_unmounted(session, node, found, roots, table)
+    _refuse_unmounted(session, node, found, roots, from_host, table)
     service = service_of(node.unit, node.stop, node.start, node.status)
     running = service.running() if service else None
     if service is None:
@@ -389,28 +389,34 @@ def _refuse_read_only(root: str, table: list[Mount]) -> None:
 
 
 def _refuse_unmounted(
-    session: Session, node: Node, found: SnapshotSet | None, roots: list[str], table: list[Mount]
+    session: Session, node: Node, found: SnapshotSet | None, roots: list[str], from_host: bool, table: list[Mount]
 ) -> None:
-    """Raise PreconditionError where a root was a mount point and nothing is mounted there (a disk that failed at boot):
-    what was restored would fill the disk below, and be hidden as soon as the right one is mounted again."""
-    expected = mounts.in_fstab()
+    """Raise PreconditionError where a root lies on a disk that isn't mounted (it failed at boot): what was restored
+    would fill the disk below, and be hidden as soon as the right one is mounted again."""
+    mounted = {mount.path for mount in table}
+    awaited = sorted(mounts.in_fstab() - mounted)
     for number, path in enumerate(roots):
-        if not os.path.isdir(path) or any(mount.path == os.path.realpath(path) for mount in table):
-            continue
-        missing = "a mount point in /etc/fstab" if os.path.realpath(path) in expected else ""
-        root = found.birth.roots[number] if found else None
-        if found and root and not root.inside and not missing:
-            member = found.birth.members[root.member]
-            provider = session.provider(member.provider, node, chosen=False)
-            volume = provider.claim(mount_at(path, table), path) if provider.traits.needs_host else None
-            elsewhere = volume is None or (volume.id != member.volume and not provider.traits.subvolumes_apart)
-            missing = f"the top of {member.volume}" if provider.traits.needs_host and elsewhere else ""
+        place = os.path.realpath(path)
+        missing = next((point for point in awaited if mounts.is_under(place, point)), "")
+        if not missing and found and not from_host and not found.birth.roots[number].inside and os.path.isdir(place):
+            member = found.birth.members[found.birth.roots[number].member]
+            if place not in mounted and _lies_elsewhere(session, node, member, place, table):
+                missing = place
         if missing:
             raise PreconditionError(
-                f"is {missing}, and nothing is mounted there",
+                f"nothing is mounted at {missing}, where its disk was",
                 object=path,
-                cure=f"mount {path}; or restore it elsewhere with --to",
+                cure=f"mount {missing}; or restore it elsewhere with --to",
             )
+
+
+def _lies_elsewhere(session: Session, node: Node, member: Member, place: str, table: list[Mount]) -> bool:
+    """Whether the volume whose top was mounted here is on this host, and this is another's file system."""
+    provider = session.provider(member.provider, node, chosen=False)
+    if not provider.traits.needs_host or provider.traits.subvolumes_apart or not provider.sees(member.volume):
+        return False
+    volume = provider.claim(mount_at(place, table), place)
+    return volume is None or volume.id != member.volume
 
 
 def _live_identity(node: Node, profile: Profile, path: str, roots: list[str], choice: str) -> identity.Identity | None:

@@ -65,15 +65,16 @@ def views(session: Session, plan: Plan, found: SnapshotSet, attachment_id: str) 
         forget(session, attachment_id, list(holding))
 
 
-def forget(session: Session, attachment_id: str, names: Sequence[str]) -> None:
+def forget(session: Session, attachment_id: str, names: Sequence[str] | None) -> None:
     """End an attachment of `views`, also one of a killed run, by the providers of these names: no other can have made
-    it, and one that can't be asked now is no matter. Absent is done."""
+    it, and one that can't be asked now is no matter. None: by all. Absent is done."""
     staging = staging_directory()
     ours = [os.path.join(staging, name) for name in os.listdir(staging) if name.startswith(attachment_id)]
     for place in ours:
         mounts.unmount(os.path.realpath(place))
-    for provider in session.everywhere()[0]:
-        if provider.name in names and any(each.id == attachment_id for each in provider.attachments()):
+    asked = [provider for provider in session.everywhere()[0] if names is None or provider.name in names]
+    for provider in asked:
+        if any(each.id == attachment_id for each in provider.attachments()):
             provider.detach(attachment_id)
     for place in ours:
         if os.path.isdir(place):

@@ -47,7 +47,7 @@ def forward(work: Work) -> None:
         again = name in ("stop", "keep", "exchange") and not work.begun("start")
         if work.journal.last("done", name) is not None and not (again and work.begun(name)):
             continue
-        if name == "keep" and work.moved():
+        if name == "keep" and work.touched():
             continue
         work.journal.begin(name)
         STEPS[name](work)
@@ -83,9 +83,12 @@ def stage(work: Work) -> None:
 def _make_ready(work: Work, seen: dict[str, str]) -> None:
     plan, profile = work.plan, work.profile
     names = staging.names_of(plan, profile, seen)
+    live = [(root, root) for root in plan.roots]
     wanted = {"key": profile.identity, "database": profile.database}.get(plan.only, ()) if seen else ()
     image = staging.image_places(plan, seen)
-    in_it = [pattern for pattern in wanted if staging.there(image, pattern)] or staging.key_files(plan, image)
+    in_it = staging.key_files(plan, image)
+    if not staging.key_files(plan, live):
+        in_it = in_it or [pattern for pattern in wanted if staging.there(image, pattern)]
     if not names or (wanted and not in_it):
         what = "is no database" if plan.only == "database" else "are no keys"
         raise NotFoundError(f"there {what} in it", object=plan.set_id or plan.path)
@@ -167,7 +170,7 @@ def _identity(work: Work) -> None:
     if plan.identity == "set" or not os.path.isdir(live):
         return
     new = staging.staged_of(plan, plan.path)
-    ours, theirs = plan.outside(dict(work.staged_places())), plan.outside()
+    ours, theirs = plan.outside(dict(work.staged_places())), plan.outside(work.saved_roots())
     if plan.identity == "live":
         _carry_identity(work, live, new)
         found = identity.read(new, profile, plan.node.key_file, production=plan.path, roots=ours)
@@ -190,7 +193,7 @@ def _carry_identity(work: Work, live: str, new: str) -> None:
         work.profile,
         plan.node.key_file,
         production=plan.path,
-        source_roots=plan.outside(),
+        source_roots=plan.outside(work.saved_roots()),
         into_roots=plan.outside(dict(work.staged_places())),
     )
 

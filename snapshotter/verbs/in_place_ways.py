@@ -178,14 +178,13 @@ def _refuse_lossy(into: str) -> None:
     """Raise PreconditionError unless files there keep their owner and mode (vfat's don't, nor root's on NFS): they come
     back from there, and keys are among them."""
     root = os.geteuid() == 0
-    wanted = (65534, 65534, 0o600) if root else (os.geteuid(), os.getegid(), 0o600)
+    wanted = (65534, 65534) if root else (os.geteuid(), os.getegid())
     try:
         with tempfile.TemporaryFile(dir=into) as file:
             os.fchmod(file.fileno(), 0o600)
-            if root:
-                os.fchown(file.fileno(), *wanted[:2])
+            os.fchown(file.fileno(), *wanted)
             found = os.fstat(file.fileno())
-            kept = (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == wanted
+            kept = (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (*wanted, 0o600)
     except OSError:
         kept = False
     if not kept:

@@ -15,7 +15,7 @@ import msgspec
 from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.journal import Journal
 from snapshotter.core.model import SnapshotSet
-from snapshotter.host import exchange
+from snapshotter.host import exchange, mounts
 from snapshotter.host.exchange import Unit
 from snapshotter.host.places import boot_id
 from snapshotter.host.service import prove_stopped
@@ -25,6 +25,8 @@ from snapshotter.verbs.in_place_plan import Plan
 from snapshotter.verbs.in_place_ways import Ground
 from snapshotter.verbs.restore import judge
 from snapshotter.verbs.session import Session
+
+_AGAIN = "mount {}, then the same again"
 
 
 class Work:
@@ -138,24 +140,49 @@ class Work:
         return len(there) + len(gone) == len(units) and bool(units) if all_of_them else bool(there or gone)
 
     def touched(self) -> bool:
-        """Whether anything has left its place: also half way, where old and new change places in two steps."""
-        return any(exchange.known(unit.place) != unit.old for unit in self.units())
+        """Whether anything of the old or the new has left its place: also half way, where they change places in two
+        steps. (An entry that the old run has made anew meanwhile has not.)"""
+        if self.plan.way == "swap":
+            swaps = [(self.session.provider(s.provider, self.plan.node, chosen=False), s) for s in self.plan.swaps]
+            away = any(swap.mount and not mounts.is_mount_point(swap.path) for _, swap in swaps)
+            return away or any(swap.swap_id in provider.swaps() for provider, swap in swaps)
+        units = self.units()
+        left = any(exchange.where_old(unit) not in (None, unit.place) for unit in units)
+        return left or any(exchange.where_new(unit) not in (None, unit.staged) for unit in units)
 
-    def require_set_aside(self) -> None:
-        """Raise PreconditionError where the old data lies on another disk alone, and that isn't mounted: nothing there
-        must not be taken for nothing that there was."""
+    def removed(self) -> bool:
+        """Whether old data is only where it was copied to, on another disk."""
+        return any(self.journal.last("removing", g.path) and not self.brought_back(g) for g in self.plan.grounds)
+
+    def require_disks(self) -> None:
+        """Raise PreconditionError where a disk that the data lay on, or was set aside on, isn't mounted now: nothing
+        there must not be taken for nothing that there was, nor may anything be put below it."""
+        for path, point in self.journal.facts.get("mounts", {}).items():
+            if mounts.mount_of(os.path.realpath(path)).path != point:
+                raise PreconditionError(
+                    f"nothing is mounted at {point}, where its disk was", object=path, cure=_AGAIN.format(point)
+                )
         for ground in self.plan.grounds:
             saved = self.journal.last("saved", ground.path)
-            removed = self.journal.last("removing", ground.path) is not None
-            if saved is None or not removed or self.brought_back(ground):
+            if saved is None or not self.journal.last("removing", ground.path) or self.brought_back(ground):
                 continue
-            there = [os.path.join(ground.aside, name) for name in saved["there"]]
-            if not os.path.isdir(ground.aside) or (there and not any(map(os.path.lexists, there))):
+            there = [os.path.join(ground.aside, name) for name in saved.get("there", ())]
+            if not self.discarding and (
+                not os.path.isdir(ground.aside) or (there and not any(map(os.path.lexists, there)))
+            ):
                 raise PreconditionError(
                     "what was set aside isn't there, and it is all there is of the old data",
                     object=ground.aside,
-                    cure="mount its disk, then the same again",
+                    cure=_AGAIN.format(os.path.dirname(ground.aside)),
                 )
+
+    def saved_roots(self) -> dict[str, str]:
+        """The grounds whose old data was copied to another disk -> where it is."""
+        return {
+            ground.path: ground.aside
+            for ground in self.plan.grounds
+            if self.journal.last("saved", ground.path) is not None and not self.brought_back(ground)
+        }
 
     def may_have_run(self) -> bool:
         """Whether the node may have run on new content before it was meant to: some of that stands in its place, and
@@ -204,7 +231,7 @@ class Work:
             if record["id"] in ended:
                 continue
             try:
-                staging.forget(self.session, record["id"], record["providers"])
+                staging.forget(self.session, record["id"], record.get("providers"))
             except SnapshotterError as error:  # no reason to leave a node stopped: it holds nothing of ours
                 self.notes.append(f"what the set was read by stays until `snapshotter reap`: {error.line()}")
         for record in self.journal.all("staged"):

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from snapshotter.core.errors import StorageError
 from snapshotter.nodes import health
@@ -281,6 +281,40 @@ def story(kind: str, tmp_path: Path, **how: Any) -> Iterator[Story]:
             yield made
         finally:
             made.service.end()
+
+
+def with_a_mask(node: Story) -> Callable[[], None]:
+    """The service as a unit is one: while the file is there it can't be started."""
+    flag = str(node.command.home / "masked")
+
+    def patch() -> None:
+        from snapshotter.host.service import Commands
+        from snapshotter.verbs import in_place_plan
+
+        class Unit(Commands, frozen=True):
+            can_mask: ClassVar[bool] = True
+
+            def start(self) -> None:
+                if os.path.exists(flag):
+                    raise StorageError("is masked", object=self.name)
+                super().start()
+
+            def masked(self) -> bool:
+                return os.path.exists(flag)
+
+            def mask(self) -> None:
+                open(flag, "w").close()
+
+            def unmask(self) -> None:
+                if os.path.exists(flag):
+                    os.unlink(flag)
+
+        def unit_of(_: object, *argvs: tuple[str, ...]) -> Unit:
+            return Unit(*argvs)
+
+        in_place_plan.service_of = unit_of
+
+    return patch
 
 
 # ---------------------------------------------------------------------------------------------------------- killing

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from snapshotter.core.errors import StorageError
+from snapshotter.host import mounts
 from snapshotter.verbs import in_place_ways as ways
-from tests.faults.in_place_kit import Story, journals, ok, point, run_here, story
+from tests.faults.in_place_kit import Story, journals, ok, point, run_here, story, with_a_mask
 
 pytestmark = pytest.mark.root
 
@@ -68,6 +70,64 @@ def test_its_disk_is_not_mounted_when_it_goes_on(node: Story) -> None:
         assert journals(node)
     ok(node, "restore", "--continue", "ours")
     assert node.restored() and node.service.running()
+
+
+def test_the_datas_own_disk_is_not_mounted_when_it_is_undone(node: Story) -> None:
+    """Brought back to the disk below it, the old data would be hidden by the next mount, and its copy gone."""
+    ok(node, *restore(node))
+    node.service.do("stop")
+    source = mounts.mount_of(str(node.place)).source
+    subprocess.run(["umount", str(node.place)], check=True)
+    try:
+        for words in (("--undo", "ours"), ("--discard", "ours", "--yes")):
+            error = ok(node, "restore", *words, code=3)
+            assert str(node.place) in error["cure"] and journals(node)
+        assert os.listdir(node.place) == []
+    finally:
+        subprocess.run(["mount", source, str(node.place)], check=True)
+    node.service.do("start")
+    ok(node, "restore", "--undo", "ours")
+    assert node.as_it_was() and not node.leftovers()
+
+
+def test_an_undo_that_is_refused_never_starts_the_node_on_nothing(node: Story) -> None:
+    """The old data has gone to the other disk, the copy of the set fails, and somebody looks at what was set aside."""
+    masked = node.command.home / "masked"
+    holder = node.command.home / "shell"
+
+    def patch() -> None:
+        with_a_mask(node)()
+        from snapshotter.verbs import in_place_stage
+
+        def fill(*_: object) -> list[str]:
+            assert node.aside
+            (aside,) = node.aside.glob("*.corrupted-*")
+            shell = subprocess.Popen(["sleep", "1000"], cwd=aside, start_new_session=True)
+            holder.write_text(str(shell.pid))
+            raise StorageError("the disk is full")
+
+        in_place_stage.fill = fill
+
+    key = (node.data / "key").read_text()
+    try:
+        ok(node, *restore(node), code=7, before=patch)
+        assert masked.exists() and not node.service.running() and not (node.data / "key").exists()
+    finally:
+        os.kill(int(holder.read_text()), signal.SIGKILL)
+    ok(node, "restore", "--undo", "ours", before=with_a_mask(node))
+    assert node.as_it_was() and (node.data / "key").read_text() == key
+    assert node.service.running() and not masked.exists() and not node.leftovers()
+
+
+def test_one_that_was_killed_as_it_set_aside_ends_in_a_discard_too(node: Story) -> None:
+    calls = run_here(node.command, *restore(node))[2]
+    ok(node, "restore", "--undo", "ours")
+    copies = [place for place, name in enumerate(calls, 1) if name == "before-Mirror.update"]
+    assert run_here(node.command, *restore(node), kill_at=copies[-2])[0] == -signal.SIGKILL
+    ok(node, "restore", "--continue", "ours")
+    assert node.restored()
+    ok(node, "restore", "--discard", "ours", "--yes")
+    assert node.restored() and not node.leftovers() and not journals(node)
 
 
 def test_a_disk_that_keeps_no_owners_is_refused(node: Story, monkeypatch: pytest.MonkeyPatch) -> None:

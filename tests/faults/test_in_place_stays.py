@@ -3,19 +3,19 @@ old and new stays stopped and masked. And who is asked: nobody who has nothing t
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
 from snapshotter.core.errors import StorageError
-from snapshotter.host import mounts
-from tests.faults.in_place_kit import Story, difference, journals, ok, picture, point, run_here, story
+from snapshotter.host import exchange, mounts
+from tests.faults.in_place_kit import Story, difference, journals, ok, picture, point, run_here, story, with_a_mask
 
 IN_PLACE = ("restore", "latest", "--in-place", "--yes")
 
@@ -31,40 +31,6 @@ def node(tmp_path: Path) -> Iterator[Story]:
 def restored(node: Story) -> bool:
     now = {name: what for name, what in picture(node.data).items() if ".corrupted-" not in name}
     return not difference(now, node.of_set)
-
-
-def with_a_mask(node: Story) -> Callable[[], None]:
-    """The service as a unit is one: while the file is there it can't be started."""
-    flag = str(node.command.home / "masked")
-
-    def patch() -> None:
-        from snapshotter.host.service import Commands
-        from snapshotter.verbs import in_place_plan
-
-        class Unit(Commands, frozen=True):
-            can_mask: ClassVar[bool] = True
-
-            def start(self) -> None:
-                if os.path.exists(flag):
-                    raise StorageError("is masked", object=self.name)
-                super().start()
-
-            def masked(self) -> bool:
-                return os.path.exists(flag)
-
-            def mask(self) -> None:
-                open(flag, "w").close()
-
-            def unmask(self) -> None:
-                if os.path.exists(flag):
-                    os.unlink(flag)
-
-        def unit_of(_: object, *argvs: tuple[str, ...]) -> Unit:
-            return Unit(*argvs)
-
-        in_place_plan.service_of = unit_of
-
-    return patch
 
 
 @pytest.mark.root
@@ -162,6 +128,113 @@ def test_a_disk_that_is_not_mounted_is_not_restored_beside(node: Story, tmp_path
     finally:
         subprocess.run(["mount", source, str(node.data)], check=True)
     assert node.as_it_was()
+
+
+@pytest.mark.root
+def test_nor_in_a_directory_of_it(tmp_path: Path) -> None:
+    """The commonest layout: /disk/node. And what has since come to stand there is nobody's to remove in an undo."""
+    with story("copy", tmp_path, extra=f'store = "{tmp_path}/store"\n') as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        node.service.do("stop")
+        fstab = tmp_path / "fstab"
+        fstab.write_text(f"UUID=2 {node.place} ext4 nofail 0 2\n")
+
+        def patch() -> None:
+            mounts.FSTAB = str(fstab)
+
+        node.data.rename(node.place / "real")  # as below a disk that isn't mounted: nothing is there
+        ok(node, *IN_PLACE, before=patch)
+        node.data.rename(node.place / "made")
+        (node.place / "real").rename(node.data)
+        ok(node, "restore", "--undo", "ours", code=7)
+        assert node.as_it_was(), "what stands there was never put there by the restore"
+        node.data.rename(node.place / "real")
+        (node.place / "made").rename(node.data)
+        ok(node, "restore", "--undo", "ours")
+        source = mounts.mount_of(str(node.place)).source
+        subprocess.run(["umount", str(node.place)], check=True)
+        try:
+            error = ok(node, *IN_PLACE, code=3, before=patch)
+            assert str(node.place) in error["cure"] and os.listdir(node.place) == []
+        finally:
+            subprocess.run(["mount", source, str(node.place)], check=True)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["copy", "entries"])
+def test_an_undo_that_was_killed_as_it_removed_the_new_leaves_none_of_it(tmp_path: Path, kind: str) -> None:
+    """Of a restore that had not come as far as the start."""
+    with story(kind, tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        calls = run_here(node.command, *IN_PLACE)[2]
+        ok(node, "restore", "--undo", "ours")
+        at = point(calls, "after-forward", calls.count("after-forward"))
+        assert run_here(node.command, *IN_PLACE, kill_at=at)[0] == -signal.SIGKILL
+        undoing = run_here(node.command, "restore", "--undo", "ours")[2]
+        assert node.as_it_was()
+        assert run_here(node.command, *IN_PLACE, kill_at=at)[0] == -signal.SIGKILL
+        removing = point(undoing, "before-remove")
+        assert run_here(node.command, "restore", "--undo", "ours", kill_at=removing)[0] == -signal.SIGKILL
+        ok(node, "restore", "--undo", "ours")
+        assert node.as_it_was() and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("way", ["--continue", "--undo"])
+def test_killed_between_the_two_renames_of_one_exchange(tmp_path: Path, way: str) -> None:
+    """Where a file system can't exchange two names in one step (OpenZFS 2.1), the place is empty for a moment."""
+
+    def patch() -> None:
+        exchange._NO_SUCH_FLAG.add(errno.ENOTTY)
+
+        def refused(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+
+        exchange.btrfs.rename = refused
+
+    with story("copy", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        calls = run_here(node.command, *IN_PLACE, before=patch)[2]
+        ok(node, "restore", "--undo", "ours", before=patch)
+        assert node.as_it_was()
+        between = next(
+            k for k, name in enumerate(calls, 1) if name == "after-move" and "before-_swap" in calls[k - 4 : k]
+        )
+        assert run_here(node.command, *IN_PLACE, kill_at=between, before=patch)[0] == -signal.SIGKILL
+        assert not node.data.exists()
+        ok(node, "restore", way, "ours", before=patch)
+        if way == "--continue":
+            assert node.restored()
+            ok(node, "restore", "--undo", "ours", before=patch)
+        assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
+def test_volumes_that_were_not_swapped_yet_run_again_whoever_sits_in_them(tmp_path: Path) -> None:
+    with story("btrfs", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        holder = tmp_path / "shell"
+
+        def patch() -> None:
+            with_a_mask(node)()
+            from snapshotter.verbs import in_place_steps
+
+            def keep(_: object) -> None:
+                shell = subprocess.Popen(["sleep", "1000"], cwd=node.data / "database", start_new_session=True)
+                holder.write_text(str(shell.pid))
+
+            in_place_steps.STEPS["keep"] = keep
+
+        try:
+            ok(node, *IN_PLACE, code=5, before=patch)
+            assert node.as_it_was() and node.service.running() and not journals(node)
+            assert not (node.command.home / "masked").exists()
+        finally:
+            os.kill(int(holder.read_text()), signal.SIGKILL)
 
 
 KEYS = ("17" * 32, "18" * 32)
