@@ -116,7 +116,8 @@ def back(swap_id: str) -> None:
         _unmount(clone.name)
         tool.change("rename", "-u", clone.name, _beside(volume, swap_id)[0], object=volume)
     if aside is not None:
-        if _dataset_of(_origin(aside.name)) in (clone.name if clone else None, _beside(volume, swap_id)[0]):
+        origin = _dataset_of(_origin(aside.name))
+        if origin is not None and origin in (clone.name if clone else None, _beside(volume, swap_id)[0]):
             # A commit had come as far as promoting: what both share goes back to the older one.
             tool.change("promote", aside.name, object=aside.name)
         if aside.name != volume:

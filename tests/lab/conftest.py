@@ -62,6 +62,7 @@ SAMPLED: dict[str, set[str]] = {
     },
     "test_zfs_swaps": {
         "test_swap_five_newer_sets_undo",
+        "test_swap_back_ends_what_a_dead_one_had_almost",
         "test_who_unmounted_it_finds_its_mount_point",
         "test_discard_is_refused_while_anything_hangs_on_what_is_set_aside",
         "test_an_encrypted_dataset[True]",

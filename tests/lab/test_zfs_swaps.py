@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from providers.zfs import objects, tool
 from snapshotter.core.errors import BusyError, PreconditionError
 from snapshotter.core.model import Access, Hold, ImageState, Snapshot, Volume, new_attachment_id, new_set_id, utc_now
 from snapshotter.testing.harness import make_birth
@@ -94,6 +95,41 @@ def test_swap_five_newer_sets_undo(harness: ZfsHarness) -> None:
     zfs_kit.provider().delete(oldest)
     assert names(harness.top) == {harness.top, volume.id}
     assert read(volume) == "before the swap"
+
+
+def test_swap_back_ends_what_a_dead_one_had_almost(harness: ZfsHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clone is gone already, and what was set aside is a clone of nothing."""
+    volume = harness.volume()
+    older = take(volume, "older")
+    write(volume, "live")
+    zfs_kit.provider().swap("w1", image(older), volume)
+    change = tool.change
+
+    def dies(*words: str, object: str) -> None:
+        if words[:2] == ("inherit", objects.ASIDE):
+            raise KeyboardInterrupt
+        change(*words, object=object)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tool, "change", dies)
+        with pytest.raises(KeyboardInterrupt):
+            zfs_kit.provider().swap_back("w1")
+    assert list(zfs_kit.provider().swaps()) == ["w1"]
+    zfs_kit.provider().swap_back("w1")
+    assert read(volume) == "live" and not list(zfs_kit.provider().swaps())
+
+
+def test_swap_back_after_a_person_destroyed_the_clone(harness: ZfsHarness) -> None:
+    volume = harness.volume()
+    older = take(volume, "older")
+    write(volume, "live")
+    before = harness.objects()
+    zfs_kit.provider().swap("w1", image(older), volume)
+    zfs("destroy", volume.id)
+    zfs_kit.provider().swap_back("w1")
+    assert read(volume) == "live" and not list(zfs_kit.provider().swaps())
+    assert harness.objects() == before
+    holds(harness, {older: "older"})
 
 
 def test_discard_is_refused_while_anything_hangs_on_what_is_set_aside(harness: ZfsHarness) -> None:
