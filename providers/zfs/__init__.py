@@ -205,22 +205,25 @@ class ZfsProvider(Provider):
         check_marks(changes)
         if set_id in self._made and changes == self._made[set_id][1]:
             return  # born with them
-        members = self._members(set_id)
+        members = self._members(set_id, native=True)
         members = [each for each in members if not each.replica] or members
         if not members:
             tool.refuse_blind()
             raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all")
         names = [each.name for each in members]
-        for snapshot in map(objects.as_snapshot, objects.read(names) if changes.get("sealed") else ()):
-            if snapshot is not None and snapshot.state is not ImageState.READY:
-                raise StorageError(f"can't be sealed: {snapshot.why}", object=set_id)
-        if changes.get("pinned"):
-            self._hold(names)
         # One write if all say the same, which they do but after a kill between two writes.
         written: dict[str, list[str]] = {}
         for each in members:
-            text = objects.dump(apply_marks(objects.marks_of(each), changes))
-            written.setdefault(text, []).append(each.name)
+            marks = objects.marks_of(each)
+            if marks is None:
+                cure = f"zfs get {MARKS} {each.name}"
+                raise StorageError("its marks are damaged, or of a newer version", object=set_id, cure=cure)
+            snapshot = objects.as_snapshot(each)
+            if changes.get("sealed") and snapshot is not None and snapshot.state is not ImageState.READY:
+                raise StorageError(f"can't be sealed: {snapshot.why}", object=set_id)
+            written.setdefault(objects.dump(apply_marks(marks, changes)), []).append(each.name)
+        if changes.get("pinned"):
+            self._hold(names)
         for text, theirs in written.items():
             tool.change("set", f"{MARKS}={text}", *theirs, object=theirs[0])
         if "pinned" in changes and not changes["pinned"]:
