@@ -52,6 +52,7 @@ SAMPLED: dict[str, set[str]] = {
         "test_an_image_that_is_an_external_origin_stays",
         "test_a_commit_that_was_cut[undone]",
     },
+    "test_zfs_carried": set(),
     "test_zfs_errors": {
         "test_a_dataset_that_is_gone",
         "test_what_is_held_or_cloned_by_others_is_busy[command]",
