@@ -124,9 +124,9 @@ def back(swap_id: str) -> None:
             if library.exists(volume):
                 raise BusyError("something else was put there since the swap", object=volume, cure="rename that")
             tool.change("rename", "-u", aside.name, volume, object=aside.name)
+        _restore_canmount(volume, record)
         if clone is not None and library.exists(_beside(volume, swap_id)[0]):
             _move_children(_beside(volume, swap_id)[0], volume)
-        _restore_canmount(volume, record)
     _make_mount_point(volume)
     _mount(volume, record)
     if clone is not None:
@@ -177,7 +177,7 @@ def commit(swap_id: str) -> None:
             where = seen[0].path
             raise BusyError(f"what it set aside is mounted at {where}", object=aside.name, cure=f"umount {where}")
         if below := tool.children(aside.name):
-            raise BusyError(f"what it set aside holds {below[0]}", object=aside.name, cure="move that away")
+            raise BusyError(f"what it set aside holds {below[0][0]}", object=aside.name, cure="move that away")
         _refuse_dependents(clone.name, aside.name, swap_id)
         while tool.snapshots_of(aside.name):
             try:
@@ -241,8 +241,9 @@ def _beside(volume: str, swap_id: str) -> tuple[str, str]:
 
 def _move_children(source: str, target: str) -> None:
     """Datasets below are volumes of their own: they stay below what is in the volume's place. What is mounted stays."""
-    for child in tool.children(source):
-        tool.change("rename", "-u", child, f"{target}/{child.rpartition('/')[2]}", object=child)
+    for child, kind in tool.children(source):
+        stays = ["-u"] if kind == "filesystem" else []  # with it `zfs rename` knows no zvol
+        tool.change("rename", *stays, child, f"{target}/{child.rpartition('/')[2]}", object=child)
 
 
 def _origin(dataset: str) -> str | None:

@@ -241,12 +241,14 @@ def _read(words: Sequence[str], found: dict[str, Properties], object: str) -> No
             raise failure(number_of("\n".join(wrong)), object, wrong[-1])
 
 
-def children(name: str) -> list[str]:
-    """The datasets directly below this one."""
-    outcome = run(["zfs", "list", "-H", "-d", "1", "-o", "name", "-t", "filesystem,volume", name], timeout=_READING_S)
+def children(name: str) -> list[tuple[str, str]]:
+    """(name, type) of the datasets directly below this one: `filesystem` or `volume`."""
+    words = ["zfs", "list", "-H", "-d", "1", "-o", "name,type", "-t", "filesystem,volume", name]
+    outcome = run(words, timeout=_READING_S)
     if not outcome.ok:
         raise told(outcome, name)
-    return [line for line in outcome.stdout.splitlines() if line != name]
+    pairs = (line.split("\t") for line in outcome.stdout.splitlines())
+    return [(found, kind) for found, kind in pairs if found != name]
 
 
 def snapshots_of(name: str) -> list[tuple[str, int]]:

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from providers.zfs import tool
+from snapshotter.core.errors import BusyError
 from tests.lab import zfs_kit
-from tests.lab.zfs_kit import ZfsHarness, image, read, run, take, write, zfs
+from tests.lab.zfs_kit import ZfsHarness, image, names, read, run, take, write, zfs
 
 pytestmark = [pytest.mark.root, pytest.mark.zfs, pytest.mark.skipif(bool(zfs_kit.here()), reason=zfs_kit.here())]
 
@@ -48,3 +50,35 @@ def test_what_was_set_on_the_origin_is_set_on_what_takes_its_place(harness: ZfsH
     assert sum(mount.path == str(point) for mount in zfs_kit.table()) == 1
     zfs_kit.provider().swap_back("w1")
     assert local() == before and read(volume) == "live"
+
+
+def test_a_zvol_below_stays_below(harness: ZfsHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is in use. What keeps it from going back keeps nothing else from that."""
+    volume = harness.volume()
+    zvol = f"{volume.id}/zvol"
+    zfs("create", "-s", "-V", "32M", zvol)
+    run("udevadm", "settle")
+    older = take(volume, "older")
+    write(volume, "live")
+    with open(f"/dev/zvol/{zvol}", "r+b") as device:
+        device.write(b"in use")
+        device.flush()
+        zfs_kit.provider().swap("w1", image(older), volume)
+        assert read(volume) == "older" and zvol in names(harness.top, "volume")
+        change = tool.change
+
+        def stuck(*words: str, object: str) -> None:
+            if words[0] == "rename" and object.endswith("/zvol"):
+                raise BusyError("is in use", object=object)
+            change(*words, object=object)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(tool, "change", stuck)
+            with pytest.raises(BusyError):
+                zfs_kit.provider().swap_back("w1")
+        assert zfs("get", "-H", "-o", "value", "canmount", volume.id).strip() == "on"
+        zfs_kit.provider().swap_back("w1")
+    assert read(volume) == "live" and names(harness.top, "filesystem") == {harness.top, volume.id}
+    run("udevadm", "settle")
+    with open(f"/dev/zvol/{zvol}", "rb") as device:
+        assert device.read(6) == b"in use"
