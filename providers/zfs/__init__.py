@@ -267,9 +267,7 @@ class ZfsProvider(Provider):
                 raise attaching.attached(set_id, record)
             if each.clones:
                 raise attaching.cloned(set_id, each)
-            if seen := [
-                mount.path for mount in mounts.table() if mount.source == each.name and attaching.by_hand(mount)
-            ]:
+            if seen := [mount.path for mount in mounts.table() if mount.source == each.name and mounts.by_hand(mount)]:
                 raise BusyError(f"is mounted at {seen[0]}", object=set_id, cure=f"umount {seen[0]}")
         pinned: list[str] = []
         if held := [each.name for each in members if each.native.get("userrefs", "0") != "0"]:

@@ -98,7 +98,7 @@ def _check(swap_id: str, snapshot: Object, volume: str) -> None:
             cure = f"umount {mount.path}"
             raise BusyError(f"a directory of it is mounted at {mount.path}", object=volume, cure=cure)
         for below in mounts.mounts_below(mount.path):
-            if "/.zfs/snapshot/" not in below.path:
+            if mounts.by_hand(below):
                 cure = f"umount {below.path}"
                 raise BusyError(f"{below.source} is mounted in it at {below.path}", object=volume, cure=cure)
 

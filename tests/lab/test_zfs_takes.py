@@ -52,6 +52,24 @@ def top(volume: Volume) -> Path:
     return Path(volume.path)
 
 
+def test_what_somebody_looked_at_below_zfs_is_no_root(harness: ZfsHarness) -> None:
+    """The kernel mounts a snapshot where anybody looks at it; with snapdir=visible `.zfs` is listed, too."""
+    above = harness.dataset("d", "-o", "snapdir=visible")
+    below = harness.dataset("d/below", "-o", "snapdir=visible")
+    command = Command(harness.scratch / "etc")
+    for volume in (above, below):
+        (top(volume) / "file").write_text("content")
+    taken = command.json("take", str(top(above)))
+    for member, volume in enumerate((above, below)):
+        assert (top(volume) / f".zfs/snapshot/{taken['set_id']}-{member}/file").read_text() == "content"
+    automatic = [mount for mount in zfs_kit.table() if "/.zfs/snapshot/" in mount.path]
+    assert {mount.source for mount in automatic} >= {f"{above.id}@{taken['set_id']}-0"}
+    again = command.json("take", str(top(above)))
+    assert again["good"] and len(again["snapshots"]) == 2
+    planned = command.json("restore", again["set_id"], "--in-place", "--dry-run")
+    assert planned["way"] == "swap"
+
+
 def test_hot_takes_of_a_besu_shaped_node(harness: ZfsHarness, request: pytest.FixtureRequest) -> None:
     """The database in one dataset, the rest of the data path in another above it: one instant, and nothing lost that
     was acknowledged before the take."""
