@@ -97,10 +97,13 @@ class ZfsProvider(Provider):
             tool.refuse_suspended(tops)
         except StorageError as error:
             raise PreconditionError(error.message, object=error.object, cure=error.cure) from None
-        found = tool.get(("type", "used", "available"), list(dict.fromkeys([*tops, *names])))
-        for name in names:
-            if name not in found:
-                raise PreconditionError("no such dataset", object=name, cure="was it destroyed, renamed or exported?")
+        below = tool.mounts_below(names)
+        for volume in volumes:
+            if volume.id not in below:
+                cure = "was it destroyed, renamed or exported?"
+                raise PreconditionError("no such dataset", object=volume.id, cure=cure)
+            _refuse_hollow(volume, birth, below)
+        found = tool.get(("used", "available"), tops)
         for top in tops:
             total, free = _room(found.get(top, {}))
             if total is not None and free is not None and free < total * self.settings.floor:
@@ -372,6 +375,19 @@ def _member(birth: Birth, volume: Volume) -> int:
         if (member.provider, member.volume) == (ZfsProvider.name, volume.id):
             return number
     raise PreconditionError("is no member of the set", object=volume.id)
+
+
+def _refuse_hollow(volume: Volume, birth: Birth, found: Mapping[str, tuple[bool, bool, str]]) -> None:
+    """Raise PreconditionError if a dataset below should be seen in the data path, and isn't mounted: so it is no root,
+    and nobody would miss it in the set."""
+    tops = [root.path for root in birth.roots if birth.members[root.member].volume == volume.id]
+    for name, (automatic, mounted, point) in found.items():
+        if not name.startswith(f"{volume.id}/") or not automatic or mounted or not point.startswith("/"):
+            continue
+        place = os.path.realpath(point)
+        if place != volume.path and any(mounts.is_under(place, top) for top in tops):
+            cure = f"zfs mount -l {name}; or zfs set canmount=noauto {name}, if it isn't meant"
+            raise PreconditionError("isn't mounted, so the set would lack it", object=name, cure=cure)
 
 
 def _zvol(mount: Mount) -> str | None:

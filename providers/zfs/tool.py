@@ -251,6 +251,16 @@ def children(name: str) -> list[tuple[str, str]]:
     return [(found, kind) for found, kind in pairs if found != name]
 
 
+def mounts_below(names: Sequence[str]) -> dict[str, tuple[bool, bool, str]]:
+    """(canmount=on, mounted, mount point) of these datasets and all below them, by name; absent ones are left out."""
+    words = ["zfs", "list", "-Hp", "-r", "-t", "filesystem", "-o", "name,canmount,mounted,mountpoint", *names]
+    outcome = run(words, timeout=_READING_S)
+    if not outcome.ok and number_of(outcome.stderr) != errno.ENOENT:
+        raise told(outcome, names[0])
+    found = (line.split("\t") for line in outcome.stdout.splitlines())
+    return {name: (can == "on", mounted == "yes", point) for name, can, mounted, point in found}
+
+
 def snapshots_of(name: str) -> list[tuple[str, int]]:
     """(full name, createtxg) of the snapshots of this one dataset, everybody's, oldest first; none of an absent one."""
     words = ["zfs", "list", "-Hp", "-d", "1", "-o", "name,createtxg", "-s", "createtxg", "-t", "snapshot", name]
