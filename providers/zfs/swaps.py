@@ -26,8 +26,14 @@ from snapshotter.core.errors import BusyError, PreconditionError, StorageError
 from snapshotter.core.model import MountSpec
 from snapshotter.host import mounts
 
-#: Set when a dataset is made or by its key, or they say how it mounts itself: the swap sees to these.
-_NOT_CARRIED = frozenset({"canmount", "encryption", "keyformat", "keylocation", "pbkdf2iters", "origin", "version"})
+#: Set when a dataset is made or by its key, or ZFS's own counts, or the swap sees to them.
+_NOT_CARRIED = frozenset(
+    {
+        *("encryption", "keyformat", "keylocation", "pbkdf2iters", "origin", "version"),
+        *("filesystem_count", "snapshot_count"),
+        "canmount",
+    }
+)
 
 
 def open_swaps(found: Sequence[Object]) -> Iterator[tuple[str, Object | None, Object | None]]:
@@ -49,7 +55,7 @@ def _find(swap_id: str) -> tuple[Object | None, Object | None]:
 def begin(swap_id: str, snapshot: Object, volume: str) -> None:
     """See `Provider.swap`. What fails is taken back here, as far as it can be."""
     _check(swap_id, snapshot, volume)
-    local = tool.get_local(volume)
+    local = tool.settable(volume)
     seen = _mounted(volume)
     clone, aside = _beside(volume, swap_id)
     record = {

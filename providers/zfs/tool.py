@@ -18,8 +18,17 @@ from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterErr
 _POOLS = "/proc/spl/kstat/zfs"
 _READING_S = 120.0
 _AT_ONCE = 400  # names on one command line: 400 of the longest (255 bytes) stay far below ARG_MAX
-_NO_LIMIT = 2**64 - 1  # what -p makes of `none`
+_NO_LIMIT = 2**64 - 1
 _LIMITS = ("snapshot_limit", "snapshot_count", "filesystem_limit", "filesystem_count")
+#: What -p makes of `none`, where it isn't that word.
+_PRINTED_NONE = {
+    "quota": "0",
+    "refquota": "0",
+    "reservation": "0",
+    "refreservation": "0",
+    "filesystem_limit": str(_NO_LIMIT),
+    "snapshot_limit": str(_NO_LIMIT),
+}
 _MISSING = ("does not exist", "no such pool")
 
 #: What libzfs says -> errno, the first that fits. Later ones are parts of longer sentences.
@@ -222,6 +231,23 @@ def get_local(name: str) -> dict[str, str]:
     if name not in found and name not in get(["type"], [name]):
         raise failure(errno.ENOENT, name)
     return {key: value for key, (value, _) in found.get(name, {}).items()}
+
+
+def settable(name: str) -> dict[str, str]:
+    """As `get_local`, each as `zfs set` takes it, which isn't always what `zfs get -p` prints."""
+    local = get_local(name)
+    local |= {key: "none" for key, value in _PRINTED_NONE.items() if local.get(key) == value}
+    if local.get("mountpoint", "").startswith("/"):
+        local["mountpoint"] = local["mountpoint"].removeprefix(_altroot(pool_of(name))) or "/"
+    return local
+
+
+def _altroot(pool: str) -> str:
+    """What `zfs get` shows in front of this pool's mount points, and `zfs set` puts there; '' if nothing."""
+    outcome = run(["zpool", "get", "-Hp", "-o", "value", "altroot", pool], timeout=_READING_S)
+    if not outcome.ok:
+        raise told(outcome, pool)
+    return outcome.stdout.strip().removeprefix("-").rstrip("/")
 
 
 def _read(words: Sequence[str], found: dict[str, Properties], object: str) -> None:

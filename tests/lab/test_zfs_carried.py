@@ -4,6 +4,7 @@ zvols."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +51,40 @@ def test_what_was_set_on_the_origin_is_set_on_what_takes_its_place(harness: ZfsH
     assert sum(mount.path == str(point) for mount in zfs_kit.table()) == 1
     zfs_kit.provider().swap_back("w1")
     assert local() == before and read(volume) == "live"
+
+
+def of(name: str, *keys: str) -> list[str]:
+    return zfs("get", "-Hp", "-o", "value", ",".join(keys), name).split()
+
+
+def test_limits_go_with_the_place(harness: ZfsHarness) -> None:
+    """Also where a limit is set to none over an inherited one."""
+    limits = ["quota=none", "refquota=none", "filesystem_limit=7", "snapshot_limit=none", "normalization=formD"]
+    volume = harness.dataset("d", *(word for each in limits for word in ("-o", each)))
+    older = take(volume, "older")
+    write(volume, "live")
+    keys = ("quota", "refquota", "filesystem_limit", "snapshot_limit")
+    before = of(volume.id, *keys)
+    zfs_kit.provider().swap("w1", image(older), volume)
+    assert of(volume.id, *keys) == before and read(volume) == "older"
+    zfs_kit.provider().swap_back("w1")
+    assert of(volume.id, *keys) == before and read(volume) == "live"
+
+
+def test_below_an_altroot(tmp_path: Path) -> None:
+    """`zfs get mountpoint` shows it, and `zfs set mountpoint` puts it in front."""
+    with zfs_kit.pool(128, "-R", str(tmp_path)) as name, zfs_kit.zfs_harness(name) as harness:
+        volume = harness.dataset("d", "-o", "mountpoint=/live")
+        assert volume.path == f"{tmp_path}/live"
+        older = take(volume, "older")
+        write(volume, "live")
+        zfs_kit.provider().swap("w1", image(older), volume)
+        assert of(volume.id, "mountpoint") == [volume.path] and read(volume) == "older"
+        zfs("unmount", volume.id)
+        zfs("mount", volume.id)
+        assert read(volume) == "older"
+        zfs_kit.provider().swap_back("w1")
+        assert of(volume.id, "mountpoint") == [volume.path] and read(volume) == "live"
 
 
 def test_a_zvol_below_stays_below(harness: ZfsHarness, monkeypatch: pytest.MonkeyPatch) -> None:
