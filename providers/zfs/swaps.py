@@ -26,12 +26,14 @@ from snapshotter.core.errors import BusyError, PreconditionError, StorageError
 from snapshotter.core.model import MountSpec
 from snapshotter.host import mounts
 
+#: Room that is kept for a dataset. There may not be enough for two: it goes from the one to the other.
+_RESERVED = ("reservation", "refreservation")
 #: Set when a dataset is made or by its key, or ZFS's own counts, or the swap sees to them.
 _NOT_CARRIED = frozenset(
     {
         *("encryption", "keyformat", "keylocation", "pbkdf2iters", "origin", "version"),
         *("filesystem_count", "snapshot_count"),
-        "canmount",
+        *("canmount", *_RESERVED),
     }
 )
 
@@ -63,6 +65,7 @@ def begin(swap_id: str, snapshot: Object, volume: str) -> None:
         "volume": volume,
         "canmount": local.get("canmount"),
         "mounted": [[mount.path, sorted(_options(mount))] for mount in seen],
+        "reserved": {key: local[key] for key in _RESERVED if local.get(key, "none") != "none"},
     }
     library.clone(clone, snapshot.name, {SWAP: objects.dump(record)})
     try:
@@ -71,6 +74,9 @@ def begin(swap_id: str, snapshot: Object, volume: str) -> None:
             tool.change("set", *carried, clone, object=clone)
         _unmount(volume)
         tool.change("set", "canmount=noauto", f"{ASIDE}={objects.dump(record)}", volume, object=volume)
+        if record["reserved"]:  # after the record of it
+            tool.change("set", *(f"{key}=none" for key in record["reserved"]), volume, object=volume)
+        _reserve(clone, record)
         tool.change("rename", "-u", volume, aside, object=volume)
         tool.change("rename", "-u", clone, volume, object=clone)
         _move_children(aside, volume)
@@ -138,6 +144,7 @@ def back(swap_id: str) -> None:
     if clone is not None:
         _retire(_beside(volume, swap_id)[0], swap_id)
     if aside is not None:
+        _reserve(volume, record)
         tool.change("inherit", ASIDE, volume, object=volume)
 
 
@@ -289,6 +296,11 @@ def _unmount(dataset: str) -> None:
 def _restore_canmount(volume: str, record: dict[str, Any]) -> None:
     # Not inheritable (`zfs inherit canmount` is an error), so it is set to what it was, or to its default.
     tool.change("set", f"canmount={record.get('canmount') or 'on'}", volume, object=volume)
+
+
+def _reserve(dataset: str, record: dict[str, Any]) -> None:
+    if reserved := record.get("reserved"):
+        tool.change("set", *(f"{key}={value}" for key, value in reserved.items()), dataset, object=dataset)
 
 
 def _make_mount_point(volume: str) -> None:

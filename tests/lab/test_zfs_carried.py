@@ -3,7 +3,7 @@ zvols."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,18 +57,74 @@ def of(name: str, *keys: str) -> list[str]:
     return zfs("get", "-Hp", "-o", "value", ",".join(keys), name).split()
 
 
-def test_limits_go_with_the_place(harness: ZfsHarness) -> None:
-    """Also where a limit is set to none over an inherited one."""
+def test_limits_go_with_the_place_and_room_is_reserved_once(harness: ZfsHarness) -> None:
+    """Also where a limit is set to none over an inherited one; of 512 MiB no 300 can be reserved twice."""
     limits = ["quota=none", "refquota=none", "filesystem_limit=7", "snapshot_limit=none", "normalization=formD"]
-    volume = harness.dataset("d", *(word for each in limits for word in ("-o", each)))
+    reserved = ["reservation=300M", "refreservation=200M"]
+    volume = harness.dataset("d", *(word for each in (*limits, *reserved) for word in ("-o", each)))
     older = take(volume, "older")
     write(volume, "live")
-    keys = ("quota", "refquota", "filesystem_limit", "snapshot_limit")
+    keys = ("quota", "refquota", "filesystem_limit", "snapshot_limit", "reservation", "refreservation")
     before = of(volume.id, *keys)
+    assert before[-2:] == [str(300 << 20), str(200 << 20)]
     zfs_kit.provider().swap("w1", image(older), volume)
     assert of(volume.id, *keys) == before and read(volume) == "older"
+    assert of(f"{volume.id}.aside-w1", *keys)[-2:] == ["0", "0"]
     zfs_kit.provider().swap_back("w1")
     assert of(volume.id, *keys) == before and read(volume) == "live"
+    zfs_kit.provider().swap("w2", image(older), volume)
+    newer = take(volume, "newer")
+    zfs_kit.provider().swap_back("w2")
+    assert of(volume.id, *keys) == before and of(f"{volume.id}.clone-w2", *keys)[-2:] == ["0", "0"]
+    zfs_kit.provider().delete(newer)
+    zfs_kit.provider().swap("w3", image(older), volume)
+    zfs_kit.provider().swap_commit("w3")
+    assert of(volume.id, *keys) == before and read(volume) == "older"
+
+
+def test_a_reservation_survives_a_swap_that_was_killed_anywhere(
+    harness: ZfsHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = harness.dataset("d", "-o", "reservation=300M")
+    older = take(volume, "older")
+    write(volume, "live")
+    change = tool.change
+    left = 0
+
+    def dies(*words: str, object: str) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        change(*words, object=object)
+
+    def killed_at(number: int, act: Callable[[], None]) -> bool:
+        nonlocal left
+        left = number
+        with monkeypatch.context() as patched:
+            patched.setattr(tool, "change", dies)
+            try:
+                act()
+            except KeyboardInterrupt:
+                return True
+        return False
+
+    for way_back in (False, True):
+        for number in range(20):
+            swap_id = f"w{way_back:d}{number}"
+            if way_back:
+                zfs_kit.provider().swap(swap_id, image(older), volume)
+                killed = killed_at(number, lambda swap_id=swap_id: zfs_kit.provider().swap_back(swap_id))  # type: ignore[misc]
+            else:
+                act = lambda swap_id=swap_id: zfs_kit.provider().swap(swap_id, image(older), volume)  # type: ignore[misc]  # noqa: E731
+                killed = killed_at(number, act)
+            zfs_kit.provider().swap_back(swap_id)
+            assert read(volume) == "live" and of(volume.id, "reservation") == [str(300 << 20)]
+            if not killed:
+                break
+        else:
+            raise AssertionError("it never came to its end")
+    assert names(harness.top, "filesystem") == {harness.top, volume.id}
 
 
 def test_below_an_altroot(tmp_path: Path) -> None:
