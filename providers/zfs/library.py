@@ -26,7 +26,7 @@ from snapshotter.core.errors import SnapshotterError
 
 _NAME = "libzfs_core"
 _NONE_SUCH = "could not find any snapshots to destroy"
-_NOAUTO, _OFF = 2, 0  # the numbers of canmount=noauto and readonly=off (zfs_prop.c): the library takes no words
+_NOAUTO = 2  # the number of canmount=noauto (zfs_prop.c): the library takes no words
 
 
 def _sound(library: Any) -> bool:
@@ -76,22 +76,21 @@ def snapshot(names: Sequence[str], properties: Mapping[str, str]) -> None:
         raise tool.told(outcome, next((name for name in names if f"'{name}'" in outcome.stderr), names[0]))
 
 
-def clone(name: str, origin: str, properties: Mapping[str, str], *, by_hand: bool = False) -> None:
-    """A clone that mounts itself nowhere, born with these user properties. `by_hand`: to be mounted by hand, and
-    written to, whatever its parent has set (readonly=on is usual where backups are kept); else it inherits that."""
+def clone(name: str, origin: str, properties: Mapping[str, str], mountpoint: str | None = None) -> None:
+    """A clone that mounts itself nowhere, born with these user properties. `mountpoint`: else it inherits that."""
     tool.refuse_suspended([name])
     library = _library(load=False)
     if library is not None:
-        numbers: dict[bytes, Any] = {b"canmount": _NOAUTO}
-        if by_hand:
-            numbers |= {b"mountpoint": b"legacy", b"readonly": _OFF}
+        native: dict[bytes, Any] = {b"canmount": _NOAUTO}
+        if mountpoint is not None:
+            native[b"mountpoint"] = mountpoint.encode()
         try:
-            library.lzc_clone(name.encode(), origin.encode(), {**numbers, **_user(properties)})
+            library.lzc_clone(name.encode(), origin.encode(), {**native, **_user(properties)})
         except library.exceptions.ZFSError as error:
             raise _refusal(error, [origin]) from None
         return
-    native = {"canmount": "noauto", **({"mountpoint": "legacy", "readonly": "off"} if by_hand else {})}
-    words = [word for key, value in {**native, **properties}.items() for word in ("-o", f"{key}={value}")]
+    given = {"canmount": "noauto", **({"mountpoint": mountpoint} if mountpoint is not None else {}), **properties}
+    words = [word for key, value in given.items() for word in ("-o", f"{key}={value}")]
     outcome = run(["zfs", "clone", *words, origin, name], mutates=True)
     if not outcome.ok:
         raise tool.told(outcome, origin if f"'{origin}'" in outcome.stderr else name)

@@ -92,7 +92,7 @@ def test_a_dataset_that_is_gone(harness: ZfsHarness) -> None:
 
 
 def test_a_clone_below_a_read_only_dataset_is_writable(harness: ZfsHarness) -> None:
-    """As on a host that keeps backups: what comes there by `zfs receive` is read-only, and a restore of it isn't."""
+    """As on a host that keeps backups. mount(8) tells mount.zfs `rw`, which goes before what is inherited."""
     volume = harness.volume()
     Path(volume.path or "", "file").write_text("content")
     set_id = take(volume)
