@@ -97,10 +97,13 @@ class ZfsProvider(Provider):
             tool.refuse_suspended(tops)
         except StorageError as error:
             raise PreconditionError(error.message, object=error.object, cure=error.cure) from None
-        found = tool.get(("type", "used", "available"), list(dict.fromkeys([*tops, *names])))
-        for name in names:
-            if name not in found:
-                raise PreconditionError("no such dataset", object=name, cure="was it destroyed, renamed or exported?")
+        below = tool.mounts_below(names)
+        for volume in volumes:
+            if volume.id not in below:
+                cure = "was it destroyed, renamed or exported?"
+                raise PreconditionError("no such dataset", object=volume.id, cure=cure)
+            _refuse_hollow(volume, birth, below)
+        found = tool.get(("used", "available"), tops)
         for top in tops:
             total, free = _room(found.get(top, {}))
             if total is not None and free is not None and free < total * self.settings.floor:
@@ -205,22 +208,25 @@ class ZfsProvider(Provider):
         check_marks(changes)
         if set_id in self._made and changes == self._made[set_id][1]:
             return  # born with them
-        members = self._members(set_id)
+        members = self._members(set_id, native=True)
         members = [each for each in members if not each.replica] or members
         if not members:
             tool.refuse_blind()
             raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all")
         names = [each.name for each in members]
-        for snapshot in map(objects.as_snapshot, objects.read(names) if changes.get("sealed") else ()):
-            if snapshot is not None and snapshot.state is not ImageState.READY:
-                raise StorageError(f"can't be sealed: {snapshot.why}", object=set_id)
-        if changes.get("pinned"):
-            self._hold(names)
         # One write if all say the same, which they do but after a kill between two writes.
         written: dict[str, list[str]] = {}
         for each in members:
-            text = objects.dump(apply_marks(objects.marks_of(each), changes))
-            written.setdefault(text, []).append(each.name)
+            marks = objects.marks_of(each)
+            if marks is None:
+                cure = f"zfs get {MARKS} {each.name}"
+                raise StorageError("its marks are damaged, or of a newer version", object=set_id, cure=cure)
+            snapshot = objects.as_snapshot(each)
+            if changes.get("sealed") and snapshot is not None and snapshot.state is not ImageState.READY:
+                raise StorageError(f"can't be sealed: {snapshot.why}", object=set_id)
+            written.setdefault(objects.dump(apply_marks(marks, changes)), []).append(each.name)
+        if changes.get("pinned"):
+            self._hold(names)
         for text, theirs in written.items():
             tool.change("set", f"{MARKS}={text}", *theirs, object=theirs[0])
         if "pinned" in changes and not changes["pinned"]:
@@ -264,9 +270,7 @@ class ZfsProvider(Provider):
                 raise attaching.attached(set_id, record)
             if each.clones:
                 raise attaching.cloned(set_id, each)
-            if seen := [
-                mount.path for mount in mounts.table() if mount.source == each.name and attaching.by_hand(mount)
-            ]:
+            if seen := [mount.path for mount in mounts.table() if mount.source == each.name and mounts.by_hand(mount)]:
                 raise BusyError(f"is mounted at {seen[0]}", object=set_id, cure=f"umount {seen[0]}")
         pinned: list[str] = []
         if held := [each.name for each in members if each.native.get("userrefs", "0") != "0"]:
@@ -371,6 +375,19 @@ def _member(birth: Birth, volume: Volume) -> int:
         if (member.provider, member.volume) == (ZfsProvider.name, volume.id):
             return number
     raise PreconditionError("is no member of the set", object=volume.id)
+
+
+def _refuse_hollow(volume: Volume, birth: Birth, found: Mapping[str, tuple[bool, bool, str]]) -> None:
+    """Raise PreconditionError if a dataset below should be seen in the data path, and isn't mounted: so it is no root,
+    and nobody would miss it in the set."""
+    tops = [root.path for root in birth.roots if birth.members[root.member].volume == volume.id]
+    for name, (automatic, mounted, point) in found.items():
+        if not name.startswith(f"{volume.id}/") or not automatic or mounted or not point.startswith("/"):
+            continue
+        place = os.path.realpath(point)
+        if place != volume.path and any(mounts.is_under(place, top) for top in tops):
+            cure = f"zfs mount -l {name}; or zfs set canmount=noauto {name}, if it isn't meant"
+            raise PreconditionError("isn't mounted, so the set would lack it", object=name, cure=cure)
 
 
 def _zvol(mount: Mount) -> str | None:

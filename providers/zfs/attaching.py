@@ -18,7 +18,6 @@ from snapshotter.core.errors import BusyError, NotFoundError
 from snapshotter.core.model import Access, Attachment, Birth, MountSpec, Purpose
 from snapshotter.host import mounts
 from snapshotter.host.locks import Locks
-from snapshotter.host.mounts import Mount
 
 PATIENCE_S = 10.0
 #: Local properties of an origin without which its clone would show other attributes or modes.
@@ -175,15 +174,10 @@ def cloned(set_id: str, snapshot: Object) -> BusyError:
     return BusyError(f"has a clone: {name}", object=set_id, cure=f"zfs promote or zfs destroy {name}")
 
 
-def by_hand(mount: Mount) -> bool:
-    """Not one of those that the kernel makes of itself below .zfs, and takes away again."""
-    return "/.zfs/snapshot/" not in mount.path
-
-
 def refuse_if_mounted(name: str, what: str, only_at: str = "") -> None:
     """Raise BusyError if somebody has this dataset or snapshot mounted (at that place)."""
     for mount in mounts.table():
-        if mount.source == name and by_hand(mount) and only_at in ("", mount.path):
+        if mount.source == name and mounts.by_hand(mount) and only_at in ("", mount.path):
             raise BusyError(f"is mounted at {mount.path}", object=what, cure=f"umount {mount.path}")
 
 

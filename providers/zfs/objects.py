@@ -41,6 +41,7 @@ NATIVE = (
     "keystatus",
     "encryptionroot",
 )
+_UNREADABLE = "?"
 PIN = "snapshotter"  # the tag of our holds
 _MEMBER = re.compile(r"(s[0-9]{8}t[0-9]{6}z-[0-9a-f]{6})-([0-9]{1,4})")
 
@@ -62,7 +63,7 @@ class Object(msgspec.Struct, frozen=True):
         """The JSON object that is set here, or None."""
         try:
             found = loads(self.ours.get(prop, ""))
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
 
@@ -103,6 +104,9 @@ def _number(name: str, birth: Birth) -> int | None:
 def read(names: Sequence[str]) -> list[Object]:
     """These objects as they are now, absent ones left out, in the order of the names."""
     found = tool.get((*NATIVE, *OURS), names)
+    for properties in found.values():
+        # Each that was asked for has a line, set or not; but a value of many lines has none that can be read.
+        properties.setdefault(MARKS, (_UNREADABLE, "local"))
     return [_object(name, found[name]) for name in names if name in found]
 
 
@@ -139,28 +143,34 @@ def as_snapshot(found: Object) -> Snapshot | None:
     if birth is None:
         return None
     doomed = found.native.get("defer_destroy") == "on"
+    marks = marks_of(found)
     return Snapshot(
         provider=PROVIDER,
         id=found.name,
         birth=birth,
         state=ImageState.INVALID if doomed else ImageState.READY,
-        marks=marks_of(found),
+        marks=marks or {},
         size_bytes=_int(found.native.get("referenced")),
         order=_int(found.native.get("createtxg")) or 0,
         why="it was destroyed (zfs destroy -d), and only what still uses it keeps it" if doomed else "",
         received=found.replica,
+        marks_known=marks is not None,
     )
 
 
-def marks_of(found: Object) -> dict[str, str]:
+def marks_of(found: Object) -> dict[str, str] | None:
+    """The marks that we know (a newer version may have more); None if what is there can't be read."""
     text = found.ours.get(MARKS) or found.received.get(MARKS, "")
+    if not text:
+        return {}
     try:
-        read_marks = loads(text)
-    except ValueError:
-        return {}
-    if not isinstance(read_marks, dict):
-        return {}
-    return {name: value for name, value in read_marks.items() if name in MARK_NAMES and isinstance(value, str)}
+        there = loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(there, dict) or not all(isinstance(value, str) for value in there.values()):
+        return None
+    marks = {name: value for name, value in there.items() if name in MARK_NAMES}
+    return marks if marks or not there else None
 
 
 def dump(record: object) -> str:

@@ -26,8 +26,16 @@ from snapshotter.core.errors import BusyError, PreconditionError, StorageError
 from snapshotter.core.model import MountSpec
 from snapshotter.host import mounts
 
-#: Set when a dataset is made or by its key, or they say how it mounts itself: the swap sees to these.
-_NOT_CARRIED = frozenset({"canmount", "encryption", "keyformat", "keylocation", "pbkdf2iters", "origin", "version"})
+#: Room that is kept for a dataset. There may not be enough for two: it goes from the one to the other.
+_RESERVED = ("reservation", "refreservation")
+#: Set when a dataset is made or by its key, or ZFS's own counts, or the swap sees to them.
+_NOT_CARRIED = frozenset(
+    {
+        *("encryption", "keyformat", "keylocation", "pbkdf2iters", "origin", "version"),
+        *("filesystem_count", "snapshot_count"),
+        *("canmount", *_RESERVED),
+    }
+)
 
 
 def open_swaps(found: Sequence[Object]) -> Iterator[tuple[str, Object | None, Object | None]]:
@@ -49,7 +57,7 @@ def _find(swap_id: str) -> tuple[Object | None, Object | None]:
 def begin(swap_id: str, snapshot: Object, volume: str) -> None:
     """See `Provider.swap`. What fails is taken back here, as far as it can be."""
     _check(swap_id, snapshot, volume)
-    local = tool.get_local(volume)
+    local = tool.settable(volume)
     seen = _mounted(volume)
     clone, aside = _beside(volume, swap_id)
     record = {
@@ -57,6 +65,7 @@ def begin(swap_id: str, snapshot: Object, volume: str) -> None:
         "volume": volume,
         "canmount": local.get("canmount"),
         "mounted": [[mount.path, sorted(_options(mount))] for mount in seen],
+        "reserved": {key: local[key] for key in _RESERVED if local.get(key, "none") != "none"},
     }
     library.clone(clone, snapshot.name, {SWAP: objects.dump(record)})
     try:
@@ -65,6 +74,9 @@ def begin(swap_id: str, snapshot: Object, volume: str) -> None:
             tool.change("set", *carried, clone, object=clone)
         _unmount(volume)
         tool.change("set", "canmount=noauto", f"{ASIDE}={objects.dump(record)}", volume, object=volume)
+        if record["reserved"]:  # after the record of it
+            tool.change("set", *(f"{key}=none" for key in record["reserved"]), volume, object=volume)
+        _reserve(clone, record)
         tool.change("rename", "-u", volume, aside, object=volume)
         tool.change("rename", "-u", clone, volume, object=clone)
         _move_children(aside, volume)
@@ -98,7 +110,7 @@ def _check(swap_id: str, snapshot: Object, volume: str) -> None:
             cure = f"umount {mount.path}"
             raise BusyError(f"a directory of it is mounted at {mount.path}", object=volume, cure=cure)
         for below in mounts.mounts_below(mount.path):
-            if "/.zfs/snapshot/" not in below.path:
+            if mounts.by_hand(below):
                 cure = f"umount {below.path}"
                 raise BusyError(f"{below.source} is mounted in it at {below.path}", object=volume, cure=cure)
 
@@ -116,21 +128,23 @@ def back(swap_id: str) -> None:
         _unmount(clone.name)
         tool.change("rename", "-u", clone.name, _beside(volume, swap_id)[0], object=volume)
     if aside is not None:
-        if _dataset_of(_origin(aside.name)) in (clone.name if clone else None, _beside(volume, swap_id)[0]):
+        origin = _dataset_of(_origin(aside.name))
+        if origin is not None and origin in (clone.name if clone else None, _beside(volume, swap_id)[0]):
             # A commit had come as far as promoting: what both share goes back to the older one.
             tool.change("promote", aside.name, object=aside.name)
         if aside.name != volume:
             if library.exists(volume):
                 raise BusyError("something else was put there since the swap", object=volume, cure="rename that")
             tool.change("rename", "-u", aside.name, volume, object=aside.name)
+        _restore_canmount(volume, record)
         if clone is not None and library.exists(_beside(volume, swap_id)[0]):
             _move_children(_beside(volume, swap_id)[0], volume)
-        _restore_canmount(volume, record)
     _make_mount_point(volume)
     _mount(volume, record)
     if clone is not None:
         _retire(_beside(volume, swap_id)[0], swap_id)
     if aside is not None:
+        _reserve(volume, record)
         tool.change("inherit", ASIDE, volume, object=volume)
 
 
@@ -176,7 +190,7 @@ def commit(swap_id: str) -> None:
             where = seen[0].path
             raise BusyError(f"what it set aside is mounted at {where}", object=aside.name, cure=f"umount {where}")
         if below := tool.children(aside.name):
-            raise BusyError(f"what it set aside holds {below[0]}", object=aside.name, cure="move that away")
+            raise BusyError(f"what it set aside holds {below[0][0]}", object=aside.name, cure="move that away")
         _refuse_dependents(clone.name, aside.name, swap_id)
         while tool.snapshots_of(aside.name):
             try:
@@ -240,8 +254,9 @@ def _beside(volume: str, swap_id: str) -> tuple[str, str]:
 
 def _move_children(source: str, target: str) -> None:
     """Datasets below are volumes of their own: they stay below what is in the volume's place. What is mounted stays."""
-    for child in tool.children(source):
-        tool.change("rename", "-u", child, f"{target}/{child.rpartition('/')[2]}", object=child)
+    for child, kind in tool.children(source):
+        stays = ["-u"] if kind == "filesystem" else []  # with it `zfs rename` knows no zvol
+        tool.change("rename", *stays, child, f"{target}/{child.rpartition('/')[2]}", object=child)
 
 
 def _origin(dataset: str) -> str | None:
@@ -281,6 +296,11 @@ def _unmount(dataset: str) -> None:
 def _restore_canmount(volume: str, record: dict[str, Any]) -> None:
     # Not inheritable (`zfs inherit canmount` is an error), so it is set to what it was, or to its default.
     tool.change("set", f"canmount={record.get('canmount') or 'on'}", volume, object=volume)
+
+
+def _reserve(dataset: str, record: dict[str, Any]) -> None:
+    if reserved := record.get("reserved"):
+        tool.change("set", *(f"{key}={value}" for key, value in reserved.items()), dataset, object=dataset)
 
 
 def _make_mount_point(volume: str) -> None:

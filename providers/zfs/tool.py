@@ -18,8 +18,17 @@ from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterErr
 _POOLS = "/proc/spl/kstat/zfs"
 _READING_S = 120.0
 _AT_ONCE = 400  # names on one command line: 400 of the longest (255 bytes) stay far below ARG_MAX
-_NO_LIMIT = 2**64 - 1  # what -p makes of `none`
+_NO_LIMIT = 2**64 - 1
 _LIMITS = ("snapshot_limit", "snapshot_count", "filesystem_limit", "filesystem_count")
+#: What -p makes of `none`, where it isn't that word.
+_PRINTED_NONE = {
+    "quota": "0",
+    "refquota": "0",
+    "reservation": "0",
+    "refreservation": "0",
+    "filesystem_limit": str(_NO_LIMIT),
+    "snapshot_limit": str(_NO_LIMIT),
+}
 _MISSING = ("does not exist", "no such pool")
 
 #: What libzfs says -> errno, the first that fits. Later ones are parts of longer sentences.
@@ -224,6 +233,23 @@ def get_local(name: str) -> dict[str, str]:
     return {key: value for key, (value, _) in found.get(name, {}).items()}
 
 
+def settable(name: str) -> dict[str, str]:
+    """As `get_local`, each as `zfs set` takes it, which isn't always what `zfs get -p` prints."""
+    local = get_local(name)
+    local |= {key: "none" for key, value in _PRINTED_NONE.items() if local.get(key) == value}
+    if local.get("mountpoint", "").startswith("/"):
+        local["mountpoint"] = local["mountpoint"].removeprefix(_altroot(pool_of(name))) or "/"
+    return local
+
+
+def _altroot(pool: str) -> str:
+    """What `zfs get` shows in front of this pool's mount points, and `zfs set` puts there; '' if nothing."""
+    outcome = run(["zpool", "get", "-Hp", "-o", "value", "altroot", pool], timeout=_READING_S)
+    if not outcome.ok:
+        raise told(outcome, pool)
+    return outcome.stdout.strip().removeprefix("-").rstrip("/")
+
+
 def _read(words: Sequence[str], found: dict[str, Properties], object: str) -> None:
     if reasons := needs():
         message, _, cure = reasons[0].partition(": ")[2].partition(": ")
@@ -241,12 +267,24 @@ def _read(words: Sequence[str], found: dict[str, Properties], object: str) -> No
             raise failure(number_of("\n".join(wrong)), object, wrong[-1])
 
 
-def children(name: str) -> list[str]:
-    """The datasets directly below this one."""
-    outcome = run(["zfs", "list", "-H", "-d", "1", "-o", "name", "-t", "filesystem,volume", name], timeout=_READING_S)
+def children(name: str) -> list[tuple[str, str]]:
+    """(name, type) of the datasets directly below this one: `filesystem` or `volume`."""
+    words = ["zfs", "list", "-H", "-d", "1", "-o", "name,type", "-t", "filesystem,volume", name]
+    outcome = run(words, timeout=_READING_S)
     if not outcome.ok:
         raise told(outcome, name)
-    return [line for line in outcome.stdout.splitlines() if line != name]
+    pairs = (line.split("\t") for line in outcome.stdout.splitlines())
+    return [(found, kind) for found, kind in pairs if found != name]
+
+
+def mounts_below(names: Sequence[str]) -> dict[str, tuple[bool, bool, str]]:
+    """(canmount=on, mounted, mount point) of these datasets and all below them, by name; absent ones are left out."""
+    words = ["zfs", "list", "-Hp", "-r", "-t", "filesystem", "-o", "name,canmount,mounted,mountpoint", *names]
+    outcome = run(words, timeout=_READING_S)
+    if not outcome.ok and number_of(outcome.stderr) != errno.ENOENT:
+        raise told(outcome, names[0])
+    found = (line.split("\t") for line in outcome.stdout.splitlines())
+    return {name: (can == "on", mounted == "yes", point) for name, can, mounted, point in found}
 
 
 def snapshots_of(name: str) -> list[tuple[str, int]]:

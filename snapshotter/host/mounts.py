@@ -112,6 +112,11 @@ def mounts_below(path: str, mounts: Sequence[Mount] | None = None) -> list[Mount
     return [mount for mount in below if mount_of(mount.path, mounts) == mount]
 
 
+def by_hand(mount: Mount) -> bool:
+    """Not one of those that ZFS makes of itself where somebody looks below .zfs/snapshot, and takes away again."""
+    return not (mount.fstype == "zfs" and "@" in mount.source and "/.zfs/snapshot/" in mount.path)
+
+
 def top_of(mount: Mount) -> str:
     """Where the top of the file system on `mount` is seen. Raises PreconditionError if that is nowhere."""
     for other in [mount, *table()]:

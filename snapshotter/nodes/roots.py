@@ -223,7 +223,8 @@ class _Search:
             self.found[path] = mount
             waiting += self._search(path, mount)
             # Taken before what links lead to: a directory mounted below the data path is restored in its place there.
-            below = [mount for mount in mounts.mounts_below(path, self.table) if self._visible(mount)]
+            below = [mount for mount in mounts.mounts_below(path, self.table) if mounts.by_hand(mount)]
+            below = [mount for mount in below if self._visible(mount)]
             waiting += [(mount.path, "a mount", False) for mount in below]
 
     def _known(self, path: str) -> bool:
@@ -277,6 +278,7 @@ class _Search:
         leads: list[tuple[str, str, bool]] = []
         waiting = [top]
         nested = _nested_subvolumes(top) if mount.fstype == "btrfs" else set()
+        snapshots = os.path.join(mount.path, ".zfs") if mount.fstype == "zfs" else ""  # seen with snapdir=visible
         while waiting:
             directory = waiting.pop()
             names: list[str] = []
@@ -290,6 +292,8 @@ class _Search:
                 with os.scandir(fd) as entries:
                     for entry in entries:
                         path = os.path.join(directory, entry.name)
+                        if path == snapshots:
+                            continue
                         if entry.is_symlink():
                             leads += self._follow(path)
                         elif entry.is_dir(follow_symlinks=False) and path not in self.mount_points:

@@ -94,7 +94,8 @@ def swaps(
             return []
         if not provider.swappable(volume):
             return []
-        if any(below.path not in known for below in mounts.mounts_below(root.path, table)):
+        below = [mount.path for mount in mounts.mounts_below(root.path, table) if mounts.by_hand(mount)]
+        if any(path not in known for path in below):
             return []
         others = [canonical(other.path) for other in session.config.nodes.values() if other.name != node.name]
         if any(is_under(other, root.path) for other in others):

@@ -52,6 +52,7 @@ SAMPLED: dict[str, set[str]] = {
         "test_an_image_that_is_an_external_origin_stays",
         "test_a_commit_that_was_cut[undone]",
     },
+    "test_zfs_carried": set(),
     "test_zfs_errors": {
         "test_a_dataset_that_is_gone",
         "test_what_is_held_or_cloned_by_others_is_busy[command]",
@@ -62,6 +63,7 @@ SAMPLED: dict[str, set[str]] = {
     },
     "test_zfs_swaps": {
         "test_swap_five_newer_sets_undo",
+        "test_swap_back_ends_what_a_dead_one_had_almost",
         "test_who_unmounted_it_finds_its_mount_point",
         "test_discard_is_refused_while_anything_hangs_on_what_is_set_aside",
         "test_an_encrypted_dataset[True]",

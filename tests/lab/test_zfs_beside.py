@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -187,6 +188,29 @@ def test_a_value_of_many_lines_speaks_of_nobody_else(harness: ZfsHarness) -> Non
     assert {live.id, other.id} <= names(harness.top)
     for prop in ("kept", "clone", "swap", "aside"):
         zfs("inherit", f"snapshotter:{prop}", harness.top)
+
+
+def test_a_set_whose_marks_cannot_be_read_is_nobodys_leftover(harness: ZfsHarness) -> None:
+    volume = harness.volume()
+    (Path(volume.path or "") / "file").write_text("content")
+    command = Command(harness.scratch / "etc")
+    taken = command.json("take", volume.path or "", "--budget", "1s")
+    name = f"{volume.id}@{taken['set_id']}-0"
+    sealed = zfs("get", "-H", "-o", "value", "snapshotter:marks", name).strip()
+    time.sleep(2)  # past its deadline
+    for damaged in (sealed[:-1], '{"scaled":"x"}', sealed.replace(",", ",\n")):
+        zfs("set", f"snapshotter:marks={damaged}", name)
+        command.json("reap")
+        (found,) = zfs_kit.provider().snapshots(taken["set_id"])
+        assert not found.marks_known and not found.marks
+        for changes in ({"pinned": "1"}, {"sealed": "20261122t100630z"}):
+            with pytest.raises(StorageError, match="marks are damaged"):
+                zfs_kit.provider().mark(taken["set_id"], changes)
+        assert zfs("get", "-H", "-o", "value", "snapshotter:marks,userrefs", name) == f"{damaged}\n0\n"
+    (listed,) = command.json("list", volume.path or "")["sets"]
+    assert listed["state"] == "damaged"
+    zfs("set", f"snapshotter:marks={sealed}", name)
+    assert [entry["good"] for entry in command.json("list", volume.path or "")["sets"]] == [True]
 
 
 def test_names_that_say_what_errors_say(harness: ZfsHarness) -> None:

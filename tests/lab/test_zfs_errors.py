@@ -91,6 +91,22 @@ def test_a_dataset_that_is_gone(harness: ZfsHarness) -> None:
     assert harness.objects() == before
 
 
+def test_a_clone_below_a_read_only_dataset_is_writable(harness: ZfsHarness) -> None:
+    """As on a host that keeps backups. mount(8) tells mount.zfs `rw`, which goes before what is inherited."""
+    volume = harness.volume()
+    Path(volume.path or "", "file").write_text("content")
+    set_id = take(volume)
+    zfs("set", "readonly=on", harness.top)
+    (found,) = zfs_kit.provider().snapshots(set_id)
+    attachment_id, place = new_attachment_id(utc_now()), str(harness.scratch / "clone")
+    made = zfs_kit.provider().attach(found, attachment_id, Access.WRITABLE, place)
+    where = Path(harness.enter(made, place))
+    (where / "file").write_text("changed")
+    harness.leave(place)
+    zfs_kit.provider().detach(attachment_id)
+    zfs("inherit", "readonly", harness.top)
+
+
 def test_what_is_held_or_cloned_by_others_is_busy(harness: ZfsHarness) -> None:
     one, two = harness.volume(), harness.volume()
     set_id = take(one, two)

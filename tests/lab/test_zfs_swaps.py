@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from providers.zfs import objects, tool
 from snapshotter.core.errors import BusyError, PreconditionError
-from snapshotter.core.model import Access, Hold, ImageState, Snapshot, Volume, new_attachment_id, new_set_id, utc_now
+from snapshotter.core.model import Access, Hold, ImageState, new_attachment_id, new_set_id, utc_now
 from snapshotter.testing.harness import make_birth
 from tests.lab import zfs_kit
-from tests.lab.zfs_kit import ZfsHarness, content_at, names, run, zfs
+from tests.lab.zfs_kit import ZfsHarness, content_at, holds, image, names, path_of, read, run, take, write, zfs
 
 pytestmark = [pytest.mark.root, pytest.mark.zfs, pytest.mark.skipif(bool(zfs_kit.here()), reason=zfs_kit.here())]
 
@@ -31,42 +32,6 @@ def pool() -> Iterator[str]:
 def harness(pool: str) -> Iterator[ZfsHarness]:
     with zfs_kit.zfs_harness(pool) as harness:
         yield harness
-
-
-def path_of(volume: Volume, name: str = "file") -> str:
-    assert volume.path is not None
-    return os.path.join(volume.path, name)
-
-
-def write(volume: Volume, text: str) -> None:
-    with open(path_of(volume), "w") as file:
-        file.write(text)
-
-
-def read(volume: Volume) -> str:
-    with open(path_of(volume)) as file:
-        return file.read()
-
-
-def take(volume: Volume, text: str) -> str:
-    write(volume, text)
-    birth = make_birth([volume])
-    zfs_kit.provider().create([volume], birth, Hold(marks={"sealed": "20261122t100630z", "grade": "filesystem"}))
-    return birth.set_id
-
-
-def image(set_id: str) -> Snapshot:
-    (found,) = zfs_kit.provider().snapshots(set_id)
-    return found
-
-
-def holds(harness: ZfsHarness, sets: dict[str, str]) -> None:
-    """All these sets are there, and hold what they held."""
-    listed = {found.birth.set_id: found for found in zfs_kit.provider().snapshots()}
-    assert set(listed) == set(sets)
-    for set_id, text in sets.items():
-        assert listed[set_id].state is ImageState.READY and listed[set_id].marks["sealed"]
-        assert content_at(listed[set_id], "file", harness.scratch) == text.encode()
 
 
 def test_swap_five_newer_sets_undo(harness: ZfsHarness) -> None:
@@ -94,6 +59,41 @@ def test_swap_five_newer_sets_undo(harness: ZfsHarness) -> None:
     zfs_kit.provider().delete(oldest)
     assert names(harness.top) == {harness.top, volume.id}
     assert read(volume) == "before the swap"
+
+
+def test_swap_back_ends_what_a_dead_one_had_almost(harness: ZfsHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clone is gone already, and what was set aside is a clone of nothing."""
+    volume = harness.volume()
+    older = take(volume, "older")
+    write(volume, "live")
+    zfs_kit.provider().swap("w1", image(older), volume)
+    change = tool.change
+
+    def dies(*words: str, object: str) -> None:
+        if words[:2] == ("inherit", objects.ASIDE):
+            raise KeyboardInterrupt
+        change(*words, object=object)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tool, "change", dies)
+        with pytest.raises(KeyboardInterrupt):
+            zfs_kit.provider().swap_back("w1")
+    assert list(zfs_kit.provider().swaps()) == ["w1"]
+    zfs_kit.provider().swap_back("w1")
+    assert read(volume) == "live" and not list(zfs_kit.provider().swaps())
+
+
+def test_swap_back_after_a_person_destroyed_the_clone(harness: ZfsHarness) -> None:
+    volume = harness.volume()
+    older = take(volume, "older")
+    write(volume, "live")
+    before = harness.objects()
+    zfs_kit.provider().swap("w1", image(older), volume)
+    zfs("destroy", volume.id)
+    zfs_kit.provider().swap_back("w1")
+    assert read(volume) == "live" and not list(zfs_kit.provider().swaps())
+    assert harness.objects() == before
+    holds(harness, {older: "older"})
 
 
 def test_discard_is_refused_while_anything_hangs_on_what_is_set_aside(harness: ZfsHarness) -> None:
@@ -134,30 +134,6 @@ def test_equal_names_of_other_tools_snapshots_are_named(harness: ZfsHarness) -> 
     zfs_kit.provider().swap_commit("w1")
     assert {f"{volume.id}@daily", f"{volume.id}@other"} <= names(harness.top)
     holds(harness, {older: "older"})
-
-
-def test_what_was_set_on_the_origin_is_set_on_what_takes_its_place(harness: ZfsHarness) -> None:
-    point = harness.scratch / "live"
-    words = ["-o", f"mountpoint={point}", "-o", "recordsize=16K", "-o", "compression=lz4", "-o", "atime=off"]
-    volume = harness.dataset("d", *words, "-o", "refquota=200M", "-o", "com.example:note=ours too")
-    older = take(volume, "older")
-    write(volume, "live")
-
-    def local() -> set[str]:
-        kept = zfs("get", "-Hp", "-s", "local", "-o", "property,value", "all", volume.id).splitlines()
-        return {line for line in kept if not line.startswith(("snapshotter:", "canmount"))}
-
-    before = local()
-    zfs_kit.provider().swap("w1", image(older), volume)
-    assert local() == before
-    assert read(volume) == "older" and volume.path == str(point)
-    # As a reboot does it: everything that mounts itself is mounted, and the live path shows the clone still.
-    zfs("unmount", volume.id)
-    run("zfs", "mount", "-a")
-    assert read(volume) == "older"
-    assert sum(mount.path == str(point) for mount in zfs_kit.table()) == 1
-    zfs_kit.provider().swap_back("w1")
-    assert local() == before and read(volume) == "live"
 
 
 def test_who_unmounted_it_finds_its_mount_point(harness: ZfsHarness) -> None:

@@ -52,6 +52,51 @@ def top(volume: Volume) -> Path:
     return Path(volume.path)
 
 
+def test_what_somebody_looked_at_below_zfs_is_no_root(harness: ZfsHarness) -> None:
+    """The kernel mounts a snapshot where anybody looks at it; with snapdir=visible `.zfs` is listed, too."""
+    above = harness.dataset("d", "-o", "snapdir=visible")
+    below = harness.dataset("d/below", "-o", "snapdir=visible")
+    command = Command(harness.scratch / "etc")
+    for volume in (above, below):
+        (top(volume) / "file").write_text("content")
+    taken = command.json("take", str(top(above)))
+    for member, volume in enumerate((above, below)):
+        assert (top(volume) / f".zfs/snapshot/{taken['set_id']}-{member}/file").read_text() == "content"
+    automatic = [mount for mount in zfs_kit.table() if "/.zfs/snapshot/" in mount.path]
+    assert {mount.source for mount in automatic} >= {f"{above.id}@{taken['set_id']}-0"}
+    again = command.json("take", str(top(above)))
+    assert again["good"] and len(again["snapshots"]) == 2
+    planned = command.json("restore", again["set_id"], "--in-place", "--dry-run")
+    assert planned["way"] == "swap"
+
+
+def test_a_dataset_below_that_is_not_mounted_is_refused_by_name(harness: ZfsHarness) -> None:
+    """As after a reboot without its key, or where its mount failed: in its place is an empty directory."""
+    key = harness.scratch / "key"
+    key.write_bytes(os.urandom(32))
+    above, plain = harness.dataset("d"), harness.dataset("d/plain")
+    secret = harness.dataset(
+        "d/secret", "-o", "encryption=on", "-o", "keyformat=raw", "-o", f"keylocation=file://{key}"
+    )
+    elsewhere = harness.dataset("d/elsewhere", "-o", f"mountpoint={harness.scratch}/elsewhere")
+    command = Command(harness.scratch / "etc")
+    for volume in (above, plain, secret):
+        (top(volume) / "file").write_text("content")
+    assert len(command.json("take", str(top(above)))["snapshots"]) == 3
+    zfs("unmount", elsewhere.id)
+    for volume in (plain, secret):
+        zfs("unmount", volume.id)
+    zfs("unload-key", secret.id)
+    for volume in (plain, secret):
+        refused = command.error("take", str(top(above)), exit_code=3)
+        assert volume.id in refused["line"] and f"zfs mount -l {volume.id}" in refused["line"]
+        zfs("mount", "-l", volume.id)
+    assert len(command.json("take", str(top(above)))["snapshots"]) == 3
+    zfs("unmount", plain.id)
+    zfs("set", "canmount=noauto", plain.id)
+    assert len(command.json("take", str(top(above)))["snapshots"]) == 2
+
+
 def test_hot_takes_of_a_besu_shaped_node(harness: ZfsHarness, request: pytest.FixtureRequest) -> None:
     """The database in one dataset, the rest of the data path in another above it: one instant, and nothing lost that
     was acknowledged before the take."""

@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from providers.zfs import ZfsProvider
-from snapshotter.core.model import Access, Snapshot, Volume, new_attachment_id, utc_now
+from snapshotter.core.model import Access, Hold, ImageState, Snapshot, Volume, new_attachment_id, utc_now
 from snapshotter.host.mounts import mount_of, table
 from snapshotter.provider import Settings
-from snapshotter.testing.harness import Harness
+from snapshotter.testing.harness import Harness, make_birth
 
 #: The builds of libzfs_core that the lab has, by the directory to import them from; and none.
 BUILDS = {"command": "", "openzfs": "/opt/libzfs_core/openzfs", "pypi": "/opt/libzfs_core/pypi"}
@@ -197,6 +197,42 @@ def content_at(snapshot: Snapshot, relative: str, scratch: Path) -> bytes:
     finally:
         harness.leave(where)
         provider().detach(attachment_id)
+
+
+def path_of(volume: Volume, name: str = "file") -> str:
+    assert volume.path is not None
+    return os.path.join(volume.path, name)
+
+
+def write(volume: Volume, text: str) -> None:
+    with open(path_of(volume), "w") as file:
+        file.write(text)
+
+
+def read(volume: Volume) -> str:
+    with open(path_of(volume)) as file:
+        return file.read()
+
+
+def take(volume: Volume, text: str) -> str:
+    write(volume, text)
+    birth = make_birth([volume])
+    provider().create([volume], birth, Hold(marks={"sealed": "20261122t100630z", "grade": "filesystem"}))
+    return birth.set_id
+
+
+def image(set_id: str) -> Snapshot:
+    (found,) = provider().snapshots(set_id)
+    return found
+
+
+def holds(harness: ZfsHarness, sets: dict[str, str]) -> None:
+    """All these sets are there, and hold what they held."""
+    listed = {found.birth.set_id: found for found in provider().snapshots()}
+    assert set(listed) == set(sets)
+    for set_id, text in sets.items():
+        assert listed[set_id].state is ImageState.READY and listed[set_id].marks["sealed"]
+        assert content_at(listed[set_id], "file", harness.scratch) == text.encode()
 
 
 @contextmanager

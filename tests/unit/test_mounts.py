@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
-from snapshotter.host.mounts import Mount, inside, is_under, mount_of, mounts_below, parse, table
+from snapshotter.host.mounts import Mount, by_hand, inside, is_under, mount_of, mounts_below, parse, table
 
 needs_root = pytest.mark.root
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
@@ -99,6 +100,14 @@ def test_names_that_begin_alike_are_not_below() -> None:
     assert mount_of("/abc", mounts).path == "/"
     assert [mount.path for mount in mounts_below("/a", mounts)] == []
     assert [mount.path for mount in mounts_below("/", mounts)] == ["/a", "/ab"]
+
+
+def test_what_zfs_mounts_of_itself() -> None:
+    def of(path: str, source: str) -> bool:
+        return by_hand(structs.replace(made(path, "0:99"), fstype="zfs", source=source))
+
+    assert not of("/tank/a/.zfs/snapshot/daily", "tank/a@daily")
+    assert of("/tank/a", "tank/a") and of("/mnt", "tank/a@daily") and of("/tank/a/.zfs/snapshot/x", "tank/b")
 
 
 def test_where_a_path_lies_in_its_file_system() -> None:

@@ -63,6 +63,26 @@ def test_what_is_to_go_with_its_last_user_is_no_image() -> None:
     assert snapshot is not None and snapshot.state is ImageState.READY and snapshot.order == 77
 
 
+@pytest.mark.parametrize(
+    ("text", "marks"),
+    [
+        ("", {}),
+        ("{}", {}),
+        ('{"sealed":"x","of-a-newer-version":"y"}', {"sealed": "x"}),
+        ('{"sealed":"x"', None),
+        ('["sealed"]', None),
+        ("[" * 5000, None),
+        ('{"sealed":1}', None),
+        ('{"scaled":"x"}', None),
+    ],
+)
+def test_marks_that_cannot_be_read_are_not_none(text: str, marks: dict[str, str] | None) -> None:
+    one = objects._object(f"tank/a@{SET}-0", {objects.BIRTH: (encode_birth(birth()), "local")})
+    one.ours[objects.MARKS] = text
+    snapshot = objects.as_snapshot(one)
+    assert snapshot is not None and snapshot.marks_known == (marks is not None) and snapshot.marks == (marks or {})
+
+
 @pytest.mark.parametrize("path", ["/plain", "/\u00fcber/\U0001f40b", "/undecodable/\udcff", "/tab\there", '/"\\'])
 def test_a_record_goes_through_a_table_of_tabs_and_lines(path: str) -> None:
     text = objects.dump({"path": path})
