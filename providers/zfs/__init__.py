@@ -71,6 +71,7 @@ class ZfsProvider(Provider):
         super().__init__(settings)
         #: set id -> (its snapshots, the marks they were born with) of what this instance made.
         self._made: dict[str, tuple[list[str], Mapping[str, str]]] = {}
+        self._pools: list[str] = []
 
     # -- before ---------------------------------------------------------------------------------------------------
 
@@ -191,6 +192,7 @@ class ZfsProvider(Provider):
         return objects.read([each.name for each in found]) if native and found else found
 
     def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
+        self._pools = tool.pools()  # before the look: what is imported meanwhile was not looked into
         if set_id is not None:
             found = self._members(set_id, native=True)
         else:
@@ -202,7 +204,7 @@ class ZfsProvider(Provider):
             tool.refuse_blind()  # hides no other pool: last
 
     def sees(self, volume: str) -> bool:
-        return tool.pool_of(volume) in tool.pools()
+        return tool.pool_of(volume) in (self._pools or tool.pools())
 
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         check_marks(changes)
