@@ -120,13 +120,11 @@ def where_new(unit: Unit) -> str | None:
 def back(unit: Unit, *, ran: bool) -> None:
     """The old one stands in its place again; what stood there is at `staged` or `aside` (`remove_new`). `ran`: the node
     ran on the new one, and may have made it anew by a rename, as programs do with small files: then whatever is there
-    is its. Where there was no old one, a directory that isn't the new one is nobody's to remove: it may be a disk's.
-    Raises BusyError (something else stands there), StorageError, OSError."""
+    is its. Raises BusyError (something else stands there), StorageError, OSError."""
     here = known(unit.place)
     if unit.old is None:
-        if here is not None and here != unit.new and ran and stat.S_ISDIR(os.lstat(unit.place).st_mode):
-            raise _foreign(unit.place)
-        if here is not None and (ran or here == unit.new):
+        made = here != unit.new and known(unit.staged) == unit.new  # by the node, before the new one came there: stays
+        if here is not None and (ran or here == unit.new) and not made:
             if os.path.lexists(unit.staged):
                 raise _foreign(unit.staged)
             _make_parent(unit.staged)
@@ -147,9 +145,10 @@ def back(unit: Unit, *, ran: bool) -> None:
 
 def remove_new(unit: Unit, *, ran: bool) -> list[str]:
     """After `back`: remove the new one; returns what is kept because it is neither. Raises OSError, BusyError."""
-    if known(unit.place) != unit.old:
+    here = known(unit.place)
+    if here != unit.old and (unit.old is not None or here == unit.new):
         raise StorageError("the old one is not in its place, so nothing is removed", object=unit.place)
-    kept = []
+    kept = [unit.place] if here != unit.old else []  # there was none, and somebody has made one
     # Where there was no old one, nothing has ever been moved to `aside`: what stands there isn't ours to remove.
     for path in (unit.staged, unit.aside) if unit.old is not None else (unit.staged,):
         found = known(path)

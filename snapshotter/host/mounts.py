@@ -182,7 +182,7 @@ def in_fstab() -> set[str]:
             lines = [line.split() for line in file if not line.lstrip().startswith(b"#")]
     except OSError:
         return set()
-    return {unescape(words[1]) for words in lines if len(words) > 2}
+    return {os.path.normpath(unescape(words[1])) for words in lines if len(words) > 2 and words[1].startswith(b"/")}
 
 
 def unmount(where: str, patience_s: float = 5.0) -> None:

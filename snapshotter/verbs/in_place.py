@@ -122,7 +122,8 @@ def _undo(work: Work) -> None:
 def _stopped(work: Work) -> list[str]:
     """The service, if it ran before and doesn't now: on what is half undone it can't."""
     try:
-        if work.service is not None and work.plan.running and not work.service.running():
+        ran = work.plan.running or (work.journal.last("undo") or {}).get("run_again")
+        if work.service is not None and ran and not work.service.running():
             return [f"the service {work.service.name}, stopped"]
     except SnapshotterError:
         pass
@@ -147,7 +148,7 @@ def go_on(session: Session, target: str | None) -> dict[str, Any]:
     """--continue: to the end, whichever way it was going. Raises NotFoundError (there is none), Unhealthy,
     PreconditionError (the node may have run on a mix of old and new, so the end would be none of both)."""
     with _open(session, target) as work:
-        work.require_disks()
+        work.require_disks(of_aside=work.discarding)
         if work.turned:
             _back(work, None)
             return _document(work, "undone")

@@ -8,7 +8,7 @@ import os
 
 import msgspec
 
-from snapshotter.core.errors import PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.errors import PreconditionError, SnapshotterError, StorageError, UndoIncompleteError
 from snapshotter.host import exchange, mounts
 from snapshotter.host.exchange import Unit
 from snapshotter.host.store import told
@@ -22,6 +22,8 @@ from snapshotter.verbs.in_place_work import Work
 def backward(work: Work) -> None:
     """The old state. Raises any of core.errors: nothing was changed if `work.turned` is still false."""
     work.require_disks()
+    if not work.journal.has("returned"):
+        work.refuse_foreign()
     appeared = [unit for unit in work.units() if unit.old is None and exchange.known(unit.place) is not None]
     touched = work.begun("exchange") and (bool(appeared) or work.touched())
     changed = work.begun("save") or touched or work.begun("start") or work.turned
@@ -47,13 +49,23 @@ def backward(work: Work) -> None:
                 units = _with_made(work, units)
             if work.plan.way == "copy" and (ran or work.moved()):
                 units = signing.into_old(work, units, ran=ran)
-        except BaseException:
+        except BaseException as error:
+            if work.turned:
+                raise
             # Nothing was changed yet. On what is half old and half new, or gone, nothing may be started: that stays
             # masked.
-            if not work.turned and work.begun("start"):
+            if work.begun("start"):
                 work.let_run(runs)
-            elif not work.turned and not touched and not work.removed():
+            elif not touched and not work.removed():
                 work.let_run(runs or bool(work.plan.running))
+            elif work.service is not None and isinstance(error, SnapshotterError):
+                raise UndoIncompleteError(
+                    f"{error.line()}; and what is there is half old, half new: nothing may run on it",
+                    object=work.plan.path,
+                    left=[work.journal.path, f"the service {work.service.name}, stopped"],
+                    cure="mend that",
+                    undo_command=f"snapshotter restore --undo {work.plan.path}",
+                ) from error
             raise
     work.turned = True
     if not before:
@@ -62,6 +74,7 @@ def backward(work: Work) -> None:
         swapping.swap_back(work.session, work.plan)
     elif changed:
         _exchange_back(work, units, ran)
+    swapping.tidy(work.plan)
     work.unstage()
     _bring_back(work)
     for ground in work.plan.grounds:
@@ -144,7 +157,7 @@ def _bring_back(work: Work) -> None:
 def discard(work: Work) -> list[str]:
     """Remove what was set aside; returns its names. The journal has it before the first of it goes: from then on, there
     is no way back but where a provider refuses, and has let go of nothing."""
-    work.require_disks()
+    work.require_disks(of_aside=True)
     if not work.discarding:
         work.journal.append("discard")
     gone = _commit_swaps(work)

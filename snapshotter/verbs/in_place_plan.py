@@ -397,25 +397,34 @@ def _refuse_unmounted(
     awaited = sorted(mounts.in_fstab() - mounted)
     for number, path in enumerate(roots):
         place = os.path.realpath(path)
-        missing = next((point for point in awaited if mounts.is_under(place, point)), "")
-        if not missing and found and not from_host and not found.birth.roots[number].inside and os.path.isdir(place):
-            member = found.birth.members[found.birth.roots[number].member]
-            if place not in mounted and _lies_elsewhere(session, node, member, place, table):
-                missing = place
+        here = mounts.mount_of(place, table).path
+        missing = [point for point in awaited if is_under(place, point) or is_under(point, place)]
+        missing = [point for point in missing if is_under(point, here) and point != here]
+        why = "by /etc/fstab"
+        if not missing and found and not from_host:
+            root = found.birth.roots[number]
+            top = place.removesuffix(f"/{root.inside}") if root.inside else place
+            member = found.birth.members[root.member]
+            if top not in mounted and _lies_elsewhere(session, node, member, top, table):
+                missing, why = [top], "when the set was taken"
         if missing:
             raise PreconditionError(
-                f"nothing is mounted at {missing}, where its disk was",
+                f"nothing is mounted at {missing[0]}, where a disk of its was ({why})",
                 object=path,
-                cure=f"mount {missing}; or restore it elsewhere with --to",
+                cure=f"mount {missing[0]}; or restore it elsewhere with --to",
             )
 
 
-def _lies_elsewhere(session: Session, node: Node, member: Member, place: str, table: list[Mount]) -> bool:
-    """Whether the volume whose top was mounted here is on this host, and this is another's file system."""
+def _lies_elsewhere(session: Session, node: Node, member: Member, top: str, table: list[Mount]) -> bool:
+    """Whether the volume whose top was mounted here is on this host, and what is here now is another's file system."""
     provider = session.provider(member.provider, node, chosen=False)
-    if not provider.traits.needs_host or provider.traits.subvolumes_apart or not provider.sees(member.volume):
+    traits = provider.traits
+    whole = traits.needs_host and traits.swaps and not traits.subvolumes_apart  # its volumes are file systems
+    if not whole or not provider.sees(member.volume):
         return False
-    volume = provider.claim(mount_at(place, table), place)
+    while not os.path.isdir(top):
+        top = os.path.dirname(top)
+    volume = provider.claim(mount_at(top, table), top)
     return volume is None or volume.id != member.volume
 
 

@@ -83,7 +83,8 @@ def stage(work: Work) -> None:
 def _make_ready(work: Work, seen: dict[str, str]) -> None:
     plan, profile = work.plan, work.profile
     names = staging.names_of(plan, profile, seen)
-    live = [(root, root) for root in plan.roots]
+    saved = work.saved_roots()
+    live = [(root, saved.get(root, root)) for root in plan.roots]
     wanted = {"key": profile.identity, "database": profile.database}.get(plan.only, ()) if seen else ()
     image = staging.image_places(plan, seen)
     in_it = staging.key_files(plan, image)

@@ -35,11 +35,23 @@ def swap_back(session: Session, plan: Plan) -> None:
             session.provider(one.provider, plan.node, chosen=False).swap_back(one.swap_id)
 
 
+def tidy(plan: Plan) -> None:
+    """What a killed run has left mounted for itself alone goes. Absent is done."""
+    hidden = _hidden(plan)
+    if os.path.isdir(hidden):
+        mounts.unmount(hidden)
+        os.rmdir(hidden)
+
+
+def _hidden(plan: Plan) -> str:
+    return os.path.realpath(os.path.join(staging_directory(), f"swap-{plan.id}"))
+
+
 @contextmanager
 def _unmounted(session: Session, plan: Plan) -> Iterator[None]:
     """The volumes to be swapped, seen by nobody; mounted again on every way out. A btrfs that nothing shows any more is
     out of its provider's reach too: it is shown to us alone meanwhile."""
-    hidden = os.path.realpath(private_directory(os.path.join(staging_directory(), f"swap-{plan.id}")))
+    hidden = private_directory(_hidden(plan))
     spec = next((one.mount for one in plan.swaps if one.mount and one.fstype == "btrfs"), None)
     try:
         if spec is not None and not mounts.is_mount_point(hidden):

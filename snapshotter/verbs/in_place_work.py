@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.journal import Journal
 from snapshotter.core.model import SnapshotSet
 from snapshotter.host import exchange, mounts
@@ -25,8 +25,6 @@ from snapshotter.verbs.in_place_plan import Plan
 from snapshotter.verbs.in_place_ways import Ground
 from snapshotter.verbs.restore import judge
 from snapshotter.verbs.session import Session
-
-_AGAIN = "mount {}, then the same again"
 
 
 class Work:
@@ -154,13 +152,19 @@ class Work:
         """Whether old data is only where it was copied to, on another disk."""
         return any(self.journal.last("removing", g.path) and not self.brought_back(g) for g in self.plan.grounds)
 
-    def require_disks(self) -> None:
+    def require_disks(self, *, of_aside: bool = False) -> None:
         """Raise PreconditionError where a disk that the data lay on, or was set aside on, isn't mounted now: nothing
-        there must not be taken for nothing that there was, nor may anything be put below it."""
+        there must not be taken for nothing that there was, nor may anything be put below it. `of_aside`: something else
+        may be mounted over the data."""
+        asides = [ground.aside for ground in self.plan.grounds]
         for path, point in self.journal.facts.get("mounts", {}).items():
-            if mounts.mount_of(os.path.realpath(path)).path != point:
+            now = mounts.mount_of(os.path.realpath(path)).path
+            over = of_aside and path not in asides and mounts.is_under(now, point)
+            if now != point and not over:
                 raise PreconditionError(
-                    f"nothing is mounted at {point}, where its disk was", object=path, cure=_AGAIN.format(point)
+                    f"was on what was mounted at {point}, and is on {now} now",
+                    object=path,
+                    cure=f"{self._again(point)}{f', or umount {now}' if mounts.is_under(now, point) else ''}",
                 )
         for ground in self.plan.grounds:
             saved = self.journal.last("saved", ground.path)
@@ -173,7 +177,23 @@ class Work:
                 raise PreconditionError(
                     "what was set aside isn't there, and it is all there is of the old data",
                     object=ground.aside,
-                    cure=_AGAIN.format(os.path.dirname(ground.aside)),
+                    cure=self._again(os.path.dirname(ground.aside)),
+                )
+
+    def _again(self, point: str) -> str:
+        return f"mount {point}, then the same again; if that disk is gone for good: rm {self.journal.path}"
+
+    def refuse_foreign(self) -> None:
+        """Raise BusyError where there was no data path, and what stands there isn't what was restored: a directory that
+        somebody moved there is nobody's to remove."""
+        for unit in self.units():
+            here = exchange.known(unit.place)
+            whole = unit.old is None and unit.place in [ground.path for ground in self.plan.grounds]
+            if whole and here not in (None, unit.new) and os.path.isdir(unit.place):
+                raise BusyError(
+                    "is neither what was there before nor what was restored",
+                    object=unit.place,
+                    cure="see what it is, and move it away; then the same again",
                 )
 
     def saved_roots(self) -> dict[str, str]:

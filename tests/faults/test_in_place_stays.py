@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -46,7 +47,8 @@ def test_on_a_mix_nothing_is_started_by_an_undo_that_is_refused(node: Story) -> 
     shell = subprocess.Popen(["sleep", "1000"], cwd=node.data)
     try:
         for _ in range(2):
-            ok(node, "restore", "--undo", "ours", code=5, before=with_a_mask(node))
+            error = ok(node, "restore", "--undo", "ours", code=7, before=with_a_mask(node))
+            assert "sleep" in error["message"] and any("stopped" in left for left in error["left"])
             assert masked.exists() and not node.service.running(), "it could run on a mix of old and new"
     finally:
         shell.kill()
@@ -111,7 +113,8 @@ def test_a_provider_that_has_nothing_to_do_with_it_may_be_out_of_order(node: Sto
 def test_a_disk_that_is_not_mounted_is_not_restored_beside(node: Story, tmp_path: Path) -> None:
     """Its mount failed at boot: what would be restored fills the disk below, and is hidden by the next boot."""
     fstab = tmp_path / "fstab"
-    fstab.write_text(f"# disks\nUUID=1 / ext4 defaults 0 1\nUUID=2 {node.data} ext4 nofail 0 2\n")
+    above = f"UUID=3 {node.data.parent} ext4 noauto 0 2\nUUID=4 none swap sw 0 0\n"  # its own disk lies below that
+    fstab.write_text(f"# disks\nUUID=1 / ext4 defaults 0 1\nUUID=2 {node.data}/ ext4 nofail 0 2\n{above}")
 
     def patch() -> None:
         mounts.FSTAB = str(fstab)
@@ -128,6 +131,50 @@ def test_a_disk_that_is_not_mounted_is_not_restored_beside(node: Story, tmp_path
     finally:
         subprocess.run(["mount", source, str(node.data)], check=True)
     assert node.as_it_was()
+    fstab.write_text(f"UUID=5 {node.data}/database ext4 nofail 0 2\n")  # a disk of a part of it
+    assert "database" in ok(node, *IN_PLACE, code=3, before=patch)["cure"]
+
+
+@pytest.mark.root
+def test_a_directory_that_the_node_made_on_a_mix_goes_with_the_undo(node: Story) -> None:
+    """There was no database; killed after the first rename; started at boot, it made one."""
+    node.service.do("stop")
+    shutil.rmtree(node.data / "database")
+    node.service.do("start")
+    node.service.do("stop")
+    shutil.rmtree(node.data / "database")
+    node.old = picture(node.data)
+    calls = run_here(node.command, *IN_PLACE)[2]
+    node.service.do("stop")
+    ok(node, "restore", "--undo", "ours")
+    assert node.as_it_was()
+    at = point(calls, "after-forward", 1)
+    assert run_here(node.command, *IN_PLACE, kill_at=at)[0] == -signal.SIGKILL
+    node.service.do("start")
+    assert (node.data / "database").is_dir()
+    ok(node, "restore", "--continue", "ours", code=3)
+    ok(node, "restore", "--undo", "ours")
+    assert not (node.data / "database").exists() or node.service.running()
+    assert not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
+def test_what_is_set_aside_can_go_whatever_the_data_lies_on_now(tmp_path: Path) -> None:
+    """A new disk in the data's place, filled by hand."""
+    with story("copy", tmp_path) as node:
+        node.begin(blocks=20)
+        node.damage()
+        ok(node, *IN_PLACE)
+        other = tmp_path / "other"
+        shutil.copytree(node.data, other)
+        subprocess.run(["mount", "--bind", str(other), str(node.data)], check=True)
+        try:
+            assert "umount" in ok(node, "restore", "--undo", "ours", code=3)["cure"]
+            ok(node, "restore", "--discard", "ours", "--yes")
+            assert not node.leftovers() and not journals(node)
+        finally:
+            subprocess.run(["umount", str(node.data)], check=True)
+        assert node.restored()
 
 
 @pytest.mark.root
@@ -147,7 +194,8 @@ def test_nor_in_a_directory_of_it(tmp_path: Path) -> None:
         ok(node, *IN_PLACE, before=patch)
         node.data.rename(node.place / "made")
         (node.place / "real").rename(node.data)
-        ok(node, "restore", "--undo", "ours", code=7)
+        error = ok(node, "restore", "--undo", "ours", code=5)
+        assert "move it away" in error["cure"]
         assert node.as_it_was(), "what stands there was never put there by the restore"
         node.data.rename(node.place / "real")
         (node.place / "made").rename(node.data)
