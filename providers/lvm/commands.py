@@ -4,7 +4,9 @@ the same. Must know nothing of sets.
 A killed `lvcreate` may leave its origin *suspended*: every write to it hangs. What a command may suspend is therefore
 written to /run before it starts, and forgotten when it ended by itself. Whoever takes the group's lock next and
 finds such a record resumes what it names, and nothing else: what somebody suspended on purpose has no record of ours.
-The command inherits the lock (`core.command`), which so is free only when no command of a dead run works any more.
+That lock is free only when no command of a dead run works any more. The command can't hold it itself: LVM closes every
+descriptor above 2 that it was given (lvmcmdline.c, _close_stray_fds). So its parent is a shell, which inherits the lock
+(`core.command`) and does nothing but wait for it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ from snapshotter.host.locks import Locks
 from snapshotter.host.places import private_directory, run_directory
 
 WAIT_S = 60.0
+_RESUME_WAIT_S = 2.0  # whoever holds the group so long does something to it, and its volumes run
+
+#: `exit` keeps the shell from becoming the command, as it would for its last one.
+_HELD = ("sh", "-c", '"$@"; exit $?', "sh")
 
 
 class Group:
@@ -66,12 +72,14 @@ class Group:
 
     def other(self, *argv: str, object: str) -> None:
         """As `lvm`, for a program that suspends nothing (dmsetup, cryptsetup)."""
-        done = self._run(argv)
+        done = run(argv, mutates=True)
         if not done.ok:
             raise failure(done, object)
 
     def _run(self, argv: Sequence[str]) -> Outcome:
-        return run(argv, mutates=True, extra_env=ENVIRONMENT)
+        """Its code is negative if a signal ended it, as everywhere: the shell says 128 and the signal."""
+        done = run([*_HELD, *argv], mutates=True, extra_env=ENVIRONMENT)
+        return Outcome(tuple(argv), 128 - done.code if done.code > 128 else done.code, done.stdout, done.stderr)
 
     # -- what a killed command leaves ------------------------------------------------------------------------------
 
@@ -185,7 +193,7 @@ def recover_all() -> list[str]:
     """Resume what dead runs left suspended in any group, where no command of theirs works any more."""
     resumed = []
     for vg in _recorded():
-        with suppress(BusyError), Locks([f"{NAME}-commands:{vg}"]):
+        with suppress(BusyError), Locks([f"{NAME}-commands:{vg}"], wait_s=_RESUME_WAIT_S):
             resumed += Group(vg).recover()
     return resumed
 

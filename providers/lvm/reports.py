@@ -28,7 +28,7 @@ SEALED = f"{PREFIX}{_MARK}sealed="
 _CHUNK = 900
 READING_S = 120.0  # a report waits for LVM's own lock while another command changes the group
 
-#: LVM would warn of the lock's descriptor that it inherits.
+#: LVM would warn of the lock's descriptor that it inherits, and closes.
 ENVIRONMENT = {"LVM_SUPPRESS_FD_WARNINGS": "1"}
 
 _FIELDS = {

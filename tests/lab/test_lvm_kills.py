@@ -4,6 +4,7 @@ later time is sealed, and `reap` leaves the storage as it was."""
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import os
 import random
@@ -15,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from providers.lvm import commands
 from snapshotter.core.errors import BusyError, SnapshotterError
 from snapshotter.core.model import Access, Hold, ImageState, Volume, new_attachment_id, utc_now
 from snapshotter.host import block
+from snapshotter.host.locks import Locks
 from snapshotter.testing import describe, make_birth
 from snapshotter.testing.conformance import content_of, seal, take
 from snapshotter.testing.harness import fill
@@ -242,6 +245,42 @@ def test_a_child_outlives_its_run_and_holds_the_lock(harness: LvmHarness, volume
     assert not commands_of_lvm(), "delete did not wait for the dead run's command"
     harness.provider().delete(birth.set_id)
     assert harness.objects() == before and not suspended()
+
+
+def test_the_lock_is_held_while_an_orphan_waits_for_lvm(harness: LvmHarness, volume: Volume) -> None:
+    """LVM closes the lock's descriptor. An orphan that waits for LVM's own lock suspends the origin later, so what was
+    written of that must stay, and nobody may believe that the group is free."""
+    before, vg = harness.objects(), harness.storage.vg
+    birth = make_birth([volume])
+    provider = harness.provider()
+    provider.check([volume], birth)
+    provider.prepare([volume], birth, 5.0)
+    with open(f"/run/lock/lvm/V_{vg}", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        child = os.fork()
+        if child == 0:
+            try:
+                provider.create([volume], birth, Hold())
+            finally:
+                os._exit(0)
+        while not commands_of_lvm():
+            time.sleep(0.002)
+        time.sleep(0.5)  # it closes what it inherited
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for _ in range(3):
+            with pytest.raises(BusyError), Locks([f"lvm-commands:{vg}"]):
+                pass
+            assert commands.recover_all() == []
+        assert commands_of_lvm() and commands._recorded() == [vg]
+    give_up = time.monotonic() + 120
+    while commands_of_lvm():
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    harness.provider().reap()
+    assert not suspended() and commands._recorded() == []
+    harness.provider().delete(birth.set_id)
+    assert harness.objects() == before
 
 
 @pytest.mark.parametrize("what", ["detach", "delete"])
