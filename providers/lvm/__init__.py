@@ -30,7 +30,7 @@ from providers.lvm.reports import (
     birth_of,
     birth_tags,
     find,
-    maker_lives,
+    image_name,
     maker_tag,
     marks,
     pool_of,
@@ -302,7 +302,7 @@ class LvmProvider(Provider):
 
     def _shoot(self, group: Group, row: Row, pool: Row | None, birth: Birth, tags: list[str], size: int | None) -> str:
         """One lvcreate: the image's id. Thin ones are not activated: nothing sees a second file system of that UUID."""
-        name, maker = f"{birth.set_id}-{birth.member}", maker_tag()
+        name, maker = image_name(birth), maker_tag()
         argv = ["lvcreate", "-y", "-s", "-pr", "-n", name]
         argv += ["-ky"] if size is None else ["-L", f"{size}b"]
         for text in (*tags, maker):
@@ -359,17 +359,9 @@ class LvmProvider(Provider):
         self._prepared.pop(set_id, None)
         self._made.pop(set_id, None)
         rows = self._settled_report()
-        ours = images.of_set(rows, set_id)
-        if not ours and set_id not in self._begun:
+        if set_id not in self._begun and not images.of_set(rows, set_id):
             self._refuse_blind()
-        if (busy := images.in_use(rows, set_id)) is not None:
-            raise busy
-        for vg in sorted({row.vg for row in ours}):
-            theirs = [row for row in ours if row.vg == vg]
-            origins = [row for row in rows if row.vg == vg and row.name in {our.origin for our in theirs}]
-            with changing(vg) as group:
-                for row in theirs:
-                    group.remove(row, suspends=origins, half_made="sealed" not in marks(row) and not maker_lives(row))
+        images.remove(rows, set_id)
 
     def reap(self) -> list[str]:
         from providers.lvm import swaps

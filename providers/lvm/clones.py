@@ -20,6 +20,7 @@ import msgspec
 
 from providers.lvm import room
 from providers.lvm.commands import Group, changing
+from providers.lvm.images import find_image, refuse_invalid
 from providers.lvm.reports import (
     NAME,
     QUOTA,
@@ -28,7 +29,6 @@ from providers.lvm.reports import (
     birth_of,
     find,
     hanging_on,
-    lacks,
     maker_lives,
     maker_tag,
     pool_of,
@@ -91,12 +91,7 @@ def attach(clone: Clone, rows: Sequence[Row], size: int | None) -> MountSpec:
     if not ATTACHMENT_ID.fullmatch(clone.id):
         raise ValueError(f"{clone.id!r} is no id")
     born = clone.snapshot.birth
-    image = next(
-        (row for row in rows if (b := birth_of(row)) and (b.set_id, b.member) == (born.set_id, born.member)), None
-    )
-    if image is None:
-        raise NotFoundError("no such set", object=born.set_id, cure="`snapshotter list` shows all")
-    _refuse_invalid(image, rows, born.set_id)
+    image = find_image(rows, clone.snapshot)
     for row in rows:
         record = attachment_record(row)
         if record is not None and (record["id"], record["member"]) == (clone.id, born.member):
@@ -152,11 +147,6 @@ def _hide_from_udev() -> None:
     run(["udevadm", "control", "--reload"], timeout=60)
 
 
-def _refuse_invalid(image: Row, rows: Sequence[Row], set_id: str) -> None:
-    if why := lacks(image, pool_of(rows, image)):
-        raise StorageError(f"has no valid image: {why}", object=set_id, cure="restore another set")
-
-
 def _over(group: Group, image: Row, name: str, words: list[str], rows: Sequence[Row], size: int | None) -> str:
     """A writable device over a classic snapshot; its writes go to a volume of ours (dm-snapshot's persistent store)."""
     from providers.lvm.reports import read
@@ -166,7 +156,7 @@ def _over(group: Group, image: Row, name: str, words: list[str], rows: Sequence[
         rows, _ = read([image.vg])
         image = find(rows, image.id)
         birth = birth_of(image)
-        _refuse_invalid(image, rows, birth.set_id if birth else image.id)
+        refuse_invalid(image, rows, birth.set_id if birth else image.id)
     # `size` of a classic snapshot's row is its store's; its device is as large as its origin.
     origin = find(rows, f"{image.vg}/{image.origin}")
     store = room.cow_size(origin, image.vg_free, size, 0.0)

@@ -264,6 +264,16 @@ def birth_of(row: Row) -> Birth | None:
 # -------------------------------------------------------------------------------------------------------- images
 
 
+def image_name(birth: Birth) -> str:
+    return f"{birth.set_id}-{birth.member}"
+
+
+def renamed(row: Row) -> bool:
+    """An image of ours that a person has given another name, and perhaps a node: it is theirs."""
+    birth = birth_of(row)
+    return birth is not None and row.name != image_name(birth)
+
+
 def snapshot(row: Row, rows: Sequence[Row]) -> Snapshot | None:
     """The member of a set that this volume is, judged; None if it is none of ours."""
     birth = birth_of(row)
@@ -291,6 +301,8 @@ def lacks(row: Row, pool: Row | None) -> str:
     """Why this is no image that could be restored, for a person; '' if it is one. (lvs(8), "lv_attr".) Of an inactive
     classic snapshot nothing can be asked: `attach` activates it and asks."""
     state, health = row.attr[4], row.attr[8]
+    if renamed(row):
+        return f"somebody has renamed it to {row.name}, and keeps it for something else"
     if health == "p":
         return "a physical volume that it lies on is missing"
     if row.attr[1] == "w":

@@ -21,6 +21,7 @@ from providers.lvm.reports import (
     birth_of,
     birth_tags,
     hanging_on,
+    image_name,
     lacks,
     maker_lives,
     maker_tag,
@@ -176,15 +177,31 @@ def test_an_image_is_judged_by_what_lvm_says(attr: str, pool_attr: str, valid: b
 
 
 def test_an_image_of_a_dead_run_is_none_until_sealed() -> None:
-    tags = birth_tags(make_birth([Volume("lvm", "tv-a/data", "/d")]), 1)
+    birth = make_birth([Volume("lvm", "tv-a/data", "/d")])
+    tags = birth_tags(birth, 1)
     for sealed, maker, state in (
         ("", tag("maker", f"{os.getpid()}.1"), ImageState.INVALID),
         ("", maker_tag(), ImageState.READY),
         (mark_tag("sealed", "20261122t100630z"), tag("maker", f"{os.getpid()}.1"), ImageState.READY),
     ):
-        image = row(attr=THIN, tags=tuple(text for text in (*tags, maker, sealed) if text))
+        image = row(name=image_name(birth), attr=THIN, tags=tuple(text for text in (*tags, maker, sealed) if text))
         found = snapshot(image, [image, pool()])
         assert found is not None and found.state is state
+
+
+def test_what_carries_a_record_by_another_name_is_no_image() -> None:
+    birth = make_birth([Volume("lvm", "tv-a/data", "/d")])
+    tags = (*birth_tags(birth, 1), mark_tag("sealed", "20261122t100630z"))
+    image, kept = row(name=image_name(birth), attr=THIN, tags=tags), row(name="production", attr=THIN, tags=tags)
+    found = snapshot(kept, [kept, pool()])
+    assert found is not None and found.state is ImageState.INVALID and "renamed it to production" in found.why
+    copied = msgspec.structs.replace(image, vg="copy")
+    assert images.in_use([image, kept], birth.set_id) is None, "only one of them would go"
+    refused = images.in_use([image, copied, kept], birth.set_id)
+    assert refused is not None and image.id in refused.line() and copied.id in refused.line()
+    wanted = snapshot(copied, [copied, msgspec.structs.replace(pool(), vg="copy")])
+    assert wanted is not None
+    assert images.find_image([image, copied, msgspec.structs.replace(pool(), vg="copy")], wanted) is copied
 
 
 def test_a_full_classic_snapshot_is_none() -> None:
