@@ -411,7 +411,8 @@ class LvmProvider(Provider):
     # -- taking the origin's place --------------------------------------------------------------------------------
 
     def swappable(self, volume: Volume) -> bool:
-        return find(self._report(_groups([volume])), volume.id).thin
+        # An open LUKS device would go on to lie on what a swap sets aside.
+        return volume.id not in self._covered and find(self._report(_groups([volume])), volume.id).thin
 
     def swap(self, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:
         from providers.lvm import swaps

@@ -282,8 +282,10 @@ def test_luks_on_a_volume(thin: LvmHarness, tmp_path: Path, monkeypatch: pytest.
         make_file_system(f"/dev/mapper/{name}", "ext4")
         lvm("mount", f"/dev/mapper/{name}", point)
         fill(point)
-        volume = thin.provider().claim(mounts.mount_of(point), point)
+        provider = thin.provider()
+        volume = provider.claim(mounts.mount_of(point), point)
         assert volume is not None and volume.id == f"{thin.storage.vg}/sealed"
+        assert not provider.swappable(volume), "a restore in place must copy"
         content = describe(point)
         command = Command(tmp_path / "etc")
         birth_id = command.json("take", point, "--budget", "60s")
