@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime
 
@@ -180,10 +180,11 @@ class LvmProvider(Provider):
                 f"LVM can't look into all of its groups: {self._blind}", object=self.name, cure="see what `vgs` says"
             )
 
-    def _settled_report(self) -> list[Row]:
-        """What LVM says once no command of a dead run works any more. Raises BusyError if one goes on and on."""
-        wait_for_dead_runs()
-        return self._report()
+    def _settled_report(self, id: str, members: Callable[[Sequence[Row], str], list[Row]]) -> list[Row]:
+        """What LVM says once no command of a dead run works any more where there are `members` of `id`, or at making
+        one. Raises BusyError if one goes on and on."""
+        rows = self._report()
+        return self._report() if wait_for_dead_runs({row.vg for row in members(rows, id)}, id) else rows
 
     # -- before ---------------------------------------------------------------------------------------------------
 
@@ -254,7 +255,7 @@ class LvmProvider(Provider):
         _check_id(SET_ID, birth.set_id)
         if birth.set_id in self._prepared:
             return
-        recover_all()
+        wait_for_dead_runs(_groups(volumes))
         seen_at, rows = self._seen
         if time.monotonic() - seen_at > _FRESH_S or not set(_by_group(volumes)) <= {row.vg for row in rows}:
             rows = self._report(_groups(volumes))
@@ -358,7 +359,7 @@ class LvmProvider(Provider):
         _check_id(SET_ID, set_id)
         self._prepared.pop(set_id, None)
         self._made.pop(set_id, None)
-        rows = self._settled_report()
+        rows = self._settled_report(set_id, images.of_set)
         if set_id not in self._begun and not images.of_set(rows, set_id):
             self._refuse_blind()
         images.remove(rows, set_id)
@@ -366,8 +367,11 @@ class LvmProvider(Provider):
     def reap(self) -> list[str]:
         from providers.lvm import swaps
 
-        resumed = [f"{name}, left suspended by a killed command" for name in recover_all()]
-        return resumed + swaps.finish_commits(self._report())
+        resumed, failed = recover_all()
+        removed = swaps.finish_commits(self._report())
+        if failed:
+            raise StorageError("; ".join(error.line() for error in failed), object=self.name)
+        return [f"{name}, left suspended by a killed command" for name in resumed] + removed
 
     # -- attachments ----------------------------------------------------------------------------------------------
 
@@ -381,7 +385,7 @@ class LvmProvider(Provider):
     ) -> MountSpec | Tree:
         from providers.lvm import clones
 
-        wait_for_dead_runs()
+        wait_for_dead_runs([snapshot.id.partition("/")[0]])
         wanted = self.settings.options.get("size")
         clone = clones.Clone(attachment_id, snapshot, access, destination, purpose)
         return clones.attach(clone, self._report(), wanted if isinstance(wanted, int) else None)
@@ -403,7 +407,7 @@ class LvmProvider(Provider):
     def detach(self, attachment_id: str) -> None:
         from providers.lvm import clones
 
-        rows = self._settled_report()
+        rows = self._settled_report(attachment_id, clones.parts)
         if not clones.parts(rows, attachment_id):
             self._refuse_blind()
         clones.detach(rows, attachment_id)
@@ -417,20 +421,20 @@ class LvmProvider(Provider):
     def swap(self, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:
         from providers.lvm import swaps
 
-        wait_for_dead_runs()
+        wait_for_dead_runs(_groups([volume]))
         swaps.swap(self._report, swap_id, snapshot, volume)
 
     def swap_back(self, swap_id: str) -> None:
         from providers.lvm import swaps
 
-        wait_for_dead_runs()
+        wait_for_dead_runs([], swap_id)
         if not swaps.swap_back(self._report, swap_id):
             self._refuse_blind()
 
     def swap_commit(self, swap_id: str) -> None:
         from providers.lvm import swaps
 
-        wait_for_dead_runs()
+        wait_for_dead_runs([], swap_id)
         if not swaps.swap_commit(self._report, swap_id):
             self._refuse_blind()
 

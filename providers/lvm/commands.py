@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from providers.lvm.reports import ENVIRONMENT, NAME, PREFIX, READING_S, SEALED, Row, report_of, said
@@ -174,6 +174,14 @@ def _directory() -> str:
     return private_directory(os.path.join(run_directory(), NAME))
 
 
+def _is_made(vg: str, name: str) -> bool:
+    try:
+        with open(os.path.join(_directory(), vg), encoding="utf-8") as file:
+            return name.replace("-", "--") in file.read()
+    except FileNotFoundError:
+        return False
+
+
 def _recorded() -> list[str]:
     """The groups in which a command of ours works, or was killed."""
     return sorted(name for name in os.listdir(_directory()) if not name.endswith(".new"))
@@ -189,21 +197,31 @@ def changing(vg: str, wait_s: float = WAIT_S) -> Iterator[Group]:
         yield group
 
 
-def recover_all() -> list[str]:
-    """Resume what dead runs left suspended in any group, where no command of theirs works any more."""
-    resumed = []
+def recover_all() -> tuple[list[str], list[StorageError]]:
+    """Resume what dead runs left suspended in any group, where no command of theirs works any more: the devices' names,
+    and what could not be resumed."""
+    resumed: list[str] = []
+    failed: list[StorageError] = []
     for vg in _recorded():
-        with suppress(BusyError), Locks([f"{NAME}-commands:{vg}"], wait_s=_RESUME_WAIT_S):
-            resumed += Group(vg).recover()
-    return resumed
+        try:
+            with suppress(BusyError), Locks([f"{NAME}-commands:{vg}"], wait_s=_RESUME_WAIT_S):
+                resumed += Group(vg).recover()
+        except StorageError as error:
+            failed.append(error)
+    return resumed, failed
 
 
-def wait_for_dead_runs() -> None:
-    """Return when no command that makes or removes a volume works any more whose run is dead (a live run holds its
-    locks, so that nobody else gets as far as this). Raises BusyError after a minute."""
+def wait_for_dead_runs(groups: Collection[str], made: str = "") -> bool:
+    """Return when no command of a dead run works any more in these volume groups, or on a volume named after `made`. (A
+    live run holds its locks, so that nobody else gets as far as this.) False: none did. Raises BusyError after a
+    minute, StorageError."""
+    waited = False
     for vg in _recorded():
-        with changing(vg):
-            pass
+        if vg in groups or (made and _is_made(vg, made)):
+            waited = True
+            with changing(vg):
+                pass
+    return waited
 
 
 #: Not any "not found": warnings speak of devices, links and physical volumes that aren't.

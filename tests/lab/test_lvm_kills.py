@@ -271,7 +271,7 @@ def test_the_lock_is_held_while_an_orphan_waits_for_lvm(harness: LvmHarness, vol
         for _ in range(3):
             with pytest.raises(BusyError), Locks([f"lvm-commands:{vg}"]):
                 pass
-            assert commands.recover_all() == []
+            assert commands.recover_all() == ([], [])
         assert commands_of_lvm() and commands._recorded() == [vg]
     give_up = time.monotonic() + 120
     while commands_of_lvm():
@@ -281,6 +281,22 @@ def test_the_lock_is_held_while_an_orphan_waits_for_lvm(harness: LvmHarness, vol
     assert not suspended() and commands._recorded() == []
     harness.provider().delete(birth.set_id)
     assert harness.objects() == before
+
+
+def test_another_groups_dead_run_keeps_nobody_waiting(harness: LvmHarness, volume: Volume) -> None:
+    commands.Group("other")._intend([], "s20261122t100630z-5f3a9c-0")
+    try:
+        with Locks(["lvm-commands:other"]):
+            birth = take(harness.provider(), harness, [volume])
+            seal(harness.provider(), birth)
+            (found,) = harness.provider().snapshots()
+            attachment_id = new_attachment_id(utc_now())
+            harness.provider().attach(found, attachment_id, Access.WRITABLE, "/nowhere")
+            harness.provider().detach(attachment_id)
+            harness.provider().delete(birth.set_id)
+            assert commands._recorded() == ["other"]
+    finally:
+        commands.Group("other")._forget()
 
 
 @pytest.mark.parametrize("what", ["detach", "delete"])

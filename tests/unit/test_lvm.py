@@ -398,3 +398,29 @@ def test_reports_that_are_none_are_refused() -> None:
     for text in ("", "{}", '{"report": []', json.dumps({"report": [{"lv": [{"lv_name": "x"}]}]})):
         with pytest.raises((ValueError, KeyError)):
             parse(text)
+
+
+@pytest.fixture
+def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a run notes the groups that it changes."""
+    monkeypatch.setenv("SNAPSHOTTER_RUN", str(tmp_path / "run"))
+    return Path(commands._directory())
+
+
+def test_one_groups_trouble_is_no_others(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def recover(group: commands.Group) -> list[str]:
+        if group.vg == "bad":
+            raise StorageError("can't be resumed", object="bad-data")
+        return [f"{group.vg}-data"]
+
+    monkeypatch.setattr(commands.Group, "recover", recover)
+    for vg, born in (("bad", "bad-s20261122t100630z--5f3a9c--0"), ("fine", "")):
+        (records / vg).write_text(json.dumps({"names": [born]}))
+    resumed, failed = commands.recover_all()
+    assert resumed == ["fine-data"] and [error.object for error in failed] == ["bad-data"]
+    assert not commands.wait_for_dead_runs(["another"])
+    assert commands.wait_for_dead_runs(["fine"]), "there may be news now"
+    assert not commands.wait_for_dead_runs([], "s20261122t100630z-000000")
+    for groups, made in ((["bad"], ""), ([], "s20261122t100630z-5f3a9c")):
+        with pytest.raises(StorageError):
+            commands.wait_for_dead_runs(groups, made)
