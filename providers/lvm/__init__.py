@@ -107,6 +107,10 @@ class LvmProvider(Provider):
         self._blind = ""  # why LVM's last report may lack volumes
         self._covered: set[str] = set()  # volumes whose file system lies on something that lies on them
 
+    @classmethod
+    def resume(cls) -> list[str]:
+        return recover_all()[0]
+
     # -- which volume ---------------------------------------------------------------------------------------------
 
     def availability(self) -> list[str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from providers.lvm import commands
+from providers.lvm.reports import find
 from snapshotter.core.errors import BusyError, SnapshotterError
 from snapshotter.core.model import Access, Hold, ImageState, Volume, new_attachment_id, utc_now
 from snapshotter.host import block
@@ -281,6 +282,28 @@ def test_the_lock_is_held_while_an_orphan_waits_for_lvm(harness: LvmHarness, vol
     assert not suspended() and commands._recorded() == []
     harness.provider().delete(birth.set_id)
     assert harness.objects() == before
+
+
+@pytest.mark.parametrize("verb", ["take", "reap"])
+def test_a_suspended_data_path_runs_again_before_anybody_looks_at_it(
+    harness: LvmHarness, volume: Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """Else the look itself hangs: nothing of it is cached."""
+    command = Command(tmp_path / "etc")
+    monkeypatch.setenv("SNAPSHOTTER_RUN", command.environment()["SNAPSHOTTER_RUN"])
+    size = [] if harness.thin else ["-o", "size=12m"]
+    row = find(harness.provider()._report(), volume.id)
+    commands.Group(harness.storage.vg)._intend([row], "")
+    lvm("sync")
+    lvm("dmsetup", "suspend", f"/dev/{volume.id}")
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    try:
+        process = command.start(verb, *([top(volume), *size] if verb == "take" else []), "--json")
+        stdout, stderr = process.communicate(timeout=120)  # one that hangs can't be killed: it is let go below
+        assert process.returncode == 0 and not suspended(), stderr
+        assert "left suspended" in stdout
+    finally:
+        lvm("dmsetup", "resume", f"/dev/{volume.id}")
 
 
 def test_another_groups_dead_run_keeps_nobody_waiting(harness: LvmHarness, volume: Volume) -> None:

@@ -407,6 +407,23 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(commands._directory())
 
 
+def test_only_a_driver_with_a_record_is_asked_to_resume(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first act of take, tick and reap, which must cost nothing where nothing was left."""
+    asked: list[str] = []
+
+    def load(name: str) -> type[provider.Provider]:
+        asked.append(name)
+        return real(name)
+
+    real = provider.load
+    monkeypatch.setattr(provider, "load", load)
+    assert provider.resume() == [] and asked == []
+    (records / "vg").write_text("{}")
+    monkeypatch.setattr(commands.Group, "recover", lambda group: [f"{group.vg}-data"])
+    (name,) = provider.resume()
+    assert "vg-data" in name and asked == ["lvm"]
+
+
 def test_one_groups_trouble_is_no_others(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def recover(group: commands.Group) -> list[str]:
         if group.vg == "bad":
