@@ -21,7 +21,7 @@ from datetime import datetime
 
 import msgspec
 
-from providers.lvm import images, room
+from providers.lvm import claims, images, room
 from providers.lvm.commands import WAIT_S, Group, changing, recover_all, wait_for_dead_runs
 from providers.lvm.reports import (
     LIMITS,
@@ -37,7 +37,6 @@ from providers.lvm.reports import (
     read,
     snapshot,
     tag,
-    volume_of,
 )
 from snapshotter.core.command import environment
 from snapshotter.core.errors import (
@@ -105,7 +104,7 @@ class LvmProvider(Provider):
         self._made: dict[str, list[_Made]] = {}  # set id -> its images, until they are marked
         self._begun: set[str] = set()  # sets of this run: their groups could be read
         self._blind = ""  # why LVM's last report may lack volumes
-        self._covered: set[str] = set()  # volumes whose file system lies on something that lies on them
+        self._covered: dict[str, str] = {}  # volumes whose file system lies on LUKS on them: its UUID in device-mapper
 
     @classmethod
     def resume(cls) -> list[str]:
@@ -121,41 +120,13 @@ class LvmProvider(Provider):
         return [] if _has_device_mapper() else ["this kernel has no device-mapper: modprobe dm_mod"]
 
     def claim(self, mount: Mount, path: str) -> Volume | None:
-        number = block.number_of(mount.source) if mount.fstype == "btrfs" else mount.device
-        if number is None or number.startswith("0:"):
+        place = claims.below(mount)
+        if place is None:
             return None
-        partition = ""
-        for depth, device in enumerate(block.chain(number)):
-            volume = volume_of(device.dm_name, device.dm_uuid)
-            if volume is not None:
-                if depth:
-                    self._covered.add(volume)
-                return self._claimed(volume, mount, path, partition)
-            if device.partition or device.dm_uuid.startswith("part"):
-                partition = device.dm_name or device.name
-        return None
-
-    def _claimed(self, volume: str, mount: Mount, path: str, partition: str) -> Volume:
-        if partition:
-            raise PreconditionError(
-                f"lies on {partition}, a partition of the logical volume {volume}: a clone's partitions would have to "
-                "be mapped too, which snapshotter does not",
-                object=path,
-                cure="put the file system on a logical volume of its own, or use --provider copy",
-            )
-        if mount.fstype == "btrfs":
-            raise PreconditionError(
-                f"is a btrfs, and a copy of its volume {volume} would have its UUID, which the kernel confuses",
-                object=path,
-                cure="use --provider btrfs",
-            )
-        if mount.root != "/":
-            raise PreconditionError(
-                f"is seen through a mount of its directory {mount.root} alone, so a restore could not find its place",
-                object=path,
-                cure=f"mount {volume} as a whole too, and name the path there",
-            )
-        return Volume(self.name, volume, mount.path, mount.fstype)
+        claims.refuse(place, mount, path)
+        if place.luks:
+            self._covered[place.volume] = place.luks
+        return Volume(self.name, place.volume, mount.path, mount.fstype)
 
     def one_instant(self, volumes: Sequence[Volume]) -> bool:
         """LVM's suspension has the kernel freeze the file system that lies on the volume itself. One on LUKS on the
@@ -206,6 +177,8 @@ class LvmProvider(Provider):
             room.check_group(find(rows, theirs[0].id), tags, len(theirs))
             for volume in theirs:
                 row = find(rows, volume.id)
+                if volume.id in self._covered:
+                    claims.check_header(row.device, self._covered[volume.id])
                 if row.attr[0] in "sS":
                     raise PreconditionError(
                         "is a snapshot itself, and LVM makes none of those",

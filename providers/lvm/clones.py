@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from providers.lvm import room
+from providers.lvm.claims import luks_uuid
 from providers.lvm.commands import Group, changing
 from providers.lvm.images import find_image, refuse_invalid
 from providers.lvm.reports import (
@@ -52,7 +53,6 @@ _RULES = "".join(
 _SINCE = "since"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SECTOR = 512
-_LUKS = b"LUKS\xba\xbe"
 
 
 class Clone(msgspec.Struct, frozen=True):
@@ -190,7 +190,7 @@ def _mount_spec(device: str, clone: Clone, image: Row) -> MountSpec:
 def _decrypted(group: Group, device: str, name: str, set_id: str) -> str:
     """The device to mount: the clone itself, or, where it is LUKS, what is in it, opened with the key file that the
     origin has in crypttab(5). Raises PreconditionError without one."""
-    uuid = _luks_uuid(device)
+    uuid = luks_uuid(device)
     if uuid is None:
         return device
     key = _key_file(uuid)
@@ -205,18 +205,6 @@ def _decrypted(group: Group, device: str, name: str, set_id: str) -> str:
     return f"/dev/mapper/{crypt}"
 
 
-def _luks_uuid(device: str) -> str | None:
-    """Of the header (the same place in LUKS1 and LUKS2; cryptsetup's on-disk format, 168: uuid[40])."""
-    try:
-        with open(device, "rb") as file:
-            header = file.read(_SECTOR)
-    except OSError as error:
-        raise StorageError(f"can't read the clone: {error.strerror}", object=device) from None
-    if not header.startswith(_LUKS):
-        return None
-    return header[168:208].split(b"\0")[0].decode("ascii", "replace")
-
-
 def _key_file(uuid: str) -> str | None:
     try:
         with open(CRYPTTAB, encoding="utf-8", errors="surrogateescape") as file:
@@ -228,7 +216,7 @@ def _key_file(uuid: str) -> str | None:
             continue
         source = words[1]
         same = source.upper() == f"UUID={uuid}".upper()
-        if same or (source.startswith("/") and os.path.exists(source) and _luks_uuid(source) == uuid):
+        if same or (source.startswith("/") and os.path.exists(source) and luks_uuid(source) == uuid):
             return words[2]
     return None
 

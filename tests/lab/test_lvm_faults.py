@@ -19,7 +19,7 @@ from snapshotter.provider import Settings
 from snapshotter.testing import describe, make_birth
 from snapshotter.testing.conformance import attach, content_of, seal, take
 from snapshotter.testing.harness import fill, ruin
-from tests.lab.lvm_kit import MIB, LvmHarness, Storage, harness_on, lvm, make_file_system, marks, storage
+from tests.lab.lvm_kit import MIB, LvmHarness, Storage, harness_on, lvm, marks, storage
 from tests.support import Command
 
 pytestmark = marks
@@ -263,85 +263,6 @@ def test_a_clone_is_not_found_by_its_origins_uuid(thin: LvmHarness, classic: Lvm
             assert block.number_of(f"/dev/disk/by-uuid/{uuid}") == block.number_of(f"/dev/{volume.id}")
         finally:
             attached.end()
-
-
-def test_luks_on_a_volume(thin: LvmHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from providers.lvm import clones
-
-    key = tmp_path / "key"
-    key.write_bytes(os.urandom(32))
-    key.chmod(0o600)
-    thin.storage.thin("sealed", 100)
-    device, name = f"/dev/{thin.storage.vg}/sealed", f"crypt{os.getpid()}"
-    quick = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--key-file", str(key)]
-    lvm("cryptsetup", "luksFormat", "-q", "--type", "luks2", *quick, device)
-    lvm("cryptsetup", "open", "--key-file", str(key), device, name)
-    point = str(thin.scratch / "sealed")
-    os.mkdir(point)
-    try:
-        make_file_system(f"/dev/mapper/{name}", "ext4")
-        lvm("mount", f"/dev/mapper/{name}", point)
-        fill(point)
-        provider = thin.provider()
-        volume = provider.claim(mounts.mount_of(point), point)
-        assert volume is not None and volume.id == f"{thin.storage.vg}/sealed"
-        assert not provider.swappable(volume), "a restore in place must copy"
-        content = describe(point)
-        command = Command(tmp_path / "etc")
-        birth_id = command.json("take", point, "--budget", "60s")
-        assert birth_id["good"] and birth_id["quiesce"] == "pause", "what is not on the disk yet must get there first"
-        (found,) = thin.provider().snapshots(birth_id["set_id"])
-        table = tmp_path / "crypttab"
-        monkeypatch.setattr(clones, "CRYPTTAB", str(table))
-        attachment_id = new_attachment_id(utc_now())
-        with pytest.raises(PreconditionError, match="LUKS") as refusal:
-            thin.provider().attach(found, attachment_id, Access.WRITABLE, thin.destination())
-        assert "crypttab" in refusal.value.cure
-        thin.provider().detach(attachment_id)
-        uuid = lvm("cryptsetup", "luksUUID", device).strip()
-        table.write_text(f"data UUID={uuid} {key} luks\n")
-        assert content_of(thin, found) == content
-        assert not [each for each in block.mapped() if each.dm_name.startswith("snapshotter-")]
-    finally:
-        lvm("umount", point, check=False)
-        lvm("cryptsetup", "close", name, check=False)
-
-
-def test_a_partition_of_a_volume_and_a_btrfs_on_one_are_refused(thin: LvmHarness, tmp_path: Path) -> None:
-    thin.storage.thin("parted", 150)
-    source = f"/dev/{thin.storage.vg}/parted"
-    uuid = next(d.dm_uuid for d in block.mapped() if d.dm_name.endswith("-parted"))
-    name = f"{os.path.basename(os.path.realpath(source))}p1-{os.getpid()}"
-    # As kpartx maps a partition.
-    lvm("dmsetup", "create", name, "--uuid", f"part1-{uuid}", "--table", f"0 204800 linear {source} 2048")
-    point = str(thin.scratch / "parted")
-    os.mkdir(point)
-    try:
-        make_file_system(f"/dev/mapper/{name}", "ext4")
-        lvm("mount", f"/dev/mapper/{name}", point)
-        Path(point, "file").write_text("x")
-        line = refused(thin.storage, Command(tmp_path / "etc"), "take", point)
-        assert "partition of the logical volume" in line
-    finally:
-        lvm("umount", point, check=False)
-        lvm("dmsetup", "remove", "--retry", name, check=False)
-    lvm("mkfs.btrfs", "-q", "-f", source)
-    lvm("mount", source, point)
-    try:
-        Path(point, "file").write_text("x")
-        line = refused(thin.storage, Command(tmp_path / "etc"), "take", point, "--provider", "lvm")
-        assert "--provider btrfs" in line
-    finally:
-        lvm("umount", point)
-
-
-def test_a_directory_mounted_by_itself_is_refused(thin: LvmHarness) -> None:
-    volume = filled(thin)
-    point = str(thin.scratch / "bound")
-    os.mkdir(point)
-    lvm("mount", "--bind", os.path.join(top(volume), "database"), point)
-    with pytest.raises(PreconditionError, match="as a whole"):
-        thin.provider().claim(mounts.mount_of(point), point)
 
 
 # ----------------------------------------------------------------------------------------------- swaps and reboots
