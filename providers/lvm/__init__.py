@@ -37,6 +37,7 @@ from providers.lvm.reports import (
     read,
     snapshot,
     tag,
+    threshold_of,
 )
 from snapshotter.core.command import environment
 from snapshotter.core.errors import (
@@ -186,7 +187,7 @@ class LvmProvider(Provider):
                         cure=f"take {group}/{row.origin}",
                     )
                 if row.thin and (pool := pool_of(rows, row)) is not None:
-                    room.check_pool(pool, self.settings.floor)
+                    room.check_pool(pool, self.settings.floor, threshold_of(pool))
         self._cow_sizes(rows, volumes)
 
     def _cow_sizes(self, rows: Sequence[Row], volumes: Sequence[Volume]) -> dict[str, int]:

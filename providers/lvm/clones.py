@@ -113,7 +113,7 @@ def attach(clone: Clone, rows: Sequence[Row], size: int | None) -> MountSpec:
             pool = pool_of(rows, image)
             group.lvm(
                 *("lvcreate", "-y", "-s", "-prw", "-ky", "-K", "-ay", "-n", clone.name),
-                *(*words, image.id),
+                *(*room.PAST_THRESHOLD, *words, image.id),
                 object=image.id,
                 suspends=[image, *([pool] if pool else [])],
                 born=clone.name,

@@ -160,6 +160,21 @@ def read(groups: Sequence[str] = ()) -> tuple[list[Row], str]:
     return rows, unreadable[-1] if unreadable else "" if done.ok else _unseen(done.stderr)
 
 
+#: LVM makes no volume in a thin pool fuller than the percentage at which it is to grow, grown or not.
+THRESHOLD = "activation/thin_pool_autoextend_threshold"
+_LEAST_THRESHOLD = 50.0  # lvm.conf(5): what is below means that
+
+
+def threshold_of(pool: Row) -> float:
+    """The percentage above which LVM makes no volume in this thin pool; 100 where it is too empty for that to matter.
+    Raises PreconditionError (no lvm here), StorageError."""
+    if max(pool.data or 0, pool.metadata or 0) <= _LEAST_THRESHOLD:
+        return 100.0  # to ask costs as much as a report
+    done = run(["lvmconfig", "--typeconfig", "full", THRESHOLD], timeout=READING_S)
+    said = done.stdout.strip().rpartition("=")[2]
+    return max(float(said), _LEAST_THRESHOLD) if said.isdigit() else 100.0
+
+
 def _unseen(stderr: str) -> str:
     return said("\n".join(line for line in stderr.splitlines() if not _NO_GROUP.search(line)))
 

@@ -100,7 +100,8 @@ def swap(report: Report, swap_id: str, snapshot: Snapshot, volume: Volume) -> No
         words = [word for text in (*record, *theirs) for word in ("--addtag", text)]
         # Not to be skipped, and not active before it is in its place.
         group.lvm(
-            *("lvcreate", "-y", "-s", "-prw", "-kn", "-an", "-n", f"{swap_id}-new", *words, image.id),
+            *("lvcreate", "-y", "-s", "-prw", "-kn", "-an", "-n", f"{swap_id}-new"),
+            *(*room.PAST_THRESHOLD, *words, image.id),
             object=image.id,
             suspends=[image, *([pool] if pool else [])],
             born=f"{swap_id}-new",

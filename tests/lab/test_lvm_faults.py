@@ -6,6 +6,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,35 @@ def test_a_pool_that_is_nearly_full(tmp_path: Path) -> None:
                 device.write(os.urandom(4 * MIB))
         line = refused(made, Command(tmp_path / "etc"), "take", top(volume))
         assert "full" in line and "lvextend -L+" in line and made.pool in line
+
+
+def test_a_pool_past_lvms_own_threshold(tmp_path: Path) -> None:
+    """It makes nothing more in a pool that should have grown by then: a take is refused for that reason, and what is
+    there can be restored."""
+    with storage(400, pool_mb=160) as made, harness_on(made, thin=True) as harness:
+        volume = filled(harness)
+        content = describe(top(volume))
+        birth = taken(harness, volume)
+        (found,) = harness.provider().snapshots(birth.set_id)
+        harness.storage.thin("ballast", 200)
+        with open(f"/dev/{made.vg}/ballast", "wb", buffering=0) as device:
+            while pool_percent(made) < 62:
+                device.write(os.urandom(4 * MIB))
+                os.fsync(device.fileno())
+        shutil.copytree("/etc/lvm", tmp_path / "lvm")
+        with open(tmp_path / "lvm" / "lvm.conf", "a") as config:
+            config.write("\nactivation/thin_pool_autoextend_threshold = 60\n")
+        lvm("mount", "--bind", str(tmp_path / "lvm"), "/etc/lvm")
+        try:
+            line = refused(made, Command(tmp_path / "etc"), "take", top(volume))
+            assert "limit 60 %" in line and "lvextend" in line
+            assert content_of(harness, found) == content
+            ruin(top(volume))
+            harness.provider().swap("w1", found, volume)
+            assert describe(top(volume)) == content
+            harness.provider().swap_commit("w1")
+        finally:
+            lvm("umount", "/etc/lvm")
 
 
 def pool_percent(made: Storage, what: str = "data_percent") -> float:

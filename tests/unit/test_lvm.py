@@ -263,6 +263,13 @@ def test_a_pool_that_would_stop_its_origin_is_refused(changes: dict[str, Any]) -
     assert "lv" in refused.value.cure, "it says what to run"
 
 
+def test_lvms_own_threshold_is_a_limit_too() -> None:
+    room.check_pool(pool(data=62.0), 0.1)
+    for full in (pool(data=62.0), pool(metadata=62.0)):
+        with pytest.raises(PreconditionError, match="limit 60 %"):
+            room.check_pool(full, 0.1, 60.0)
+
+
 # ------------------------------------------------------------------------------------------------- other files
 
 
