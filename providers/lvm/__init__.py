@@ -22,7 +22,7 @@ from datetime import datetime
 import msgspec
 
 from providers.lvm import claims, images, room
-from providers.lvm.commands import WAIT_S, Group, changing, recover_all, wait_for_dead_runs
+from providers.lvm.commands import WAIT_S, Group, changing, check_target, recover_all, wait_for_dead_runs
 from providers.lvm.reports import (
     LIMITS,
     NAME,
@@ -188,7 +188,8 @@ class LvmProvider(Provider):
                     )
                 if row.thin and (pool := pool_of(rows, row)) is not None:
                     room.check_pool(pool, self.settings.floor, threshold_of(pool))
-        self._cow_sizes(rows, volumes)
+        if self._cow_sizes(rows, volumes):
+            check_target()
 
     def _cow_sizes(self, rows: Sequence[Row], volumes: Sequence[Volume]) -> dict[str, int]:
         """Bytes for the snapshot of each volume that isn't thin. Raises PreconditionError."""

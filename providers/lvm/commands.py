@@ -18,13 +18,15 @@ from contextlib import contextmanager, suppress
 
 from providers.lvm.reports import ENVIRONMENT, NAME, PREFIX, READING_S, SEALED, Row, report_of, said
 from snapshotter.core.command import Outcome, run
-from snapshotter.core.errors import BusyError, NotFoundError, SnapshotterError, StorageError
+from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.labels import dumps, loads
 from snapshotter.host import block
 from snapshotter.host.locks import Locks
 from snapshotter.host.places import private_directory, run_directory
 
 WAIT_S = 60.0
+TARGET_MODULE = "dm_snapshot"
+TARGET = f"/sys/module/{TARGET_MODULE}"  # there also where it is built in: it has parameters
 _RESUME_WAIT_S = 2.0  # whoever holds the group so long does something to it, and its volumes run
 
 #: `exit` keeps the shell from becoming the command, as it would for its last one.
@@ -222,6 +224,22 @@ def wait_for_dead_runs(groups: Collection[str], made: str = "") -> bool:
             with changing(vg):
                 pass
     return waited
+
+
+def check_target() -> None:
+    """Is dm-snapshot, which classic snapshots are made of, in the kernel? Loaded if it isn't, as lvcreate would. Raises
+    PreconditionError where that can't be: no such module, or a caller that may load none (a service without
+    CAP_SYS_MODULE), in which lvcreate fails too."""
+    if os.path.exists(TARGET):
+        return
+    with suppress(PreconditionError):
+        run(["modprobe", "-q", TARGET_MODULE], timeout=READING_S)
+    if not os.path.exists(TARGET):
+        raise PreconditionError(
+            "is not loaded, and can't be from here: classic snapshots need it",
+            object=TARGET_MODULE,
+            cure=f"modprobe {TARGET_MODULE}; for scheduled takes: snapshotter schedule install",
+        )
 
 
 #: Not any "not found": warnings speak of devices, links and physical volumes that aren't.

@@ -448,3 +448,20 @@ def test_one_groups_trouble_is_no_others(records: Path, monkeypatch: pytest.Monk
     for groups, made in ((["bad"], ""), ([], "s20261122t100630z-5f3a9c")):
         with pytest.raises(StorageError):
             commands.wait_for_dead_runs(groups, made)
+
+
+def test_a_kernel_without_classic_snapshots_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "dm_snapshot"
+    monkeypatch.setattr(commands, "TARGET", str(module))
+    for loads in (True, False):
+        tool = tmp_path / "modprobe"
+        tool.write_text(f"#!/bin/sh\n{'mkdir ' + str(module) if loads else 'exit 1'}\n")
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        if loads:
+            commands.check_target()
+            module.rmdir()
+        else:
+            with pytest.raises(PreconditionError) as refused:
+                commands.check_target()
+            assert "modprobe dm_snapshot" in refused.value.cure
