@@ -234,9 +234,9 @@ class LvmProvider(Provider):
         _check_id(SET_ID, birth.set_id)
         if birth.set_id in self._prepared:
             return
-        wait_for_dead_runs(_groups(volumes))
+        news = wait_for_dead_runs(_groups(volumes))
         seen_at, rows = self._seen
-        if time.monotonic() - seen_at > _FRESH_S or not set(_by_group(volumes)) <= {row.vg for row in rows}:
+        if news or time.monotonic() - seen_at > _FRESH_S or not set(_by_group(volumes)) <= {row.vg for row in rows}:
             rows = self._report(_groups(volumes))
         for volume in volumes:
             find(rows, volume.id)
