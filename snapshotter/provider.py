@@ -16,12 +16,13 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import ClassVar
 
 from msgspec import Struct
 
-from snapshotter.core.errors import PreconditionError, UsageError
+from snapshotter.core.errors import PreconditionError, SnapshotterError, UsageError
 from snapshotter.core.labels import LabelLimits
 from snapshotter.core.model import (
     Access,
@@ -41,6 +42,7 @@ from snapshotter.core.model import (
     no_report,
 )
 from snapshotter.host.mounts import Mount
+from snapshotter.host.places import run_directory
 
 
 class Traits(Struct, frozen=True):
@@ -86,6 +88,13 @@ class Provider(ABC):
         self.settings = settings
         #: What a person should know of the last `create` or `attach` (owners that couldn't be kept, ...).
         self.notes: list[str] = []
+
+    @classmethod
+    def resume(cls) -> list[str]:
+        """Let go on what killed runs left suspended; the names. A driver that may leave such a thing notes it before,
+        in `<run directory>/<its name>/`. Called where that isn't empty, before anybody looks at a data path: the look
+        might hang, so this must not look either. Raises StorageError. Default: nothing."""
+        return []
 
     @abstractmethod
     def availability(self) -> list[str]:
@@ -325,6 +334,20 @@ def may_claim(name: str, mount: Mount) -> bool:
     """False where it is certain, without loading the driver, that it claims nothing on this mount."""
     zvol = name == "zfs" and mount.source.startswith(("/dev/zd", "/dev/zvol/"))
     return zvol or _ONLY.get(name, mount.fstype) == mount.fstype
+
+
+def resume() -> list[str]:
+    """The first act of a run that works on data paths: what dead runs left suspended goes on; the names. Loads a driver
+    only where it noted such a thing. A failure is left to that driver's `prepare` and `reap`, which meet it again."""
+    resumed: list[str] = []
+    with suppress(SnapshotterError):
+        top = run_directory()
+        for name in BUILT_IN:
+            noted = os.path.join(top, name)
+            if os.path.isdir(noted) and os.listdir(noted):
+                with suppress(SnapshotterError):
+                    resumed += load(name).resume()
+    return [f"{name}, left suspended by a killed command" for name in resumed]
 
 
 def load(name: str) -> type[Provider]:

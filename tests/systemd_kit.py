@@ -37,7 +37,7 @@ if [ -d /run/udev ]; then exec 9</run/udev; fi
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p /run/systemd/system /run/lock /run/units /run/udev
 # LVM asks there whether there is an udev, and waits for it.
-if [ -e /proc/self/fd/9 ]; then mount --bind /proc/self/fd/9 /run/udev; exec 9<&-; fi
+if [ -e /proc/self/fd/9 ]; then mount --no-canonicalize --bind /proc/self/fd/9 /run/udev; exec 9<&-; fi
 cd /usr/lib/systemd/system
 cp basic.target sysinit.target sockets.target timers.target paths.target slices.target \\
     local-fs.target shutdown.target time-set.target time-sync.target network-online.target network.target /run/units/

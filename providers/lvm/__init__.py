@@ -15,14 +15,14 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime
 
 import msgspec
 
-from providers.lvm import images, room
-from providers.lvm.commands import WAIT_S, Group, changing, recover_all, wait_for_dead_runs
+from providers.lvm import claims, images, room
+from providers.lvm.commands import WAIT_S, Group, changing, check_target, recover_all, wait_for_dead_runs
 from providers.lvm.reports import (
     LIMITS,
     NAME,
@@ -30,14 +30,14 @@ from providers.lvm.reports import (
     birth_of,
     birth_tags,
     find,
-    maker_lives,
+    image_name,
     maker_tag,
     marks,
     pool_of,
     read,
     snapshot,
     tag,
-    volume_of,
+    threshold_of,
 )
 from snapshotter.core.command import environment
 from snapshotter.core.errors import (
@@ -105,7 +105,11 @@ class LvmProvider(Provider):
         self._made: dict[str, list[_Made]] = {}  # set id -> its images, until they are marked
         self._begun: set[str] = set()  # sets of this run: their groups could be read
         self._blind = ""  # why LVM's last report may lack volumes
-        self._covered: set[str] = set()  # volumes whose file system lies on something that lies on them
+        self._covered: dict[str, str] = {}  # volumes whose file system lies on LUKS on them: its UUID in device-mapper
+
+    @classmethod
+    def resume(cls) -> list[str]:
+        return recover_all()[0]
 
     # -- which volume ---------------------------------------------------------------------------------------------
 
@@ -117,41 +121,13 @@ class LvmProvider(Provider):
         return [] if _has_device_mapper() else ["this kernel has no device-mapper: modprobe dm_mod"]
 
     def claim(self, mount: Mount, path: str) -> Volume | None:
-        number = block.number_of(mount.source) if mount.fstype == "btrfs" else mount.device
-        if number is None or number.startswith("0:"):
+        place = claims.below(mount)
+        if place is None:
             return None
-        partition = ""
-        for depth, device in enumerate(block.chain(number)):
-            volume = volume_of(device.dm_name, device.dm_uuid)
-            if volume is not None:
-                if depth:
-                    self._covered.add(volume)
-                return self._claimed(volume, mount, path, partition)
-            if device.partition or device.dm_uuid.startswith("part"):
-                partition = device.dm_name or device.name
-        return None
-
-    def _claimed(self, volume: str, mount: Mount, path: str, partition: str) -> Volume:
-        if partition:
-            raise PreconditionError(
-                f"lies on {partition}, a partition of the logical volume {volume}: a clone's partitions would have to "
-                "be mapped too, which snapshotter does not",
-                object=path,
-                cure="put the file system on a logical volume of its own, or use --provider copy",
-            )
-        if mount.fstype == "btrfs":
-            raise PreconditionError(
-                f"is a btrfs, and a copy of its volume {volume} would have its UUID, which the kernel confuses",
-                object=path,
-                cure="use --provider btrfs",
-            )
-        if mount.root != "/":
-            raise PreconditionError(
-                f"is seen through a mount of its directory {mount.root} alone, so a restore could not find its place",
-                object=path,
-                cure=f"mount {volume} as a whole too, and name the path there",
-            )
-        return Volume(self.name, volume, mount.path, mount.fstype)
+        claims.refuse(place, mount, path)
+        if place.luks:
+            self._covered[place.volume] = place.luks
+        return Volume(self.name, place.volume, mount.path, mount.fstype)
 
     def one_instant(self, volumes: Sequence[Volume]) -> bool:
         """LVM's suspension has the kernel freeze the file system that lies on the volume itself. One on LUKS on the
@@ -180,10 +156,11 @@ class LvmProvider(Provider):
                 f"LVM can't look into all of its groups: {self._blind}", object=self.name, cure="see what `vgs` says"
             )
 
-    def _settled_report(self) -> list[Row]:
-        """What LVM says once no command of a dead run works any more. Raises BusyError if one goes on and on."""
-        wait_for_dead_runs()
-        return self._report()
+    def _settled_report(self, id: str, members: Callable[[Sequence[Row], str], list[Row]]) -> list[Row]:
+        """What LVM says once no command of a dead run works any more where there are `members` of `id`, or at making
+        one. Raises BusyError if one goes on and on."""
+        rows = self._report()
+        return self._report() if wait_for_dead_runs({row.vg for row in members(rows, id)}, id) else rows
 
     # -- before ---------------------------------------------------------------------------------------------------
 
@@ -201,6 +178,8 @@ class LvmProvider(Provider):
             room.check_group(find(rows, theirs[0].id), tags, len(theirs))
             for volume in theirs:
                 row = find(rows, volume.id)
+                if volume.id in self._covered:
+                    claims.check_header(row.device, self._covered[volume.id])
                 if row.attr[0] in "sS":
                     raise PreconditionError(
                         "is a snapshot itself, and LVM makes none of those",
@@ -208,8 +187,9 @@ class LvmProvider(Provider):
                         cure=f"take {group}/{row.origin}",
                     )
                 if row.thin and (pool := pool_of(rows, row)) is not None:
-                    room.check_pool(pool, self.settings.floor)
-        self._cow_sizes(rows, volumes)
+                    room.check_pool(pool, self.settings.floor, threshold_of(pool))
+        if self._cow_sizes(rows, volumes):
+            check_target()
 
     def _cow_sizes(self, rows: Sequence[Row], volumes: Sequence[Volume]) -> dict[str, int]:
         """Bytes for the snapshot of each volume that isn't thin. Raises PreconditionError."""
@@ -254,9 +234,9 @@ class LvmProvider(Provider):
         _check_id(SET_ID, birth.set_id)
         if birth.set_id in self._prepared:
             return
-        recover_all()
+        news = wait_for_dead_runs(_groups(volumes))
         seen_at, rows = self._seen
-        if time.monotonic() - seen_at > _FRESH_S or not set(_by_group(volumes)) <= {row.vg for row in rows}:
+        if news or time.monotonic() - seen_at > _FRESH_S or not set(_by_group(volumes)) <= {row.vg for row in rows}:
             rows = self._report(_groups(volumes))
         for volume in volumes:
             find(rows, volume.id)
@@ -302,7 +282,7 @@ class LvmProvider(Provider):
 
     def _shoot(self, group: Group, row: Row, pool: Row | None, birth: Birth, tags: list[str], size: int | None) -> str:
         """One lvcreate: the image's id. Thin ones are not activated: nothing sees a second file system of that UUID."""
-        name, maker = f"{birth.set_id}-{birth.member}", maker_tag()
+        name, maker = image_name(birth), maker_tag()
         argv = ["lvcreate", "-y", "-s", "-pr", "-n", name]
         argv += ["-ky"] if size is None else ["-L", f"{size}b"]
         for text in (*tags, maker):
@@ -358,24 +338,19 @@ class LvmProvider(Provider):
         _check_id(SET_ID, set_id)
         self._prepared.pop(set_id, None)
         self._made.pop(set_id, None)
-        rows = self._settled_report()
-        ours = images.of_set(rows, set_id)
-        if not ours and set_id not in self._begun:
+        rows = self._settled_report(set_id, images.of_set)
+        if set_id not in self._begun and not images.of_set(rows, set_id):
             self._refuse_blind()
-        if (busy := images.in_use(rows, set_id)) is not None:
-            raise busy
-        for vg in sorted({row.vg for row in ours}):
-            theirs = [row for row in ours if row.vg == vg]
-            origins = [row for row in rows if row.vg == vg and row.name in {our.origin for our in theirs}]
-            with changing(vg) as group:
-                for row in theirs:
-                    group.remove(row, suspends=origins, half_made="sealed" not in marks(row) and not maker_lives(row))
+        images.remove(rows, set_id)
 
     def reap(self) -> list[str]:
         from providers.lvm import swaps
 
-        resumed = [f"{name}, left suspended by a killed command" for name in recover_all()]
-        return resumed + swaps.finish_commits(self._report())
+        resumed, failed = recover_all()
+        removed = swaps.finish_commits(self._report())
+        if failed:
+            raise StorageError("; ".join(error.line() for error in failed), object=self.name)
+        return [f"{name}, left suspended by a killed command" for name in resumed] + removed
 
     # -- attachments ----------------------------------------------------------------------------------------------
 
@@ -389,7 +364,7 @@ class LvmProvider(Provider):
     ) -> MountSpec | Tree:
         from providers.lvm import clones
 
-        wait_for_dead_runs()
+        wait_for_dead_runs([snapshot.id.partition("/")[0]])
         wanted = self.settings.options.get("size")
         clone = clones.Clone(attachment_id, snapshot, access, destination, purpose)
         return clones.attach(clone, self._report(), wanted if isinstance(wanted, int) else None)
@@ -411,7 +386,7 @@ class LvmProvider(Provider):
     def detach(self, attachment_id: str) -> None:
         from providers.lvm import clones
 
-        rows = self._settled_report()
+        rows = self._settled_report(attachment_id, clones.parts)
         if not clones.parts(rows, attachment_id):
             self._refuse_blind()
         clones.detach(rows, attachment_id)
@@ -419,25 +394,26 @@ class LvmProvider(Provider):
     # -- taking the origin's place --------------------------------------------------------------------------------
 
     def swappable(self, volume: Volume) -> bool:
-        return find(self._report(_groups([volume])), volume.id).thin
+        # An open LUKS device would go on to lie on what a swap sets aside.
+        return volume.id not in self._covered and find(self._report(_groups([volume])), volume.id).thin
 
     def swap(self, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:
         from providers.lvm import swaps
 
-        wait_for_dead_runs()
+        wait_for_dead_runs(_groups([volume]))
         swaps.swap(self._report, swap_id, snapshot, volume)
 
     def swap_back(self, swap_id: str) -> None:
         from providers.lvm import swaps
 
-        wait_for_dead_runs()
+        wait_for_dead_runs([], swap_id)
         if not swaps.swap_back(self._report, swap_id):
             self._refuse_blind()
 
     def swap_commit(self, swap_id: str) -> None:
         from providers.lvm import swaps
 
-        wait_for_dead_runs()
+        wait_for_dead_runs([], swap_id)
         if not swaps.swap_commit(self._report, swap_id):
             self._refuse_blind()
 

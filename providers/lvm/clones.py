@@ -19,7 +19,9 @@ from typing import Any
 import msgspec
 
 from providers.lvm import room
+from providers.lvm.claims import luks_uuid
 from providers.lvm.commands import Group, changing
+from providers.lvm.images import find_image, refuse_invalid
 from providers.lvm.reports import (
     NAME,
     QUOTA,
@@ -28,7 +30,6 @@ from providers.lvm.reports import (
     birth_of,
     find,
     hanging_on,
-    lacks,
     maker_lives,
     maker_tag,
     pool_of,
@@ -52,7 +53,6 @@ _RULES = "".join(
 _SINCE = "since"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SECTOR = 512
-_LUKS = b"LUKS\xba\xbe"
 
 
 class Clone(msgspec.Struct, frozen=True):
@@ -91,12 +91,7 @@ def attach(clone: Clone, rows: Sequence[Row], size: int | None) -> MountSpec:
     if not ATTACHMENT_ID.fullmatch(clone.id):
         raise ValueError(f"{clone.id!r} is no id")
     born = clone.snapshot.birth
-    image = next(
-        (row for row in rows if (b := birth_of(row)) and (b.set_id, b.member) == (born.set_id, born.member)), None
-    )
-    if image is None:
-        raise NotFoundError("no such set", object=born.set_id, cure="`snapshotter list` shows all")
-    _refuse_invalid(image, rows, born.set_id)
+    image = find_image(rows, clone.snapshot)
     for row in rows:
         record = attachment_record(row)
         if record is not None and (record["id"], record["member"]) == (clone.id, born.member):
@@ -118,7 +113,7 @@ def attach(clone: Clone, rows: Sequence[Row], size: int | None) -> MountSpec:
             pool = pool_of(rows, image)
             group.lvm(
                 *("lvcreate", "-y", "-s", "-prw", "-ky", "-K", "-ay", "-n", clone.name),
-                *(*words, image.id),
+                *(*room.PAST_THRESHOLD, *words, image.id),
                 object=image.id,
                 suspends=[image, *([pool] if pool else [])],
                 born=clone.name,
@@ -152,11 +147,6 @@ def _hide_from_udev() -> None:
     run(["udevadm", "control", "--reload"], timeout=60)
 
 
-def _refuse_invalid(image: Row, rows: Sequence[Row], set_id: str) -> None:
-    if why := lacks(image, pool_of(rows, image)):
-        raise StorageError(f"has no valid image: {why}", object=set_id, cure="restore another set")
-
-
 def _over(group: Group, image: Row, name: str, words: list[str], rows: Sequence[Row], size: int | None) -> str:
     """A writable device over a classic snapshot; its writes go to a volume of ours (dm-snapshot's persistent store)."""
     from providers.lvm.reports import read
@@ -166,7 +156,7 @@ def _over(group: Group, image: Row, name: str, words: list[str], rows: Sequence[
         rows, _ = read([image.vg])
         image = find(rows, image.id)
         birth = birth_of(image)
-        _refuse_invalid(image, rows, birth.set_id if birth else image.id)
+        refuse_invalid(image, rows, birth.set_id if birth else image.id)
     # `size` of a classic snapshot's row is its store's; its device is as large as its origin.
     origin = find(rows, f"{image.vg}/{image.origin}")
     store = room.cow_size(origin, image.vg_free, size, 0.0)
@@ -200,7 +190,7 @@ def _mount_spec(device: str, clone: Clone, image: Row) -> MountSpec:
 def _decrypted(group: Group, device: str, name: str, set_id: str) -> str:
     """The device to mount: the clone itself, or, where it is LUKS, what is in it, opened with the key file that the
     origin has in crypttab(5). Raises PreconditionError without one."""
-    uuid = _luks_uuid(device)
+    uuid = luks_uuid(device)
     if uuid is None:
         return device
     key = _key_file(uuid)
@@ -215,18 +205,6 @@ def _decrypted(group: Group, device: str, name: str, set_id: str) -> str:
     return f"/dev/mapper/{crypt}"
 
 
-def _luks_uuid(device: str) -> str | None:
-    """Of the header (the same place in LUKS1 and LUKS2; cryptsetup's on-disk format, 168: uuid[40])."""
-    try:
-        with open(device, "rb") as file:
-            header = file.read(_SECTOR)
-    except OSError as error:
-        raise StorageError(f"can't read the clone: {error.strerror}", object=device) from None
-    if not header.startswith(_LUKS):
-        return None
-    return header[168:208].split(b"\0")[0].decode("ascii", "replace")
-
-
 def _key_file(uuid: str) -> str | None:
     try:
         with open(CRYPTTAB, encoding="utf-8", errors="surrogateescape") as file:
@@ -238,7 +216,7 @@ def _key_file(uuid: str) -> str | None:
             continue
         source = words[1]
         same = source.upper() == f"UUID={uuid}".upper()
-        if same or (source.startswith("/") and os.path.exists(source) and _luks_uuid(source) == uuid):
+        if same or (source.startswith("/") and os.path.exists(source) and luks_uuid(source) == uuid):
             return words[2]
     return None
 

@@ -4,25 +4,33 @@ the same. Must know nothing of sets.
 A killed `lvcreate` may leave its origin *suspended*: every write to it hangs. What a command may suspend is therefore
 written to /run before it starts, and forgotten when it ended by itself. Whoever takes the group's lock next and
 finds such a record resumes what it names, and nothing else: what somebody suspended on purpose has no record of ours.
-The command inherits the lock (`core.command`), which so is free only when no command of a dead run works any more.
+That lock is free only when no command of a dead run works any more. The command can't hold it itself: LVM closes every
+descriptor above 2 that it was given (lvmcmdline.c, _close_stray_fds). So its parent is a shell, which inherits the lock
+(`core.command`) and does nothing but wait for it.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from providers.lvm.reports import ENVIRONMENT, NAME, PREFIX, READING_S, SEALED, Row, report_of, said
 from snapshotter.core.command import Outcome, run
-from snapshotter.core.errors import BusyError, NotFoundError, SnapshotterError, StorageError
+from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.labels import dumps, loads
 from snapshotter.host import block
 from snapshotter.host.locks import Locks
 from snapshotter.host.places import private_directory, run_directory
 
 WAIT_S = 60.0
+TARGET_MODULE = "dm_snapshot"
+TARGET = f"/sys/module/{TARGET_MODULE}"  # there also where it is built in: it has parameters
+_RESUME_WAIT_S = 2.0  # whoever holds the group so long does something to it, and its volumes run
+
+#: `exit` keeps the shell from becoming the command, as it would for its last one.
+_HELD = ("sh", "-c", '"$@"; exit $?', "sh")
 
 
 class Group:
@@ -66,12 +74,14 @@ class Group:
 
     def other(self, *argv: str, object: str) -> None:
         """As `lvm`, for a program that suspends nothing (dmsetup, cryptsetup)."""
-        done = self._run(argv)
+        done = run(argv, mutates=True)
         if not done.ok:
             raise failure(done, object)
 
     def _run(self, argv: Sequence[str]) -> Outcome:
-        return run(argv, mutates=True, extra_env=ENVIRONMENT)
+        """Its code is negative if a signal ended it, as everywhere: the shell says 128 and the signal."""
+        done = run([*_HELD, *argv], mutates=True, extra_env=ENVIRONMENT)
+        return Outcome(tuple(argv), 128 - done.code if done.code > 128 else done.code, done.stdout, done.stderr)
 
     # -- what a killed command leaves ------------------------------------------------------------------------------
 
@@ -166,6 +176,14 @@ def _directory() -> str:
     return private_directory(os.path.join(run_directory(), NAME))
 
 
+def _is_made(vg: str, name: str) -> bool:
+    try:
+        with open(os.path.join(_directory(), vg), encoding="utf-8") as file:
+            return name.replace("-", "--") in file.read()
+    except FileNotFoundError:
+        return False
+
+
 def _recorded() -> list[str]:
     """The groups in which a command of ours works, or was killed."""
     return sorted(name for name in os.listdir(_directory()) if not name.endswith(".new"))
@@ -181,21 +199,47 @@ def changing(vg: str, wait_s: float = WAIT_S) -> Iterator[Group]:
         yield group
 
 
-def recover_all() -> list[str]:
-    """Resume what dead runs left suspended in any group, where no command of theirs works any more."""
-    resumed = []
+def recover_all() -> tuple[list[str], list[StorageError]]:
+    """Resume what dead runs left suspended in any group, where no command of theirs works any more: the devices' names,
+    and what could not be resumed."""
+    resumed: list[str] = []
+    failed: list[StorageError] = []
     for vg in _recorded():
-        with suppress(BusyError), Locks([f"{NAME}-commands:{vg}"]):
-            resumed += Group(vg).recover()
-    return resumed
+        try:
+            with suppress(BusyError), Locks([f"{NAME}-commands:{vg}"], wait_s=_RESUME_WAIT_S):
+                resumed += Group(vg).recover()
+        except StorageError as error:
+            failed.append(error)
+    return resumed, failed
 
 
-def wait_for_dead_runs() -> None:
-    """Return when no command that makes or removes a volume works any more whose run is dead (a live run holds its
-    locks, so that nobody else gets as far as this). Raises BusyError after a minute."""
+def wait_for_dead_runs(groups: Collection[str], made: str = "") -> bool:
+    """Return when no command of a dead run works any more in these volume groups, or on a volume named after `made`. (A
+    live run holds its locks, so that nobody else gets as far as this.) False: none did. Raises BusyError after a
+    minute, StorageError."""
+    waited = False
     for vg in _recorded():
-        with changing(vg):
-            pass
+        if vg in groups or (made and _is_made(vg, made)):
+            waited = True
+            with changing(vg):
+                pass
+    return waited
+
+
+def check_target() -> None:
+    """Is dm-snapshot, which classic snapshots are made of, in the kernel? Loaded if it isn't, as lvcreate would. Raises
+    PreconditionError where that can't be: no such module, or a caller that may load none (a service without
+    CAP_SYS_MODULE), in which lvcreate fails too."""
+    if os.path.exists(TARGET):
+        return
+    with suppress(PreconditionError):
+        run(["modprobe", "-q", TARGET_MODULE], timeout=READING_S)
+    if not os.path.exists(TARGET):
+        raise PreconditionError(
+            "is not loaded, and can't be from here: classic snapshots need it",
+            object=TARGET_MODULE,
+            cure=f"modprobe {TARGET_MODULE}; for scheduled takes: snapshotter schedule install",
+        )
 
 
 #: Not any "not found": warnings speak of devices, links and physical volumes that aren't.

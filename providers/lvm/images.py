@@ -1,5 +1,5 @@
-"""Images that are there: which are whose leftovers, what uses one, how marks are changed for good. Must know nothing of
-how they are made.
+"""Images that are there: which are whose leftovers, what uses one, how marks are changed for good, how they go. Must
+know nothing of how they are made.
 """
 
 from __future__ import annotations
@@ -10,19 +10,23 @@ from collections.abc import Mapping, Sequence
 from providers.lvm.commands import changing
 from providers.lvm.reports import (
     NAME,
+    PREFIX,
     QUOTA,
     Row,
     attachment_record,
     birth_of,
     hanging_on,
+    lacks,
     maker_lives,
     mark_tag,
     marks,
+    pool_of,
+    renamed,
     tag,
 )
-from snapshotter.core.errors import BusyError, StorageError
+from snapshotter.core.errors import BusyError, NotFoundError, StorageError
 from snapshotter.core.labels import apply_marks
-from snapshotter.core.model import Volume, utc_now
+from snapshotter.core.model import Snapshot, Volume, utc_now
 from snapshotter.host import block, mounts
 from snapshotter.host.places import host_name, same_host
 
@@ -30,26 +34,66 @@ _QUOTA = re.compile(r"quota|(usr|grp|prj)j?quota(=[A-Za-z0-9_+./-]+)?|[ugp]qnoen
 
 
 def of_set(rows: Sequence[Row], set_id: str) -> list[Row]:
-    """The members of a set that are here."""
+    """The members of a set that are here, also those that somebody has renamed."""
     return [row for row in rows if (birth := birth_of(row)) is not None and birth.set_id == set_id]
+
+
+def find_image(rows: Sequence[Row], wanted: Snapshot) -> Row:
+    """The volume of this very snapshot: a copied group (vgimportclone) has another with its record. Raises
+    NotFoundError, StorageError (it has no valid image)."""
+    for row in of_set(rows, wanted.birth.set_id):
+        if row.id == wanted.id:
+            refuse_invalid(row, rows, wanted.birth.set_id)
+            return row
+    raise NotFoundError("no such set", object=wanted.birth.set_id, cure="`snapshotter list` shows all")
+
+
+def refuse_invalid(image: Row, rows: Sequence[Row], set_id: str) -> None:
+    """Raises StorageError."""
+    if why := lacks(image, pool_of(rows, image)):
+        raise StorageError(f"has no valid image: {why}", object=set_id, cure="restore another set")
 
 
 def in_use(rows: Sequence[Row], set_id: str) -> BusyError | None:
     """Why the set can't be removed now: attached, open, or `lvremove -y` would take along what hangs on it."""
-    ours = of_set(rows, set_id)
+    members = of_set(rows, set_id)
+    ours = [row for row in members if not renamed(row)]
     for row in rows:
         record = attachment_record(row)
-        if ours and record is not None and record.get("set_id") == set_id:
+        if members and record is not None and record.get("set_id") == set_id:
             where = record.get("path")
             return BusyError(
                 f"is attached at {where} ({record['id']})", object=set_id, cure=f"snapshotter release {where}"
             )
     for row in ours:
+        if (twin := next((each for each in ours if each is not row and each.name == row.name), None)) is not None:
+            return BusyError(
+                f"{row.id} and {twin.id} are both its member, as in a copied group",
+                object=set_id,
+                cure="rename the one that isn't to be removed",
+            )
         if (other := hanging_on(rows, row)) is not None:
             return BusyError(f"{other.id} hangs on it", object=set_id, cure=f"lvremove {other.id}, if unneeded")
         if row.open:
             return BusyError(f"{row.id} is in use", object=set_id, cure=f"see who with: fuser -vm {row.device}")
     return None
+
+
+def remove(rows: Sequence[Row], set_id: str) -> None:
+    """Remove every member that is here; a renamed one only loses our tags. Raises BusyError, StorageError."""
+    if (busy := in_use(rows, set_id)) is not None:
+        raise busy
+    members = of_set(rows, set_id)
+    for vg in sorted({row.vg for row in members}):
+        theirs = [row for row in members if row.vg == vg]
+        origins = [row for row in rows if row.vg == vg and row.name in {each.origin for each in theirs}]
+        with changing(vg) as group:
+            for row in theirs:
+                if renamed(row):
+                    words = [word for text in row.tags if text.startswith(PREFIX) for word in ("--deltag", text)]
+                    group.lvm("lvchange", *words, row.id, object=row.id)
+                else:
+                    group.remove(row, suspends=origins, half_made="sealed" not in marks(row) and not maker_lives(row))
 
 
 def leftovers(rows: Sequence[Row], volumes: Sequence[Volume]) -> list[str]:

@@ -28,7 +28,7 @@ SEALED = f"{PREFIX}{_MARK}sealed="
 _CHUNK = 900
 READING_S = 120.0  # a report waits for LVM's own lock while another command changes the group
 
-#: LVM would warn of the lock's descriptor that it inherits.
+#: LVM would warn of the lock's descriptor that it inherits, and closes.
 ENVIRONMENT = {"LVM_SUPPRESS_FD_WARNINGS": "1"}
 
 _FIELDS = {
@@ -160,6 +160,21 @@ def read(groups: Sequence[str] = ()) -> tuple[list[Row], str]:
     return rows, unreadable[-1] if unreadable else "" if done.ok else _unseen(done.stderr)
 
 
+#: LVM makes no volume in a thin pool fuller than the percentage at which it is to grow, grown or not.
+THRESHOLD = "activation/thin_pool_autoextend_threshold"
+_LEAST_THRESHOLD = 50.0  # lvm.conf(5): what is below means that
+
+
+def threshold_of(pool: Row) -> float:
+    """The percentage above which LVM makes no volume in this thin pool; 100 where it is too empty for that to matter.
+    Raises PreconditionError (no lvm here), StorageError."""
+    if max(pool.data or 0, pool.metadata or 0) <= _LEAST_THRESHOLD:
+        return 100.0  # to ask costs as much as a report
+    done = run(["lvmconfig", "--typeconfig", "full", THRESHOLD], timeout=READING_S)
+    said = done.stdout.strip().rpartition("=")[2]
+    return max(float(said), _LEAST_THRESHOLD) if said.isdigit() else 100.0
+
+
 def _unseen(stderr: str) -> str:
     return said("\n".join(line for line in stderr.splitlines() if not _NO_GROUP.search(line)))
 
@@ -264,6 +279,16 @@ def birth_of(row: Row) -> Birth | None:
 # -------------------------------------------------------------------------------------------------------- images
 
 
+def image_name(birth: Birth) -> str:
+    return f"{birth.set_id}-{birth.member}"
+
+
+def renamed(row: Row) -> bool:
+    """An image of ours that a person has given another name, and perhaps a node: it is theirs."""
+    birth = birth_of(row)
+    return birth is not None and row.name != image_name(birth)
+
+
 def snapshot(row: Row, rows: Sequence[Row]) -> Snapshot | None:
     """The member of a set that this volume is, judged; None if it is none of ours."""
     birth = birth_of(row)
@@ -291,6 +316,8 @@ def lacks(row: Row, pool: Row | None) -> str:
     """Why this is no image that could be restored, for a person; '' if it is one. (lvs(8), "lv_attr".) Of an inactive
     classic snapshot nothing can be asked: `attach` activates it and asks."""
     state, health = row.attr[4], row.attr[8]
+    if renamed(row):
+        return f"somebody has renamed it to {row.name}, and keeps it for something else"
     if health == "p":
         return "a physical volume that it lies on is missing"
     if row.attr[1] == "w":

@@ -3,7 +3,7 @@ snapshot should be. Changes nothing, runs nothing."""
 
 from __future__ import annotations
 
-from providers.lvm.reports import Row
+from providers.lvm.reports import THRESHOLD, Row
 from snapshotter.core.errors import PreconditionError
 from snapshotter.host import block
 
@@ -14,6 +14,8 @@ HORIZON_S = 24 * 3600.0
 LEAST_S = 3600.0
 SMALLEST = 16 << 20
 CHUNK = 4096
+#: A new image may wait until there is room; a restore may not.
+PAST_THRESHOLD = ("--config", f"{THRESHOLD}=100")
 #: LVM's text for one more volume, beside its tags (seen: 300 to 700 bytes).
 VOLUME_TEXT = 1000
 
@@ -50,15 +52,16 @@ def check_group(row: Row, tags: list[str], members: int) -> None:
         )
 
 
-def check_pool(pool: Row, floor: float) -> None:
-    """Is the thin pool sound and below its thresholds? Raises PreconditionError with what to run."""
+def check_pool(pool: Row, floor: float, threshold: float = 100.0) -> None:
+    """Is the thin pool sound and below its limits, LVM's own `threshold` (percent) among them? Raises PreconditionError
+    with what to run."""
     if pool.attr[8] == "F":
         raise PreconditionError("the thin pool has failed", object=pool.id, cure=f"lvconvert --repair {pool.id}")
     if pool.attr[4] in "cC" or pool.attr[8] == "M":
         raise PreconditionError(
             "the thin pool's metadata wants a check", object=pool.id, cure=f"lvconvert --repair {pool.id}"
         )
-    limit = 100 * (1 - floor)
+    limit = min(100 * (1 - floor), threshold)
     if pool.data is not None and (pool.data > limit or pool.attr[8] == "D"):
         raise PreconditionError(
             f"the thin pool is {pool.data:.0f} % full, and a full one stops its origin too (limit {limit:.0f} %)",

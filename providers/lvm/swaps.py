@@ -21,9 +21,10 @@ import msgspec
 
 from providers.lvm import room
 from providers.lvm.commands import Group, changing
-from providers.lvm.reports import PREFIX, Row, birth_of, find, hanging_on, lacks, pool_of, tag
+from providers.lvm.images import find_image
+from providers.lvm.reports import PREFIX, Row, find, hanging_on, pool_of, tag
 from snapshotter.core.command import run
-from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.model import Snapshot, Volume
 from snapshotter.host import block
 
@@ -87,7 +88,7 @@ def swap(report: Report, swap_id: str, snapshot: Snapshot, volume: Volume) -> No
     with changing(volume.id.partition("/")[0]) as group:
         rows = report()
         origin = find(rows, volume.id)
-        image = _image(rows, snapshot)
+        image = find_image(rows, snapshot)
         for other in found(rows):
             if other.open and (other.id == swap_id or other.volume == volume.id):
                 raise BusyError(f"swap {other.id} is open", object=volume.id, cure="take it back or commit it")
@@ -99,7 +100,8 @@ def swap(report: Report, swap_id: str, snapshot: Snapshot, volume: Volume) -> No
         words = [word for text in (*record, *theirs) for word in ("--addtag", text)]
         # Not to be skipped, and not active before it is in its place.
         group.lvm(
-            *("lvcreate", "-y", "-s", "-prw", "-kn", "-an", "-n", f"{swap_id}-new", *words, image.id),
+            *("lvcreate", "-y", "-s", "-prw", "-kn", "-an", "-n", f"{swap_id}-new"),
+            *(*room.PAST_THRESHOLD, *words, image.id),
             object=image.id,
             suspends=[image, *([pool] if pool else [])],
             born=f"{swap_id}-new",
@@ -118,16 +120,6 @@ def swap(report: Report, swap_id: str, snapshot: Snapshot, volume: Volume) -> No
             with suppress(SnapshotterError):
                 _take_back(group, report(), swap_id)
             raise
-
-
-def _image(rows: Sequence[Row], snapshot: Snapshot) -> Row:
-    wanted = snapshot.birth.set_id, snapshot.birth.member
-    image = next((row for row in rows if (b := birth_of(row)) and (b.set_id, b.member) == wanted), None)
-    if image is None:
-        raise NotFoundError("no such set", object=wanted[0], cure="`snapshotter list` shows all")
-    if why := lacks(image, pool_of(rows, image)):
-        raise StorageError(f"has no valid image: {why}", object=wanted[0], cure="restore another set")
-    return image
 
 
 def _check_swappable(rows: Sequence[Row], origin: Row, image: Row) -> None:

@@ -2,7 +2,8 @@
 
 Never through a shell, always in the C locale with a small environment. A mutating child runs in a session of its own
 and inherits the descriptors of the locks that it works under: a lock is free only when the storage no longer
-changes under it, also if we are killed. Such a child is waited for and never killed by a timeout.
+changes under it, also if we are killed. Such a child is waited for and never killed by a timeout. (One that closes what
+it inherits needs a parent that doesn't: `providers.lvm.commands`.)
 """
 
 from __future__ import annotations

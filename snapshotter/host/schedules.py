@@ -33,7 +33,8 @@ _CRON_DAEMONS = frozenset({"cron", "crond", "fcron", "dcron", "bcron-sched"})
 #: own (systemd.exec(5)), in which what it mounts is seen by nobody else: PrivateTmp, PrivateDevices, PrivateMounts,
 #: ProtectSystem, ProtectHome, ProtectKernelTunables, ProtectKernelModules, ProtectKernelLogs, ProtectControlGroups,
 #: ProtectProc, ReadOnlyPaths. ProtectClock and DevicePolicy would close the disks, RestrictSUIDSGID a copy's modes,
-#: MemoryDenyWriteExecute the databases' engines.
+#: MemoryDenyWriteExecute the databases' engines. What runs under these limits loads no kernel module, so the one that
+#: LVM's classic snapshots need, and that a fresh boot needn't have, is loaded before (`+`: without limits).
 _SERVICE = """{label}
 # Changes here are lost at the next `schedule install`; drop-ins (systemctl edit) stay. What the config's hooks run is
 # under these limits too: a drop-in can lift one.
@@ -43,6 +44,7 @@ After=local-fs.target network-online.target time-sync.target
 
 [Service]
 Type=oneshot
+ExecStartPre=-+/bin/sh -c 'test ! -e /sys/class/misc/device-mapper || modprobe -q dm_snapshot'
 ExecStart={run}
 ExecStopPost={reap}
 KillMode=mixed

@@ -16,6 +16,7 @@ from snapshotter.core.model import Purpose, State, utc_now
 from snapshotter.host import mounts, processes, quiesce
 from snapshotter.host.locks import Locks
 from snapshotter.host.places import host_name, same_host
+from snapshotter.provider import resume
 from snapshotter.verbs.delete import lock_names, remove
 from snapshotter.verbs.documents import grouped
 from snapshotter.verbs.release import places_of, refuse_foreign_mount, tidy
@@ -26,10 +27,10 @@ def reap(session: Session, entries: Catalog | None = None) -> dict[str, Any]:
     """Returns what was let go and removed, and what is kept for now and why. `entries`: the catalog, if it was read
     just now; what is to go is looked at again anyway. Raises UndoIncompleteError if something of a dead run could not
     be undone."""
-    let_go: list[str] = []
+    let_go = resume()
     left: list[str] = []
     try:
-        let_go = quiesce.reap()
+        let_go += quiesce.reap()
     except UndoIncompleteError as error:  # one that is stuck keeps no other leftover
         left += error.left
     providers, gone = session.everywhere()

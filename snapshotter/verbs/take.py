@@ -22,6 +22,7 @@ from snapshotter.host.locks import Locks
 from snapshotter.nodes import profiles
 from snapshotter.nodes.config import Hooks, Node
 from snapshotter.nodes.target import resolve
+from snapshotter.provider import resume
 from snapshotter.verbs import open_restores
 from snapshotter.verbs import plan as planning
 from snapshotter.verbs.documents import set_document
@@ -48,9 +49,11 @@ def take(
 ) -> dict[str, Any]:
     """Take one target. Returns the set's document with `existing` (a set of the same slot was there already),
     `warnings` and `left_out`; for `dry_run` the plan's. Raises any of core.errors."""
+    resumed = resume()
     node = resolve(target, session.config)
     how: dict[str, Any] = {"quiesce": quiesce, "budget_s": budget_s, "require": require, "allow_skew": allow_skew}
-    return take_node(session, node, dry_run=dry_run, wait_s=wait_s if wait else 0.0, slot=slot, **how)
+    document = take_node(session, node, dry_run=dry_run, wait_s=wait_s if wait else 0.0, slot=slot, **how)
+    return {**document, "warnings": [*resumed, *document["warnings"]]}
 
 
 def take_node(

@@ -21,6 +21,7 @@ from snapshotter.host.places import host_name, same_host
 from snapshotter.nodes import schedule
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.target import target_of
+from snapshotter.provider import resume
 from snapshotter.verbs import notify, prune, slots, verify
 from snapshotter.verbs.documents import when
 from snapshotter.verbs.reap import reap
@@ -73,6 +74,7 @@ def tick(
     """Do what is due for these nodes. `deadline_s`: nothing is begun after so many seconds. Returns the document and
     the errors behind its `failed`: one node's failure doesn't stop the others."""
     run = Run(session, Catalog([], []), None if deadline_s is None else time.monotonic() + deadline_s, take)
+    run.notes += resume()
     run.entries = session.catalog()
     by_target: dict[str, list[SnapshotSet]] = {}
     for found in run.entries.sets:

@@ -31,7 +31,7 @@ SAMPLED: dict[str, set[str]] = {
         "test_a_classic_snapshot_that_overflows",
         "test_a_frozen_file_system_is_said_and_nothing_is_left",
         "test_xfs_is_mounted_beside_its_origin[True]",
-        "test_luks_on_a_volume",
+        "test_a_pool_past_lvms_own_threshold",
         "test_after_a_swap_and_a_reboot_path_and_uuid_are_the_restored_data",
     },
     # A cloud's client is minutes of an emulated CPU. The first is seen to pass; the second linked, restored, and then
@@ -45,11 +45,17 @@ SAMPLED: dict[str, set[str]] = {
     "test_schedule": {"test_the_timer_fires_and_a_good_set_appears"},
     "test_status_here": {"test_lvm[thin]", "test_zfs"},
     "test_lvm_hot": {"test_rocksdb[thin-xfs-3]"},
-    "test_lvm_kills": {"test_killed_inside_lvcreate[thin]"},
+    "test_lvm_kills": {
+        "test_killed_inside_lvcreate[thin]",
+        "test_the_lock_is_held_while_an_orphan_waits_for_lvm[thin]",
+        "test_a_suspended_data_path_runs_again_before_anybody_looks_at_it[thin-take]",
+    },
+    "test_lvm_layers": {"test_luks_on_a_volume", "test_what_a_clone_would_not_have_is_refused"},
     "test_lvm_beside": {
         "test_a_snapshot_of_what_was_swapped_in_stays",
         "test_a_leftover_that_somebody_has_open_stops_no_take[True]",
         "test_an_image_that_is_an_external_origin_stays",
+        "test_an_image_that_was_renamed_is_somebodys",
         "test_a_commit_that_was_cut[undone]",
     },
     "test_zfs_carried": set(),

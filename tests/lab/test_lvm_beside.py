@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from providers.lvm import LvmProvider
 from providers.lvm.commands import Group
-from snapshotter.core.errors import BusyError, StorageError
-from snapshotter.core.model import Access, Birth, Volume, new_attachment_id, utc_now
+from snapshotter.core.errors import BusyError, SnapshotterError, StorageError
+from snapshotter.core.model import Access, Birth, ImageState, Volume, new_attachment_id, utc_now
 from snapshotter.host import block, mounts
+from snapshotter.provider import Settings
 from snapshotter.testing import describe
 from snapshotter.testing.conformance import content_of, seal, take
 from snapshotter.testing.harness import fill, ruin
@@ -250,6 +252,52 @@ def test_a_device_in_the_pool_that_lvm_knows_nothing_of_is_named(thin: LvmHarnes
     assert thin.objects() == before
     lvm("sh", "-c", refused.value.cure.partition(": ")[2])
     taken(thin, volume)
+
+
+# ------------------------------------------------------------------------------------------------ what is somebody's
+
+
+def test_an_image_that_was_renamed_is_somebodys(thin: LvmHarness) -> None:
+    """A person has made it their node's volume: whatever is deleted, it stays."""
+    volume = filled(thin)
+    birth = taken(thin, volume)
+    (image,) = thin.provider().snapshots(birth.set_id)
+    lvm("lvrename", "-qq", image.id, "production")
+    (found,) = thin.provider().snapshots(birth.set_id)
+    assert found.state is ImageState.INVALID and "renamed" in found.why
+    for wanted in (image, found):
+        with pytest.raises(SnapshotterError):
+            thin.provider().attach(wanted, new_attachment_id(utc_now()), Access.WRITABLE, "/nowhere")
+    thin.provider().delete(birth.set_id)
+    assert "production" in names(thin) and not thin.storage.ours()
+    assert not list(thin.provider().snapshots(birth.set_id))
+
+
+def test_a_set_in_a_copied_group_is_not_guessed_at(thin: LvmHarness) -> None:
+    """As after vgimportclone: every record twice. Neither is removed, and each is attached as itself."""
+    volume = filled(thin)
+    birth = taken(thin, volume)
+    (image,) = thin.provider().snapshots(birth.set_id)
+    tags = thin.storage.lvs("lv_name,lv_tags")
+    words = next(row["lv_tags"] for row in tags if row["lv_name"] == image.id.partition("/")[2]).split(",")
+    with storage(300, pool_mb=160) as other:
+        other.thin("copied", 80)
+        lvm("lvchange", "-qq", "-an", f"{other.vg}/copied")
+        added = [word for text in words for word in ("--addtag", text)]
+        lvm("lvchange", "-qq", "-pr", *added, f"{other.vg}/copied")
+        lvm("lvrename", "-qq", other.vg, "copied", f"{birth.set_id}-0")
+        plain = LvmProvider(Settings("/nowhere"))
+        both = {found.id for found in plain.snapshots(birth.set_id)}
+        assert both == {image.id, f"{other.vg}/{birth.set_id}-0"}
+        with pytest.raises(BusyError) as refused:
+            plain.delete(birth.set_id)
+        assert all(name in refused.value.line() for name in both)
+        assert {found.id for found in plain.snapshots(birth.set_id)} == both
+        assert content_of(thin, image) == describe(top(volume))
+        lvm("lvrename", "-qq", other.vg, f"{birth.set_id}-0", "kept")
+        plain.delete(birth.set_id)
+        assert [row["lv_name"] for row in other.lvs()] == ["kept", "pool"] and not other.ours()
+    assert f"{birth.set_id}-0" not in names(thin)
 
 
 # --------------------------------------------------------------------------------------------------- swaps that died

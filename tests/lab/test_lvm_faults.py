@@ -6,6 +6,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from snapshotter.provider import Settings
 from snapshotter.testing import describe, make_birth
 from snapshotter.testing.conformance import attach, content_of, seal, take
 from snapshotter.testing.harness import fill, ruin
-from tests.lab.lvm_kit import MIB, LvmHarness, Storage, harness_on, lvm, make_file_system, marks, storage
+from tests.lab.lvm_kit import MIB, LvmHarness, Storage, harness_on, lvm, marks, storage
 from tests.support import Command
 
 pytestmark = marks
@@ -83,6 +84,35 @@ def test_a_pool_that_is_nearly_full(tmp_path: Path) -> None:
                 device.write(os.urandom(4 * MIB))
         line = refused(made, Command(tmp_path / "etc"), "take", top(volume))
         assert "full" in line and "lvextend -L+" in line and made.pool in line
+
+
+def test_a_pool_past_lvms_own_threshold(tmp_path: Path) -> None:
+    """It makes nothing more in a pool that should have grown by then: a take is refused for that reason, and what is
+    there can be restored."""
+    with storage(400, pool_mb=160) as made, harness_on(made, thin=True) as harness:
+        volume = filled(harness)
+        content = describe(top(volume))
+        birth = taken(harness, volume)
+        (found,) = harness.provider().snapshots(birth.set_id)
+        harness.storage.thin("ballast", 200)
+        with open(f"/dev/{made.vg}/ballast", "wb", buffering=0) as device:
+            while pool_percent(made) < 62:
+                device.write(os.urandom(4 * MIB))
+                os.fsync(device.fileno())
+        shutil.copytree("/etc/lvm", tmp_path / "lvm")
+        with open(tmp_path / "lvm" / "lvm.conf", "a") as config:
+            config.write("\nactivation/thin_pool_autoextend_threshold = 60\n")
+        lvm("mount", "--bind", str(tmp_path / "lvm"), "/etc/lvm")
+        try:
+            line = refused(made, Command(tmp_path / "etc"), "take", top(volume))
+            assert "limit 60 %" in line and "lvextend" in line
+            assert content_of(harness, found) == content
+            ruin(top(volume))
+            harness.provider().swap("w1", found, volume)
+            assert describe(top(volume)) == content
+            harness.provider().swap_commit("w1")
+        finally:
+            lvm("umount", "/etc/lvm")
 
 
 def pool_percent(made: Storage, what: str = "data_percent") -> float:
@@ -263,83 +293,6 @@ def test_a_clone_is_not_found_by_its_origins_uuid(thin: LvmHarness, classic: Lvm
             assert block.number_of(f"/dev/disk/by-uuid/{uuid}") == block.number_of(f"/dev/{volume.id}")
         finally:
             attached.end()
-
-
-def test_luks_on_a_volume(thin: LvmHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from providers.lvm import clones
-
-    key = tmp_path / "key"
-    key.write_bytes(os.urandom(32))
-    key.chmod(0o600)
-    thin.storage.thin("sealed", 100)
-    device, name = f"/dev/{thin.storage.vg}/sealed", f"crypt{os.getpid()}"
-    quick = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--key-file", str(key)]
-    lvm("cryptsetup", "luksFormat", "-q", "--type", "luks2", *quick, device)
-    lvm("cryptsetup", "open", "--key-file", str(key), device, name)
-    point = str(thin.scratch / "sealed")
-    os.mkdir(point)
-    try:
-        make_file_system(f"/dev/mapper/{name}", "ext4")
-        lvm("mount", f"/dev/mapper/{name}", point)
-        fill(point)
-        volume = thin.provider().claim(mounts.mount_of(point), point)
-        assert volume is not None and volume.id == f"{thin.storage.vg}/sealed"
-        content = describe(point)
-        command = Command(tmp_path / "etc")
-        birth_id = command.json("take", point, "--budget", "60s")
-        assert birth_id["good"] and birth_id["quiesce"] == "pause", "what is not on the disk yet must get there first"
-        (found,) = thin.provider().snapshots(birth_id["set_id"])
-        table = tmp_path / "crypttab"
-        monkeypatch.setattr(clones, "CRYPTTAB", str(table))
-        attachment_id = new_attachment_id(utc_now())
-        with pytest.raises(PreconditionError, match="LUKS") as refusal:
-            thin.provider().attach(found, attachment_id, Access.WRITABLE, thin.destination())
-        assert "crypttab" in refusal.value.cure
-        thin.provider().detach(attachment_id)
-        uuid = lvm("cryptsetup", "luksUUID", device).strip()
-        table.write_text(f"data UUID={uuid} {key} luks\n")
-        assert content_of(thin, found) == content
-        assert not [each for each in block.mapped() if each.dm_name.startswith("snapshotter-")]
-    finally:
-        lvm("umount", point, check=False)
-        lvm("cryptsetup", "close", name, check=False)
-
-
-def test_a_partition_of_a_volume_and_a_btrfs_on_one_are_refused(thin: LvmHarness, tmp_path: Path) -> None:
-    thin.storage.thin("parted", 150)
-    source = f"/dev/{thin.storage.vg}/parted"
-    uuid = next(d.dm_uuid for d in block.mapped() if d.dm_name.endswith("-parted"))
-    name = f"{os.path.basename(os.path.realpath(source))}p1-{os.getpid()}"
-    # As kpartx maps a partition.
-    lvm("dmsetup", "create", name, "--uuid", f"part1-{uuid}", "--table", f"0 204800 linear {source} 2048")
-    point = str(thin.scratch / "parted")
-    os.mkdir(point)
-    try:
-        make_file_system(f"/dev/mapper/{name}", "ext4")
-        lvm("mount", f"/dev/mapper/{name}", point)
-        Path(point, "file").write_text("x")
-        line = refused(thin.storage, Command(tmp_path / "etc"), "take", point)
-        assert "partition of the logical volume" in line
-    finally:
-        lvm("umount", point, check=False)
-        lvm("dmsetup", "remove", "--retry", name, check=False)
-    lvm("mkfs.btrfs", "-q", "-f", source)
-    lvm("mount", source, point)
-    try:
-        Path(point, "file").write_text("x")
-        line = refused(thin.storage, Command(tmp_path / "etc"), "take", point, "--provider", "lvm")
-        assert "--provider btrfs" in line
-    finally:
-        lvm("umount", point)
-
-
-def test_a_directory_mounted_by_itself_is_refused(thin: LvmHarness) -> None:
-    volume = filled(thin)
-    point = str(thin.scratch / "bound")
-    os.mkdir(point)
-    lvm("mount", "--bind", os.path.join(top(volume), "database"), point)
-    with pytest.raises(PreconditionError, match="as a whole"):
-        thin.provider().claim(mounts.mount_of(point), point)
 
 
 # ----------------------------------------------------------------------------------------------- swaps and reboots

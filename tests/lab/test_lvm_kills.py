@@ -4,6 +4,7 @@ later time is sealed, and `reap` leaves the storage as it was."""
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import os
 import random
@@ -15,9 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from providers.lvm import commands
+from providers.lvm.reports import find
 from snapshotter.core.errors import BusyError, SnapshotterError
 from snapshotter.core.model import Access, Hold, ImageState, Volume, new_attachment_id, utc_now
 from snapshotter.host import block
+from snapshotter.host.locks import Locks
 from snapshotter.testing import describe, make_birth
 from snapshotter.testing.conformance import content_of, seal, take
 from snapshotter.testing.harness import fill
@@ -242,6 +246,80 @@ def test_a_child_outlives_its_run_and_holds_the_lock(harness: LvmHarness, volume
     assert not commands_of_lvm(), "delete did not wait for the dead run's command"
     harness.provider().delete(birth.set_id)
     assert harness.objects() == before and not suspended()
+
+
+def test_the_lock_is_held_while_an_orphan_waits_for_lvm(harness: LvmHarness, volume: Volume) -> None:
+    """LVM closes the lock's descriptor. An orphan that waits for LVM's own lock suspends the origin later, so what was
+    written of that must stay, and nobody may believe that the group is free."""
+    before, vg = harness.objects(), harness.storage.vg
+    birth = make_birth([volume])
+    provider = harness.provider()
+    provider.check([volume], birth)
+    provider.prepare([volume], birth, 5.0)
+    with open(f"/run/lock/lvm/V_{vg}", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        child = os.fork()
+        if child == 0:
+            try:
+                provider.create([volume], birth, Hold())
+            finally:
+                os._exit(0)
+        while not commands_of_lvm():
+            time.sleep(0.002)
+        time.sleep(0.5)  # it closes what it inherited
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for _ in range(3):
+            with pytest.raises(BusyError), Locks([f"lvm-commands:{vg}"]):
+                pass
+            assert commands.recover_all() == ([], [])
+        assert commands_of_lvm() and commands._recorded() == [vg]
+    give_up = time.monotonic() + 120
+    while commands_of_lvm():
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    harness.provider().reap()
+    assert not suspended() and commands._recorded() == []
+    harness.provider().delete(birth.set_id)
+    assert harness.objects() == before
+
+
+@pytest.mark.parametrize("verb", ["take", "reap"])
+def test_a_suspended_data_path_runs_again_before_anybody_looks_at_it(
+    harness: LvmHarness, volume: Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """Else the look itself hangs: nothing of it is cached."""
+    command = Command(tmp_path / "etc")
+    monkeypatch.setenv("SNAPSHOTTER_RUN", command.environment()["SNAPSHOTTER_RUN"])
+    size = [] if harness.thin else ["-o", "size=12m"]
+    row = find(harness.provider()._report(), volume.id)
+    commands.Group(harness.storage.vg)._intend([row], "")
+    lvm("sync")
+    lvm("dmsetup", "suspend", f"/dev/{volume.id}")
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    try:
+        process = command.start(verb, *([top(volume), *size] if verb == "take" else []), "--json")
+        stdout, stderr = process.communicate(timeout=120)  # one that hangs can't be killed: it is let go below
+        assert process.returncode == 0 and not suspended(), stderr
+        assert "left suspended" in stdout
+    finally:
+        lvm("dmsetup", "resume", f"/dev/{volume.id}")
+
+
+def test_another_groups_dead_run_keeps_nobody_waiting(harness: LvmHarness, volume: Volume) -> None:
+    commands.Group("other")._intend([], "s20261122t100630z-5f3a9c-0")
+    try:
+        with Locks(["lvm-commands:other"]):
+            birth = take(harness.provider(), harness, [volume])
+            seal(harness.provider(), birth)
+            (found,) = harness.provider().snapshots()
+            attachment_id = new_attachment_id(utc_now())
+            harness.provider().attach(found, attachment_id, Access.WRITABLE, "/nowhere")
+            harness.provider().detach(attachment_id)
+            harness.provider().delete(birth.set_id)
+            assert commands._recorded() == ["other"]
+    finally:
+        commands.Group("other")._forget()
 
 
 @pytest.mark.parametrize("what", ["detach", "delete"])

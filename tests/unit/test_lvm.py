@@ -21,6 +21,7 @@ from providers.lvm.reports import (
     birth_of,
     birth_tags,
     hanging_on,
+    image_name,
     lacks,
     maker_lives,
     maker_tag,
@@ -176,15 +177,31 @@ def test_an_image_is_judged_by_what_lvm_says(attr: str, pool_attr: str, valid: b
 
 
 def test_an_image_of_a_dead_run_is_none_until_sealed() -> None:
-    tags = birth_tags(make_birth([Volume("lvm", "tv-a/data", "/d")]), 1)
+    birth = make_birth([Volume("lvm", "tv-a/data", "/d")])
+    tags = birth_tags(birth, 1)
     for sealed, maker, state in (
         ("", tag("maker", f"{os.getpid()}.1"), ImageState.INVALID),
         ("", maker_tag(), ImageState.READY),
         (mark_tag("sealed", "20261122t100630z"), tag("maker", f"{os.getpid()}.1"), ImageState.READY),
     ):
-        image = row(attr=THIN, tags=tuple(text for text in (*tags, maker, sealed) if text))
+        image = row(name=image_name(birth), attr=THIN, tags=tuple(text for text in (*tags, maker, sealed) if text))
         found = snapshot(image, [image, pool()])
         assert found is not None and found.state is state
+
+
+def test_what_carries_a_record_by_another_name_is_no_image() -> None:
+    birth = make_birth([Volume("lvm", "tv-a/data", "/d")])
+    tags = (*birth_tags(birth, 1), mark_tag("sealed", "20261122t100630z"))
+    image, kept = row(name=image_name(birth), attr=THIN, tags=tags), row(name="production", attr=THIN, tags=tags)
+    found = snapshot(kept, [kept, pool()])
+    assert found is not None and found.state is ImageState.INVALID and "renamed it to production" in found.why
+    copied = msgspec.structs.replace(image, vg="copy")
+    assert images.in_use([image, kept], birth.set_id) is None, "only one of them would go"
+    refused = images.in_use([image, copied, kept], birth.set_id)
+    assert refused is not None and image.id in refused.line() and copied.id in refused.line()
+    wanted = snapshot(copied, [copied, msgspec.structs.replace(pool(), vg="copy")])
+    assert wanted is not None
+    assert images.find_image([image, copied, msgspec.structs.replace(pool(), vg="copy")], wanted) is copied
 
 
 def test_a_full_classic_snapshot_is_none() -> None:
@@ -244,6 +261,13 @@ def test_a_pool_that_would_stop_its_origin_is_refused(changes: dict[str, Any]) -
     with pytest.raises(PreconditionError) as refused:
         room.check_pool(pool(**changes), 0.1)
     assert "lv" in refused.value.cure, "it says what to run"
+
+
+def test_lvms_own_threshold_is_a_limit_too() -> None:
+    room.check_pool(pool(data=62.0), 0.1)
+    for full in (pool(data=62.0), pool(metadata=62.0)):
+        with pytest.raises(PreconditionError, match="limit 60 %"):
+            room.check_pool(full, 0.1, 60.0)
 
 
 # ------------------------------------------------------------------------------------------------- other files
@@ -381,3 +405,63 @@ def test_reports_that_are_none_are_refused() -> None:
     for text in ("", "{}", '{"report": []', json.dumps({"report": [{"lv": [{"lv_name": "x"}]}]})):
         with pytest.raises((ValueError, KeyError)):
             parse(text)
+
+
+@pytest.fixture
+def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a run notes the groups that it changes."""
+    monkeypatch.setenv("SNAPSHOTTER_RUN", str(tmp_path / "run"))
+    return Path(commands._directory())
+
+
+def test_only_a_driver_with_a_record_is_asked_to_resume(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first act of take, tick and reap, which must cost nothing where nothing was left."""
+    asked: list[str] = []
+
+    def load(name: str) -> type[provider.Provider]:
+        asked.append(name)
+        return real(name)
+
+    real = provider.load
+    monkeypatch.setattr(provider, "load", load)
+    assert provider.resume() == [] and asked == []
+    (records / "vg").write_text("{}")
+    monkeypatch.setattr(commands.Group, "recover", lambda group: [f"{group.vg}-data"])
+    (name,) = provider.resume()
+    assert "vg-data" in name and asked == ["lvm"]
+
+
+def test_one_groups_trouble_is_no_others(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def recover(group: commands.Group) -> list[str]:
+        if group.vg == "bad":
+            raise StorageError("can't be resumed", object="bad-data")
+        return [f"{group.vg}-data"]
+
+    monkeypatch.setattr(commands.Group, "recover", recover)
+    for vg, born in (("bad", "bad-s20261122t100630z--5f3a9c--0"), ("fine", "")):
+        (records / vg).write_text(json.dumps({"names": [born]}))
+    resumed, failed = commands.recover_all()
+    assert resumed == ["fine-data"] and [error.object for error in failed] == ["bad-data"]
+    assert not commands.wait_for_dead_runs(["another"])
+    assert commands.wait_for_dead_runs(["fine"]), "there may be news now"
+    assert not commands.wait_for_dead_runs([], "s20261122t100630z-000000")
+    for groups, made in ((["bad"], ""), ([], "s20261122t100630z-5f3a9c")):
+        with pytest.raises(StorageError):
+            commands.wait_for_dead_runs(groups, made)
+
+
+def test_a_kernel_without_classic_snapshots_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "dm_snapshot"
+    monkeypatch.setattr(commands, "TARGET", str(module))
+    for loads in (True, False):
+        tool = tmp_path / "modprobe"
+        tool.write_text(f"#!/bin/sh\n{'mkdir ' + str(module) if loads else 'exit 1'}\n")
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        if loads:
+            commands.check_target()
+            module.rmdir()
+        else:
+            with pytest.raises(PreconditionError) as refused:
+                commands.check_target()
+            assert "modprobe dm_snapshot" in refused.value.cure
