@@ -185,11 +185,11 @@ class Work:
 
     def refuse_foreign(self) -> None:
         """Raise BusyError where there was no data path, and what stands there isn't what was restored: a directory that
-        somebody moved there is nobody's to remove."""
+        somebody moved there is nobody's to remove. (Where the old data went to another disk, it may be that.)"""
+        tops = [ground.path for ground in self.plan.grounds if not ground.away]
         for unit in self.units():
             here = exchange.known(unit.place)
-            whole = unit.old is None and unit.place in [ground.path for ground in self.plan.grounds]
-            if whole and here not in (None, unit.new) and os.path.isdir(unit.place):
+            if unit.old is None and unit.place in tops and here not in (None, unit.new) and os.path.isdir(unit.place):
                 raise BusyError(
                     "is neither what was there before nor what was restored",
                     object=unit.place,
