@@ -159,8 +159,9 @@ class LvmProvider(Provider):
     def _settled_report(self, id: str, members: Callable[[Sequence[Row], str], list[Row]]) -> list[Row]:
         """What LVM says once no command of a dead run works any more where there are `members` of `id`, or at making
         one. Raises BusyError if one goes on and on."""
+        wait_for_dead_runs([], id)  # what it makes is in no report yet
         rows = self._report()
-        return self._report() if wait_for_dead_runs({row.vg for row in members(rows, id)}, id) else rows
+        return self._report() if wait_for_dead_runs({row.vg for row in members(rows, id)}) else rows
 
     # -- before ---------------------------------------------------------------------------------------------------
 

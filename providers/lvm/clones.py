@@ -287,4 +287,4 @@ def detach(rows: Sequence[Row], attachment_id: str) -> None:
             over = there.get(_dm_name(name))
             if over is not None and over.dm_uuid == _dm_uuid(name):
                 group.other("dmsetup", "remove", "--retry", _dm_name(name), object=attachment_id)
-            group.remove(row, half_made=not maker_lives(row))
+            group.remove(row, half_made=True)

@@ -29,8 +29,9 @@ TARGET_MODULE = "dm_snapshot"
 TARGET = f"/sys/module/{TARGET_MODULE}"  # there also where it is built in: it has parameters
 _RESUME_WAIT_S = 2.0  # whoever holds the group so long does something to it, and its volumes run
 
-#: `exit` keeps the shell from becoming the command, as it would for its last one.
-_HELD = ("sh", "-c", '"$@"; exit $?', "sh")
+#: `exit` keeps the shell from becoming the command, as it would for its last one; `trap` from dying before it of what
+#: LVM blocks while it works. (A signal that is caught, not ignored, is the command's own again.)
+_HELD = ("sh", "-c", 'trap : HUP INT TERM; "$@"; exit $?', "sh")
 
 
 class Group:
@@ -63,9 +64,9 @@ class Group:
             self._forget()
 
     def remove(self, row: Row, *, suspends: Sequence[Row] = (), half_made: bool = False) -> None:
-        """Remove a volume of ours; absent is done. `half_made`: its lvcreate may have been killed after the thin pool
-        was told and before LVM had noted so. LVM would tell it again, and the pool refuse: so the device goes first,
-        which LVM doesn't mind. Raises BusyError (in use), StorageError."""
+        """Remove a volume of ours; absent is done. `half_made`: its lvcreate (that alone, even) may have been killed
+        after the thin pool was told and before LVM had noted so. LVM would tell it again, and the pool refuse: so the
+        device goes first, which LVM doesn't mind. Raises BusyError (in use), StorageError."""
         if half_made and row.thin:
             asked = run(["lvs", "--noheadings", "-o", "thin_id", row.id], timeout=READING_S, extra_env=ENVIRONMENT)
             if (number := asked.stdout.strip().rpartition("\n")[2].strip()).isdigit():

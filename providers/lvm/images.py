@@ -93,7 +93,7 @@ def remove(rows: Sequence[Row], set_id: str) -> None:
                     words = [word for text in row.tags if text.startswith(PREFIX) for word in ("--deltag", text)]
                     group.lvm("lvchange", *words, row.id, object=row.id)
                 else:
-                    group.remove(row, suspends=origins, half_made="sealed" not in marks(row) and not maker_lives(row))
+                    group.remove(row, suspends=origins, half_made="sealed" not in marks(row))
 
 
 def leftovers(rows: Sequence[Row], volumes: Sequence[Volume]) -> list[str]:

@@ -98,12 +98,11 @@ class ZfsProvider(Provider):
             tool.refuse_suspended(tops)
         except StorageError as error:
             raise PreconditionError(error.message, object=error.object, cure=error.cure) from None
-        below = tool.mounts_below(names)
-        for volume in volumes:
-            if volume.id not in below:
-                cure = "was it destroyed, renamed or exported?"
-                raise PreconditionError("no such dataset", object=volume.id, cure=cure)
-            _refuse_hollow(volume, birth, below)
+        datasets = tool.automatic(tops)
+        for name in names:
+            if name not in datasets:
+                raise PreconditionError("no such dataset", object=name, cure="was it destroyed, renamed or exported?")
+        _refuse_hollow(birth, datasets)
         found = tool.get(("used", "available"), tops)
         for top in tops:
             total, free = _room(found.get(top, {}))
@@ -226,7 +225,8 @@ class ZfsProvider(Provider):
             snapshot = objects.as_snapshot(each)
             if changes.get("sealed") and snapshot is not None and snapshot.state is not ImageState.READY:
                 raise StorageError(f"can't be sealed: {snapshot.why}", object=set_id)
-            written.setdefault(objects.dump(apply_marks(marks, changes)), []).append(each.name)
+            text = objects.dump({**objects.others(each), **apply_marks(marks, changes)})
+            written.setdefault(text, []).append(each.name)
         if changes.get("pinned"):
             self._hold(names)
         for text, theirs in written.items():
@@ -281,6 +281,10 @@ class ZfsProvider(Provider):
                 if tag != PIN:
                     cure = f"zfs release {tag} {name}"
                     raise BusyError(f"another tool holds it ({tag})", object=f"{set_id} ({name})", cure=cure)
+            for each in members:
+                if each.name in held and objects.marks_of(each) is None:
+                    cure = f"zfs release {PIN} {each.name}"
+                    raise BusyError("is pinned, and its marks are damaged", object=set_id, cure=cure)
             pinned = [name for name, _ in holds]
             if pinned:
                 tool.change("release", PIN, *pinned, object=pinned[0])
@@ -379,17 +383,16 @@ def _member(birth: Birth, volume: Volume) -> int:
     raise PreconditionError("is no member of the set", object=volume.id)
 
 
-def _refuse_hollow(volume: Volume, birth: Birth, found: Mapping[str, tuple[bool, bool, str]]) -> None:
-    """Raise PreconditionError if a dataset below should be seen in the data path, and isn't mounted: so it is no root,
-    and nobody would miss it in the set."""
-    tops = [root.path for root in birth.roots if birth.members[root.member].volume == volume.id]
-    for name, (automatic, mounted, point) in found.items():
-        if not name.startswith(f"{volume.id}/") or not automatic or mounted or not point.startswith("/"):
-            continue
-        place = os.path.realpath(point)
-        if place != volume.path and any(mounts.is_under(place, top) for top in tops):
+def _refuse_hollow(birth: Birth, datasets: Mapping[str, str]) -> None:
+    """Raise PreconditionError if a dataset of these pools should be seen in the data path, and nothing is mounted
+    there: so it is no root, and nobody would miss it in the set."""
+    mounted = {mount.path for mount in mounts.table()}
+    tops = [root.path for root in birth.roots]
+    for name, point in datasets.items():
+        place = os.path.realpath(point) if point else ""
+        if place and place not in mounted and any(mounts.is_under(place, top) for top in tops):
             cure = f"zfs mount -l {name}; or zfs set canmount=noauto {name}, if it isn't meant"
-            raise PreconditionError("isn't mounted, so the set would lack it", object=name, cure=cure)
+            raise PreconditionError(f"isn't mounted at {place}, so the set would lack it", object=name, cure=cure)
 
 
 def _zvol(mount: Mount) -> str | None:

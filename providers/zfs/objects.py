@@ -149,7 +149,8 @@ def as_snapshot(found: Object) -> Snapshot | None:
         id=found.name,
         birth=birth,
         state=ImageState.INVALID if doomed else ImageState.READY,
-        marks=marks or {},
+        # Of what can't be read the hold is left to tell that it is pinned.
+        marks=marks if marks is not None else {"pinned": "1"} if found.native.get("userrefs", "0") != "0" else {},
         size_bytes=_int(found.native.get("referenced")),
         order=_int(found.native.get("createtxg")) or 0,
         why="it was destroyed (zfs destroy -d), and only what still uses it keeps it" if doomed else "",
@@ -171,6 +172,12 @@ def marks_of(found: Object) -> dict[str, str] | None:
         return None
     marks = {name: value for name, value in there.items() if name in MARK_NAMES}
     return marks if marks or not there else None
+
+
+def others(found: Object) -> dict[str, Any]:
+    """What a newer version has marked, to be kept."""
+    there = found.record(MARKS) or {}
+    return {name: value for name, value in there.items() if name not in MARK_NAMES}
 
 
 def dump(record: object) -> str:

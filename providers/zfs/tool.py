@@ -277,14 +277,19 @@ def children(name: str) -> list[tuple[str, str]]:
     return [(found, kind) for found, kind in pairs if found != name]
 
 
-def mounts_below(names: Sequence[str]) -> dict[str, tuple[bool, bool, str]]:
-    """(canmount=on, mounted, mount point) of these datasets and all below them, by name; absent ones are left out."""
-    words = ["zfs", "list", "-Hp", "-r", "-t", "filesystem", "-o", "name,canmount,mounted,mountpoint", *names]
+def automatic(names: Sequence[str]) -> dict[str, str]:
+    """Of these datasets and all below them, by name: where each mounts itself (canmount=on, not a container's own), ''
+    where it doesn't. Absent ones are left out."""
+    words = ["zfs", "list", "-Hp", "-r", "-t", "filesystem", "-o", "name,canmount,zoned,mountpoint", *names]
     outcome = run(words, timeout=_READING_S)
     if not outcome.ok and number_of(outcome.stderr) != errno.ENOENT:
         raise told(outcome, names[0])
-    found = (line.split("\t") for line in outcome.stdout.splitlines())
-    return {name: (can == "on", mounted == "yes", point) for name, can, mounted, point in found}
+    found = [line.split("\t", 3) for line in outcome.stdout.splitlines()]
+    return {
+        words[0]: words[3] if words[1:3] == ["on", "off"] and words[3].startswith("/") else ""
+        for words in found
+        if len(words) == 4
+    }
 
 
 def snapshots_of(name: str) -> list[tuple[str, int]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from snapshotter.catalog import Catalog
 from snapshotter.core.errors import BusyError, SnapshotterError, UsageError
-from snapshotter.core.model import SnapshotSet
+from snapshotter.core.model import SnapshotSet, State
 from snapshotter.host.locks import Locks
 from snapshotter.verbs import open_restores
 from snapshotter.verbs.documents import set_document
@@ -33,6 +33,18 @@ def check(entries: Catalog, found: SnapshotSet, *, last: bool) -> None:
     ):
         if newest is not None and newest.set_id == found.set_id and not last:
             raise UsageError(f"is the newest {kind} set of its target", object=found.set_id, cure="--last deletes it")
+    newest = entries.newest_good(found.birth.target)
+    if (
+        found.state is State.UNKNOWN
+        and found.sealed
+        and not last
+        and (newest is None or newest.sort_key < found.sort_key)
+    ):
+        raise UsageError(
+            f"may be the newest good set of its target: {found.why}",
+            object=found.set_id,
+            cure="--last deletes what is here of it",
+        )
 
 
 def plan(session: Session, selectors: list[str], *, last: bool, from_host: bool) -> list[SnapshotSet]:

@@ -31,7 +31,7 @@ def save(ground: Ground, entries: Sequence[str], report: Report) -> None:
                     cure=f"chattr -R -ia {ground.path}",
                 )
 
-        tree.walk(top, seen=can_go)
+        tree.walk(top, seen=can_go, leave_out=_snapshots)
     for lost in _copy(ground.path, ground.aside, entries, "setting aside", report):
         raise StorageError(f"{lost} there", object=ground.aside, cure="--aside a directory on another kind of disk")
 
@@ -79,6 +79,11 @@ def _remove_tree(path: str) -> None:
         exchange.remove(path, known)
 
 
+def _snapshots(_: int, path: str) -> bool:
+    """ZFS's own view of its snapshots (snapdir=visible): each would be mounted by the look, and copied."""
+    return path == ".zfs"
+
+
 def _chosen(path: str, entries: Sequence[str]) -> bool:
     """Whether it is one of the entries, or below or above one."""
     tops = [f"/{entry}" for entry in entries]
@@ -88,7 +93,7 @@ def _chosen(path: str, entries: Sequence[str]) -> bool:
 def _copy(source_top: str, target_top: str, entries: Sequence[str], what: str, report: Report) -> list[str]:
     """Returns what could not be kept of it."""
     with told(target_top), tree.open_tree(source_top) as source, tree.open_tree(target_top) as target:
-        now = tree.walk(source)
+        now = tree.walk(source, leave_out=_snapshots)
         now = {path: found for path, found in now.items() if _chosen(path, entries)}
         total = sum(found.size for found in now.values() if stat.S_ISREG(found.mode))
         done = 0

@@ -215,8 +215,12 @@ def left_alone(ground: Ground, roots: list[str], table: list[Mount]) -> list[str
     what mkfs made, our stores, what earlier restores set aside, other tools' subvolumes."""
     found = [mount.path for mount in table if is_under(mount.path, ground.path) and mount.path != ground.path]
     if ground.fixed and os.path.isdir(ground.path):
+        kind = mount_at(ground.path, table).fstype
         with os.scandir(ground.path) as entries:
             for entry in entries:
+                if kind == "zfs" and entry.name == ".zfs":  # its snapshots, with snapdir=visible
+                    found.append(entry.path)
+                    continue
                 if entry.name == "lost+found" or entry.name == btrfs.STORE or _OURS.fullmatch(entry.name):
                     found.append(entry.path)
                 elif entry.is_dir(follow_symlinks=False):

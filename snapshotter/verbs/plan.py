@@ -281,7 +281,7 @@ def profile_of(session: Session, node: Node) -> tuple[Profile, str]:
 
 def _has_anything(path: str) -> bool:
     with os.scandir(path) as entries:
-        return any(entry.name != "lost+found" for entry in entries)
+        return any(entry.name not in ("lost+found", ".zfs") for entry in entries)
 
 
 def _remembered(birth: Birth) -> bool:

@@ -132,7 +132,7 @@ def of_sets(node: Node, sets: Sequence[SnapshotSet], now: datetime) -> list[Prob
         elif found.state is State.DAMAGED:
             problems.append(Problem("damaged", f"{found.set_id}: {found.why}", f"{take}, then delete that one"))
         elif found.state is State.UNKNOWN:
-            cure = f"connect or import it, or if it is gone for good: snapshotter delete {found.set_id}"
+            cure = "connect or import it; `snapshotter providers` says what can't be asked"
             problems.append(Problem("unknown", f"{found.set_id}: {found.why}", cure))
         if found.birth.taken_at > now + _AHEAD:
             problems.append(Problem("ahead", f"{found.set_id} is from the future", "mend the clock (NTP)"))

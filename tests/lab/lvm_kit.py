@@ -84,7 +84,8 @@ class Storage:
             lvm("dmsetup", "message", f"{pool}-tpool", "0", "release_metadata_snap")
         with tempfile.NamedTemporaryFile("r") as text:
             lvm("vgcfgbackup", "-qq", "-f", text.name, self.vg)
-            queued = set(re.findall(r"\bdelete = ([0-9]+)", text.read()))
+            # LVM renames another file into its place.
+            queued = set(re.findall(r"\bdelete = ([0-9]+)", Path(text.name).read_text()))
         return set(there) - queued - {row["thin_id"] for row in self.lvs("thin_id")}
 
     def thin(self, name: str, megabytes: int) -> None:

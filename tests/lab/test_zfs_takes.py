@@ -92,6 +92,12 @@ def test_a_dataset_below_that_is_not_mounted_is_refused_by_name(harness: ZfsHarn
         assert volume.id in refused["line"] and f"zfs mount -l {volume.id}" in refused["line"]
         zfs("mount", "-l", volume.id)
     assert len(command.json("take", str(top(above)))["snapshots"]) == 3
+    beside = harness.dataset("beside", "-o", f"mountpoint={top(above)}/beside")
+    zfs("unmount", beside.id)
+    assert beside.id in command.error("take", str(top(above)), exit_code=3)["line"], (
+        "not below it by name, but by place"
+    )
+    zfs("set", "canmount=noauto", beside.id)
     zfs("unmount", plain.id)
     zfs("set", "canmount=noauto", plain.id)
     assert len(command.json("take", str(top(above)))["snapshots"]) == 2
