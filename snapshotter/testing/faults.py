@@ -148,6 +148,9 @@ class Proxy(Provider):
     def swappable(self, volume: Volume) -> bool:
         return self.inner.swappable(volume)
 
+    def sees(self, volume: str) -> bool:
+        return self.inner.sees(volume)
+
     def source_of(self, volume: str, known: str) -> str:
         return self.inner.source_of(volume, known)
 

@@ -29,6 +29,7 @@ READING = {
     "swaps",
     "source_of",
     "swappable",
+    "sees",
     "reap",
     "space",
 }

@@ -49,6 +49,7 @@ def test_killed_at_random_instants(tmp_path: Path, request: pytest.FixtureReques
     rounds = 60 if request.config.getoption("--full") else 8
     chance = random.Random("tick")
     command = nodes(tmp_path, rounds + 1)
+    time.sleep(2.5)  # a take of files as young as these waits for their time stamps: the first alone would
     began = time.monotonic()
     command.json("tick", f"n{rounds}")
     whole_s = time.monotonic() - began
