@@ -223,9 +223,8 @@ class _Search:
             self.found[path] = mount
             waiting += self._search(path, mount)
             # Taken before what links lead to: a directory mounted below the data path is restored in its place there.
-            below = [mount for mount in mounts.mounts_below(path, self.table) if mounts.by_hand(mount)]
-            below = [mount for mount in below if self._visible(mount)]
-            waiting += [(mount.path, "a mount", False) for mount in below]
+            below = mounts.mounts_below(path, self.table)
+            waiting += [(each.path, "a mount", False) for each in below if mounts.by_hand(each) and self._visible(each)]
 
     def _known(self, path: str) -> bool:
         """In a root already, on the root's own mount."""

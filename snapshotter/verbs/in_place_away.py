@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from snapshotter.core.errors import PreconditionError, StorageError
 from snapshotter.core.model import Progress, Report
@@ -21,18 +21,16 @@ def save(ground: Ground, entries: Sequence[str], report: Report) -> None:
     """Copy these entries ('' is the directory itself) to `ground.aside`, a directory that is there and empty. On the
     disk when this returns, with owners, modes and attributes. Raises StorageError, PreconditionError (something could
     not be removed afterwards)."""
-    with told(ground.path), tree.open_tree(ground.path) as top:
 
-        def can_go(at: int, name: str, path: str, _: os.stat_result) -> None:
-            if _chosen(path, entries) and tree.locked(at, name):
-                raise PreconditionError(
-                    "can't be moved: it is immutable or append-only",
-                    object=os.path.join(ground.path, path),
-                    cure=f"chattr -R -ia {ground.path}",
-                )
+    def can_go(at: int, name: str, path: str, _: os.stat_result) -> None:
+        if _chosen(path, entries) and tree.locked(at, name):
+            raise PreconditionError(
+                "can't be moved: it is immutable or append-only",
+                object=os.path.join(ground.path, path),
+                cure=f"chattr -R -ia {ground.path}",
+            )
 
-        tree.walk(top, seen=can_go, leave_out=_snapshots)
-    for lost in _copy(ground.path, ground.aside, entries, "setting aside", report):
+    for lost in _copy(ground.path, ground.aside, entries, "setting aside", report, seen=can_go):
         raise StorageError(f"{lost} there", object=ground.aside, cure="--aside a directory on another kind of disk")
 
 
@@ -90,10 +88,18 @@ def _chosen(path: str, entries: Sequence[str]) -> bool:
     return "" in entries or any(is_under(f"/{path}", top) or is_under(top, f"/{path}") for top in tops)
 
 
-def _copy(source_top: str, target_top: str, entries: Sequence[str], what: str, report: Report) -> list[str]:
-    """Returns what could not be kept of it."""
+def _copy(
+    source_top: str,
+    target_top: str,
+    entries: Sequence[str],
+    what: str,
+    report: Report,
+    *,
+    seen: Callable[[int, str, str, os.stat_result], None] | None = None,
+) -> list[str]:
+    """Returns what could not be kept of it. `seen` (`tree.walk`) may refuse before anything is copied."""
     with told(target_top), tree.open_tree(source_top) as source, tree.open_tree(target_top) as target:
-        now = tree.walk(source, leave_out=_snapshots)
+        now = tree.walk(source, seen=seen, leave_out=_snapshots)
         now = {path: found for path, found in now.items() if _chosen(path, entries)}
         total = sum(found.size for found in now.values() if stat.S_ISREG(found.mode))
         done = 0
