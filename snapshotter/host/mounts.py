@@ -175,14 +175,28 @@ def is_mount_point(path: str) -> bool:
     return any(entry.path == path for entry in table())
 
 
-def in_fstab() -> set[str]:
-    """The mount points that /etc/fstab names, mounted or not; none if it can't be read."""
+def awaited(path: str, table: list[Mount]) -> list[str]:
+    """The mount points of /etc/fstab at, above and below the canonical `path` where nothing is mounted though a disk
+    should be (it failed at boot): what is there now isn't that disk's. One below with `noauto` (fstab(5)) isn't
+    awaited. None if fstab can't be read."""
     try:
         with open(FSTAB, "rb") as file:
             lines = [line.split() for line in file if not line.lstrip().startswith(b"#")]
     except OSError:
-        return set()
-    return {os.path.normpath(unescape(words[1])) for words in lines if len(words) > 2 and words[1].startswith(b"/")}
+        return []
+    here = mount_of(path, table).path
+    mounted = {mount.path for mount in table}
+    found = set()
+    for words in lines:
+        if len(words) < 4 or not words[1].startswith(b"/"):
+            continue
+        point = os.path.normpath(unescape(words[1]))
+        below = is_under(point, path) and point != path
+        if not is_under(point, here) or not (below or is_under(path, point)):
+            continue
+        if not (below and b"noauto" in words[3].split(b",")) and not {point, os.path.realpath(point)} & mounted:
+            found.add(point)
+    return sorted(found)
 
 
 def unmount(where: str, patience_s: float = 5.0) -> None:

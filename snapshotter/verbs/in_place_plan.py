@@ -394,12 +394,9 @@ def _refuse_unmounted(
     """Raise PreconditionError where a root lies on a disk that isn't mounted (it failed at boot): what was restored
     would fill the disk below, and be hidden as soon as the right one is mounted again."""
     mounted = {mount.path for mount in table}
-    awaited = sorted(mounts.in_fstab() - mounted)
     for number, path in enumerate(roots):
         place = os.path.realpath(path)
-        here = mounts.mount_of(place, table).path
-        missing = [point for point in awaited if is_under(place, point) or is_under(point, place)]
-        missing = [point for point in missing if is_under(point, here) and point != here]
+        missing = mounts.awaited(place, table)
         why = "by /etc/fstab"
         if not missing and found and not from_host:
             root = found.birth.roots[number]

@@ -159,6 +159,7 @@ def make(
         return plan_outside.make(session, node, now=now, require=require, allow_skew=allow_skew, slot=slot)
     profile = profile_of(session, node)[0]
     layout = roots(node, profile)
+    _refuse_unmounted(layout)
     claims = claimed(session, node, layout)
     volumes: list[Volume] = []
     owners: list[Provider] = []
@@ -221,6 +222,19 @@ def make(
     for provider, theirs in plan.by_provider():
         provider.check(theirs, birth)
     return plan
+
+
+def _refuse_unmounted(layout: Layout) -> None:
+    """Raise PreconditionError where a disk of a root isn't mounted (it failed at boot): the set would lack what is on
+    it, and retention would let go of good ones for it."""
+    table = mounts.table()
+    for found in layout.roots:
+        for point in mounts.awaited(found.path, table):
+            raise PreconditionError(
+                f"nothing is mounted at {point}, where /etc/fstab has a disk: the set would lack what is on it",
+                object=found.path,
+                cure=f"mount {point}; or take its line out of /etc/fstab",
+            )
 
 
 def refuse_grade(node: Node, grade: Grade, volumes: Sequence[Volume], require: str | None, allow_skew: bool) -> None:

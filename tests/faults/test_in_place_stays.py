@@ -128,11 +128,14 @@ def test_a_disk_that_is_not_mounted_is_not_restored_beside(node: Story, tmp_path
         assert "nothing is mounted" in error["message"] and error["object"] == str(node.data)
         ok(node, "resync", "ours", "--yes", code=3, before=patch)
         assert os.listdir(node.data) == []
+        error = ok(node, "take", "ours", code=3, before=patch)  # nor is what is below it taken for the node
+        assert "nothing is mounted at" in error["message"] and "lack" in error["message"]
     finally:
         subprocess.run(["mount", source, str(node.data)], check=True)
     assert node.as_it_was()
     fstab.write_text(f"UUID=5 {node.data}/database ext4 nofail 0 2\n")  # a disk of a part of it
     assert "database" in ok(node, *IN_PLACE, code=3, before=patch)["cure"]
+    assert "database" in ok(node, "take", "ours", code=3, before=patch)["cure"]
 
 
 @pytest.mark.root

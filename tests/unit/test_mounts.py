@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from snapshotter.host.mounts import Mount, by_hand, inside, is_under, mount_of, mounts_below, parse, table
+from snapshotter.host.mounts import Mount, awaited, by_hand, inside, is_under, mount_of, mounts_below, parse, table
 
 needs_root = pytest.mark.root
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
@@ -100,6 +100,30 @@ def test_names_that_begin_alike_are_not_below() -> None:
     assert mount_of("/abc", mounts).path == "/"
     assert [mount.path for mount in mounts_below("/a", mounts)] == []
     assert [mount.path for mount in mounts_below("/", mounts)] == ["/a", "/ab"]
+
+
+def test_disks_of_fstab_that_are_not_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fstab = tmp_path / "fstab"
+    monkeypatch.setattr("snapshotter.host.mounts.FSTAB", str(fstab))
+    table = [made("/", "8:1"), made("/srv", "8:2", number=2), made("/srv/node/in", "8:3", number=3)]
+    assert awaited("/srv/node", table) == []  # no fstab
+    for point, options, expected in (
+        ("/srv", "defaults", False),  # it is mounted
+        ("/", "defaults", False),
+        ("/srv/other", "defaults", False),
+        ("/srv/node/in", "defaults", False),
+        ("/srv/node", "nofail", True),
+        ("/srv/node", "noauto", True),  # who has the data there means that disk
+        ("/srv/node/ancient/", "nofail,noatime", True),
+        ("/srv/node/an\\040old", "defaults", True),
+        ("/srv/node/usb", "noauto", False),
+        ("none", "sw", False),
+    ):
+        fstab.write_text(f"# /dev/x /srv/node ext4 defaults 0 0\n\n/dev/x {point} ext4 {options} 0 2\n")
+        assert bool(awaited("/srv/node", table)) is expected, (point, options)
+    fstab.write_text("/dev/x /mnt ext4 defaults 0 2\n")
+    assert awaited("/srv/node", table) == []
+    assert awaited("/mnt/node", table) == ["/mnt"]
 
 
 def test_what_zfs_mounts_of_itself() -> None:
