@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from snapshotter.core.digest import sha256
 from snapshotter.core.errors import PreconditionError, StorageError
 from snapshotter.core.labels import loads
 from snapshotter.nodes import files
@@ -138,15 +139,8 @@ def _pairs(
     """(how they stand, the live file, the incoming file's place) of every file that either side has."""
     theirs = [(production, live), *live_roots]
     ours = [(production, incoming), *roots]
-    names = {
-        file
-        for places in (theirs, ours)
-        for pattern in profile.sign_state
-        for name in files.expand(places, pattern)
-        for file in (list(files.below(places, name)) or [name])
-    }
     found = []
-    for name in sorted(names):
+    for name in sorted({*_names(theirs, profile), *_names(ours, profile)}):
         if profile.sign_state_format != "opaque" and name.endswith(_SIDE_FILES):
             continue  # a part of its database
         path = files.locate(theirs, name)
@@ -160,6 +154,29 @@ def _pairs(
         order, why = _compared(path, seen, profile.sign_state_format)
         found.append((Compared(name, order, why), path, place))
     return found
+
+
+def _names(places: Places, profile: Profile) -> set[str]:
+    return {
+        file
+        for pattern in profile.sign_state
+        for name in files.expand(places, pattern)
+        for file in (list(files.below(places, name)) or [name])
+    }
+
+
+def digest(places: Places, profile: Profile) -> str:
+    """Of the names and contents of all sign-state there: the same only if nothing was signed in between. '' if it
+    can't be told."""
+    found = sha256()
+    try:
+        for name in sorted(_names(places, profile)):
+            content = _content(files.locate(places, name))
+            if content is not None:
+                found.update(f"{len(os.fsencode(name))} {len(content)} ".encode() + os.fsencode(name) + content)
+    except PreconditionError:
+        return ""
+    return found.hexdigest()
 
 
 def _compared(path: str, place: str, kind: str) -> tuple[Order, str]:

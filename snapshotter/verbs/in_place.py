@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import msgspec
 
 from snapshotter.core.errors import (
     NotFoundError,
@@ -174,8 +173,7 @@ def undo(session: Session, target: str | None, *, from_set: bool = False) -> dic
     be ordered), UndoIncompleteError."""
     with _open(session, target) as work:
         back.refuse_discarding(work)
-        if from_set:
-            work.plan = msgspec.structs.replace(work.plan, from_set=True)
+        work.asked = from_set
         try:
             _undo(work)
         except Exception:

@@ -69,7 +69,7 @@ def backward(work: Work) -> None:
             raise
     work.turned = True
     if not before:
-        work.note("undo", run_again=run_again, ran=ran)
+        work.note("undo", run_again=run_again, ran=ran, asked=work.asked)
     if changed and work.plan.way == "swap":
         swapping.swap_back(work.session, work.plan)
     elif changed:

@@ -42,6 +42,9 @@ def into_staged(work: Work) -> None:
             "if it has signed nothing since the set was taken",
         )
     work.notes += _carry(work, now, then, from_set=plan.from_set)
+    if plan.from_set:
+        places = [(plan.path, then[plan.path]), *((root, at) for root, at in then.items() if root != plan.path)]
+        work.journal.append("accepted", digest=sign_state.digest(places, work.profile))
 
 
 def into_new(work: Work) -> None:
@@ -62,13 +65,24 @@ def into_old(work: Work, units: list[Unit], *, ran: bool) -> list[Unit]:
     with work.carrying(units):
         for ground in work.plan.grounds:
             make_private(ground.aside, [unit.aside for unit in units])
-        work.notes += _carry(work, {}, then, from_set=work.plan.from_set)
+        work.notes += _carry(work, {}, then, from_set=_accepted(work, ran))
     units = [
         msgspec.structs.replace(unit, old=exchange.known(unit.aside)) if unit.old is None else unit
         for unit in work.units()
     ]
     work.journal.append("units", units=msgspec.to_builtins(units))
     return units
+
+
+def _accepted(work: Work, ran: bool) -> bool:
+    """Whether the old sign-state may come back though it can't be compared. Who said so of the restore spoke of the
+    set: what was signed since counts, unless he says it of the undo as well."""
+    if work.asked or (work.journal.last("undo") or {}).get("asked"):
+        return True
+    if not work.plan.from_set:
+        return False
+    path, then = work.plan.path, (work.journal.last("accepted") or {}).get("digest")
+    return not ran or bool(then and then == sign_state.digest([(path, path)], work.profile))
 
 
 def into_copy(work: Work, ground: Ground) -> None:

@@ -39,6 +39,7 @@ class Work:
         self.notes: list[str] = []
         self.health: health.Health | None = None
         self.turned = journal.has("undo")  # what was set aside is being put back: the old state or exit 7
+        self.asked = False  # --sign-state-from-set was said of the undo
         self.unstarted: SnapshotterError | None = None  # why the service doesn't run on the old data
         self._found: SnapshotSet | None = None
 

@@ -136,6 +136,25 @@ def lost(node: Validator) -> None:
     assert node.height() == (1, 0, 3)
 
 
+def test_what_was_accepted_of_a_restore_is_not_of_its_undo(tmp_path: Path) -> None:
+    """The state on disk was empty after a power cut. What the node signs on the set's can't be compared to that either,
+    and is all that is known of it."""
+    with own_disk(tmp_path) as disk:
+        node = Validator(disk, tmp_path)
+        ok(node, "take", "ours")
+        node.state.write_text("")
+        restore = ("restore", "latest", "--in-place", *YES, "--sign-state-from-set")
+        ok(node, *restore)
+        ok(node, "restore", "--undo", "ours")  # nothing was signed since: there is nothing to guard
+        assert node.state.read_text() == "" and not journals(node)
+        ok(node, *restore)
+        node.sign(499)
+        assert "--sign-state-from-set" in ok(node, "restore", "--undo", "ours", code=3)["cure"]
+        assert node.height() == (500, 0, 3)
+        ok(node, "restore", "--undo", "ours", "--sign-state-from-set")
+        assert node.state.read_text() == "" and not journals(node) and not node.leftovers()
+
+
 def test_where_all_of_it_is_gone_it_is_refused_and_explained(tmp_path: Path) -> None:
     """So it is after an undo of that: what was signed meanwhile is all that is left, and the next restore finds it."""
     with own_disk(tmp_path) as disk:
