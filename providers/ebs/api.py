@@ -83,11 +83,6 @@ class Api:
         from botocore import exceptions as boto
         from botocore.parsers import ResponseParserError
 
-        within_it: BaseException | None = error
-        while within_it is not None:  # boto3 wraps whatever comes while it waits, a signal's Interrupted too
-            if isinstance(within_it, SnapshotterError):
-                return within_it
-            within_it = within_it.__cause__ or within_it.__context__
         if isinstance(error, boto.ClientError):
             answer = error.response.get("Error", {})
             code, message = str(answer.get("Code", "")), str(answer.get("Message", ""))
@@ -188,7 +183,8 @@ def _assuming(session: Any, role: str) -> Any:
 
 
 class Memory:
-    """What this process did lately, to be laid over what EC2 lists, which may be older."""
+    """What this process did lately, to be laid over what EC2 lists, which may be older. Threads may share one: each
+    look is at a copy, made in one step."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -218,7 +214,7 @@ class Memory:
     def over(self, listed: Iterator[dict[str, Any]], key: str, kind: str) -> Iterator[dict[str, Any]]:
         """`listed`, as it will be when EC2 has caught up. `key`: of the id, which begins with `kind`."""
         self._forget()
-        late = {name: item for name, (_, item) in self._made.items() if name.startswith(kind)}
+        late = {name: item for name, (_, item) in list(self._made.items()) if name.startswith(kind)}
         for item in listed:
             if late.pop(item[key], None) is not None:
                 self._made.pop(item[key], None)  # EC2 has caught up: from now on its word counts
@@ -229,9 +225,10 @@ class Memory:
 
     def current(self, item: dict[str, Any], key: str) -> dict[str, Any]:
         """An item with the tags that we gave it since."""
-        if item[key] not in self._tags:
+        remembered = self._tags.get(item[key])
+        if remembered is None:
             return item
-        tags = {tag["Key"]: tag["Value"] for tag in item.get("Tags", [])} | self._tags[item[key]][1]
+        tags = {tag["Key"]: tag["Value"] for tag in item.get("Tags", [])} | remembered[1]
         return {**item, "Tags": [{"Key": name, "Value": value} for name, value in tags.items() if value is not None]}
 
     def _forget(self) -> None:

@@ -61,7 +61,8 @@ class Swaps:
         if origin is None or volumes.attached_to(origin)[0] != self.instance:
             raise PreconditionError("isn't attached to this instance", object=volume, cure="restore with --to")
         self._refuse_mounted(volume)
-        theirs = {key: value for key, value in tags.read(origin).items() if not key.startswith(("aws:", tags.PREFIX))}
+        labels = tags.read(origin)
+        theirs = {key: value for key, value in labels.items() if not (key.startswith("aws:") or tags.is_ours(key))}
         wanted = {
             "SnapshotId": snapshot.id,
             "AvailabilityZone": self.here.zone,
@@ -113,7 +114,7 @@ class Swaps:
                 )
             volumes.tag(self.api, [new], {tags.COMMITTED: "true"})  # from here on there is no way back
             volumes.remove(self.api, labels[tags.ORIGIN], self.report)
-        ours = {key: None for key in labels if key.startswith(tags.PREFIX)}
+        ours = {key: None for key in labels if tags.is_ours(key)}
         volumes.tag(self.api, [new], {**ours, tags.COMMITTED: None})
 
     def device_of(self, volume: str) -> str | None:

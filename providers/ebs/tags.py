@@ -66,6 +66,11 @@ def as_tags(values: Mapping[str, str]) -> list[dict[str, str]]:
     return [{"Key": key, "Value": value} for key, value in values.items()]
 
 
+def is_ours(key: str) -> bool:
+    """Whether we write it. NODE and TYPE are the fleet's own: they go with the data."""
+    return key.startswith(PREFIX) and key not in (NODE, TYPE)
+
+
 def read(item: Mapping[str, Any]) -> dict[str, str]:
     """The tags of what EC2 described."""
     return {tag["Key"]: tag["Value"] for tag in item.get("Tags", [])}

@@ -255,6 +255,18 @@ def test_throttled_calls_are_made_again(cloud: Cloud) -> None:
     assert sum(cloud.living().values()) == 6
 
 
+def test_an_undo_hears_what_ec2_says_not_what_it_undoes(cloud: Cloud) -> None:
+    """Whatever is raised within an `except` has the error that is being handled as its context."""
+    set_ids = [cloud.take() for _ in range(3)]
+    cloud.twin.limits.buckets["*"] = (2, 1)
+    try:
+        raise StorageError("the take failed")
+    except StorageError:
+        for set_id in set_ids:
+            cloud.provider().delete(set_id)
+    assert not cloud.living()
+
+
 # -- deadlines ---------------------------------------------------------------------------------------------------
 
 

@@ -112,6 +112,29 @@ def test_a_btrfs_over_two_devices_is_one_volume() -> None:
         assert not harness.objects()
 
 
+@pytest.mark.root
+def test_a_swap_keeps_the_node_in_its_fleet() -> None:
+    """What runs the fleet's schedule finds its nodes by these tags."""
+    with ebs_harness() as harness:
+        volume, swap_id = harness.volume(), "w20261122t100630z-5f3a9c"
+        assert volume.path is not None
+        fill(volume.path)
+        theirs = {"team": "nodes", "snapshotter:node": "validator-1", "snapshotter:type": "validator"}
+        harness.twin.world.volumes[volume.id].set_tags(theirs)
+        birth = take(harness.provider(), harness, [volume])
+        (found,) = ready(harness.provider(), harness, birth.set_id)
+        harness.provider().swap(swap_id, found, volume)
+        (node,) = harness.provider().tagged()
+        assert (node.node, node.type) == ("validator-1", "validator")
+        assert [each.id for each in node.volumes] != [volume.id]
+        harness.provider().swap_back(swap_id)
+        assert [each.volumes for each in harness.provider().tagged()] == [(Volume("ebs", volume.id),)]
+        harness.provider().swap(swap_id, found, volume)
+        harness.provider().swap_commit(swap_id)
+        (new,) = [each for each in harness.twin.world.volumes.values() if each.tags.get("team")]
+        assert new.id != volume.id and new.tags == theirs
+
+
 class Mapped(DisksHere, frozen=True):
     """As sysfs would show a logical volume over these disks (`test_disks` has the real shape)."""
 
