@@ -6,12 +6,14 @@ Must know no storage and no policy. An image is judged by what its storage says 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime
+from itertools import accumulate
 
 from msgspec import Struct
 
 from snapshotter.core.errors import NotFoundError, SnapshotterError, UsageError
 from snapshotter.core.labels import merge_marks
-from snapshotter.core.model import SET_ID, Attachment, ImageState, Member, Snapshot, SnapshotSet, State
+from snapshotter.core.model import SET_ID, Attachment, ImageState, Member, Snapshot, SnapshotSet, State, utc_now
 from snapshotter.host.places import host_name, same_host
 from snapshotter.provider import Provider
 
@@ -42,6 +44,11 @@ class Catalog(Struct):
     def newest_verified(self, target: str) -> SnapshotSet | None:
         """What `latest-verified` means."""
         return next((found for found in reversed(self.of_target(target)) if found.good and found.verified), None)
+
+    def may_be_newest(self, found: SnapshotSet) -> bool:
+        """Whether no newer one of its target is known to be good."""
+        newest = self.newest_good(found.birth.target)
+        return newest is None or self.sets.index(newest) < self.sets.index(found)
 
     def pick(self, selector: str, *, careful: bool = False, from_host: bool = False) -> SnapshotSet:
         """The set with this id or prefix. `careful` (delete, pin, in place) wants the full id or a prefix that goes 8
@@ -120,13 +127,31 @@ def read(
     sets = [
         _assemble(list(parts.values()), tuple(by_set.get(identity, ())), asked) for identity, parts in members.items()
     ]
-    sets.sort(key=lambda found: found.sort_key)
     return Catalog(
-        sets=sets,
+        sets=in_order(sets),
         attachments=list(attachments.values()),
         unavailable=list(dict.fromkeys(gone)),
         notes=list(dict.fromkeys(notes)),
     )
+
+
+def in_order(sets: Iterable[SnapshotSet]) -> list[SnapshotSet]:
+    """Oldest first. Among sets of the same volumes the storage's order counts; between others (the node moved to
+    another provider or pool) only clocks can tell: a set is no older than those before it, and one stamped in the
+    future is as old as the one after it."""
+    chains: dict[tuple[Member, ...], list[SnapshotSet]] = {}
+    for found in sets:
+        chains.setdefault(found.birth.members, []).append(found)
+    timed: list[tuple[datetime, SnapshotSet]] = []
+    now = utc_now()
+    for chain in chains.values():
+        chain.sort(key=lambda found: found.sort_key)
+        times = [found.birth.taken_at for found in chain]
+        for k in reversed(range(len(chain) - 1)):
+            times[k] = times[k + 1] if times[k] > now else times[k]
+        timed += zip(accumulate(times, max), chain, strict=True)
+    timed.sort(key=lambda each: each[0])  # stable: a chain stays as it is
+    return [found for _, found in timed]
 
 
 def _out_of_sight(members: Iterable[Member], asked: Sequence[Provider]) -> Member | None:

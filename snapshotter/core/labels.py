@@ -197,7 +197,8 @@ def apply_marks(marks: Mapping[str, str], changes: Mapping[str, str | None]) -> 
 
 
 def merge_marks(of_members: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """A set's marks from its members': pinned if any says so; everything else only where all say the same."""
+    """A set's marks from its members': pinned or corrupt if any says so; everything else only where all say the
+    same."""
     members = list(of_members)
     if not members:
         return {}
@@ -212,6 +213,8 @@ def merge_marks(of_members: Iterable[Mapping[str, str]]) -> dict[str, str]:
     for member in members:
         if "pinned" in member:
             merged["pinned"] = member["pinned"]
+        if member.get("verify-outcome") == "corrupt":  # written to some, then the verify was killed
+            merged |= {name: value for name, value in member.items() if name.startswith("verify-")}
     return merged
 
 

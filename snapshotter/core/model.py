@@ -347,5 +347,6 @@ class SnapshotSet(Struct, frozen=True):
 
     @property
     def sort_key(self) -> tuple[int, str]:
-        """Newest last: the storage's own order where it has one, then the time in the id."""
+        """Newest last, among sets of the same volumes only, as each pool and each driver counts in its own way. The
+        storage's own order where it has one, then the time in the id."""
         return (max((snapshot.order for snapshot in self.snapshots), default=0), self.set_id)

@@ -23,6 +23,7 @@ class Undo:
     def __init__(self, undo_command: str = "") -> None:
         self._steps: list[tuple[str, Callable[[], object]]] = []
         self._undo_command = undo_command
+        self.committed = False
 
     def push(self, what: str, inverse: Callable[[], object]) -> None:
         """Remember `inverse`; `what` is how a person would name what is left if it fails."""
@@ -31,6 +32,7 @@ class Undo:
     def commit(self) -> None:
         """What was done stays: forget the inverses."""
         self._steps.clear()
+        self.committed = True
 
     def run(self) -> list[tuple[str, BaseException]]:
         """Run and forget the inverses, newest first; return the failures. A signal waits until all have run; where

@@ -33,13 +33,7 @@ def check(entries: Catalog, found: SnapshotSet, *, last: bool) -> None:
     ):
         if newest is not None and newest.set_id == found.set_id and not last:
             raise UsageError(f"is the newest {kind} set of its target", object=found.set_id, cure="--last deletes it")
-    newest = entries.newest_good(found.birth.target)
-    if (
-        found.state is State.UNKNOWN
-        and found.sealed
-        and not last
-        and (newest is None or newest.sort_key < found.sort_key)
-    ):
+    if found.state is State.UNKNOWN and found.sealed and not last and entries.may_be_newest(found):
         raise UsageError(
             f"may be the newest good set of its target: {found.why}",
             object=found.set_id,

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-
 from snapshotter.core.errors import (
     NotFoundError,
     PreconditionError,

@@ -191,7 +191,7 @@ def restore(
 ) -> Plan:
     """`measure`: how fast the disk writes. Raises any of core.errors; changes nothing."""
     found = session.select(selector, careful=True, from_host=from_host)
-    warnings = judge(found)
+    warnings = [*session.notes, *judge(found)]
     if measure:
         warnings += foreseen(session, found)
     if found.corrupt:

@@ -63,7 +63,7 @@ def restore(
     (pending, no root for a mount, a read-only image that leads into live data), UsageError (a bad destination)."""
     found = session.select(selector, from_host=from_host)
     session.fit_options(found)
-    warnings = judge(found)
+    warnings = [*session.notes, *judge(found)]
     top = destination_of(destination, found)
     places = layout(found, top)
     if found.marks.get("secrets") == "1" and (with_identity or access is Access.READ_ONLY):

@@ -22,7 +22,7 @@ def restore_away(session: Session, selector: str, *, from_host: bool = False) ->
     Raises NotFoundError, JudgedBadError (incomplete, damaged), PreconditionError (pending, no such storage)."""
     found = session.select(selector, from_host=from_host)
     session.fit_options(found)
-    warnings = judge(found)
+    warnings = [*session.notes, *judge(found)]
     if found.marks.get("secrets") == "1":
         warnings.append("it holds the node's keys: never start it while the original runs with the same keys")
     attachment_id = new_attachment_id(utc_now())

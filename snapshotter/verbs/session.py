@@ -12,7 +12,7 @@ from msgspec.structs import asdict
 
 from snapshotter import catalog, provider
 from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, UsageError
-from snapshotter.core.model import Report, SnapshotSet, no_report
+from snapshotter.core.model import Report, SnapshotSet, State, no_report
 from snapshotter.nodes.config import Aws, Config, Gcp, Node
 from snapshotter.nodes.target import canonical, resolve, target_of
 from snapshotter.provider import Provider, Settings
@@ -25,6 +25,7 @@ class Session(Struct):
     provider_name: str | None = None
     options: Mapping[str, object] = {}
     report: Report = no_report
+    notes: list[str] = []  # on what was selected, for a person
     only: str | None = None  # the one provider that there is: a function has no other
     _made: dict[tuple[str, str], Provider] = {}
     _everywhere: tuple[list[Provider], list[catalog.Unavailable]] | None = None
@@ -151,6 +152,13 @@ class Session(Struct):
             raise NotFoundError(
                 f"there is no {kind} set", object=selector, cure="`snapshotter list` shows what there is"
             )
+        for other in entries.of_target(identity):
+            if other.state is State.UNKNOWN and other.sealed and entries.may_be_newest(other):
+                self.notes.append(f"{other.set_id} is newer than {found.set_id}, and can't be used now: {other.why}")
+        self.notes += [
+            f"{gone.provider} can't be asked, and may hold a newer set than {found.set_id}: {gone.reason}"
+            for gone in entries.unavailable
+        ]
         return found
 
     def _target_of(self, name: str | None) -> str:

@@ -7,8 +7,8 @@ until ready. Before the seal every way out undoes everything; after it the set i
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +144,7 @@ def _carry_out(session: Session, plan: Plan) -> list[str]:
         at_birth = at_birth and not plan.birth.slot  # whose slot it is must be found out first
         if at_birth:
             marks["sealed"] = compact_time(utc_now())
-        with deferred() if at_birth else nullcontext():
+        with _kept(set_id, undo), deferred() if at_birth else nullcontext():
             with _hold(plan, marks if at_birth else {}) as held:
                 first = time.monotonic()
                 for provider, volumes in groups:
@@ -172,6 +172,17 @@ def _carry_out(session: Session, plan: Plan) -> list[str]:
         # Never the URL itself: it may have a password or an API key in it.
         notes.append(f"no height is known, the node's RPC gives none: {silent}")
     return notes
+
+
+@contextmanager
+def _kept(set_id: str, undo: Undo) -> Iterator[None]:
+    """A signal that waited for the seal says that the set stays."""
+    try:
+        yield
+    except Interrupted as error:
+        if undo.committed:
+            error.message += f"; the set {set_id} is sealed and kept"
+        raise
 
 
 def _height(node: Node) -> tuple[Block | None, str]:

@@ -67,7 +67,7 @@ def verify(
             for each in proof.findings
         ],
         "set": set_document(now),
-        "warnings": list(proof.notes),
+        "warnings": [*session.notes, *proof.notes],
     }
 
 
@@ -159,9 +159,18 @@ def _record(session: Session, found: SnapshotSet, proof: Proof) -> None:
         "verify-at": compact_time(utc_now()),
         "verify-outcome": str(proof.outcome),
     }
-    with deferred():
-        for provider in session.providers_of(found):
-            provider.mark(found.set_id, marks)
+    try:
+        with deferred():
+            for provider in session.providers_of(found):
+                provider.mark(found.set_id, marks)
+    except SnapshotterError as error:
+        if proof.outcome is not Outcome.CORRUPT:
+            raise
+        raise JudgedBadError(
+            f"is corrupt: {proof.why}; and that can't be written down now ({error.line()})",
+            object=found.set_id,
+            cure="verify it again; restore another set",
+        ) from None
 
 
 def require(found: SnapshotSet, proof: Proof) -> list[str]:

@@ -10,10 +10,15 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from snapshotter.checks import Finding, Outcome, Proof
+from snapshotter.core.errors import BusyError, JudgedBadError
+from snapshotter.verbs.verify import _record
 from tests.support import Command, Node, loop_file_system
 from tests.unit.test_checks import flip, live_table
 
@@ -126,6 +131,18 @@ def test_a_file_missing_from_the_image_is_found_by_the_files_manifest(taken: tup
     assert document["set"]["verify_outcome"] == "corrupt" and not document["set"]["good"]
     assert not left_behind(command, node)
     command.error("show", f"latest:{node.data}", exit_code=4)
+
+
+def test_a_verdict_that_can_not_be_written_down_is_told() -> None:
+    """Somebody restores from it meanwhile, or the disk is full."""
+    provider = SimpleNamespace(mark=Mock(side_effect=BusyError("another process works on it", object="s1")))
+    session = SimpleNamespace(providers_of=lambda _: [provider])
+    found = SimpleNamespace(set_id="s1", marks={})
+    bad = Proof(3, Outcome.CORRUPT, (Finding("image", "/data", 3, Outcome.CORRUPT, "a block differs"),))
+    with pytest.raises(JudgedBadError, match=r"is corrupt: .*a block differs.*works on it"):
+        _record(session, found, bad)  # type: ignore[arg-type]
+    with pytest.raises(BusyError):
+        _record(session, found, Proof(3, Outcome.OK))  # type: ignore[arg-type]
 
 
 def test_a_flipped_bit_is_found_at_level_3_and_a_weaker_ok_does_not_clear_it(

@@ -13,6 +13,8 @@ from snapshotter.catalog import Unavailable
 from snapshotter.core.errors import NotFoundError, SnapshotterError, StorageError, UsageError
 from snapshotter.core.model import Attachment, Birth, ImageState, Member, Root, Snapshot, State
 from snapshotter.host.places import host_name
+from snapshotter.nodes.config import Config
+from snapshotter.verbs.session import Session
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 GOOD = {"sealed": "20261122t120000z", "grade": "filesystem"}
@@ -70,6 +72,58 @@ def read(*found: Snapshot, gone: tuple[Unavailable, ...] = ()) -> catalog.Catalo
 def state_of(*found: Snapshot, gone: tuple[Unavailable, ...] = ()) -> State:
     (only,) = read(*found, gone=gone).sets
     return only.state
+
+
+def test_the_order_of_sets_whose_volumes_changed() -> None:
+    """A node that moved: one provider counts in transactions, the other in seconds. Of sets of the same volumes the
+    storage's order counts, whatever a clock said."""
+
+    def one(tail: str, provider: str, minute: int, order: int) -> Snapshot:
+        born = replace(birth(tail), members=(Member(provider, "v"),), taken_at=NOON + timedelta(minutes=minute))
+        return snapshot(born, order=order, **GOOD)
+
+    moved = [one("00000a", "one", 0, 1_700_000_000), one("00000b", "one", 1, 1_700_000_060)]
+    since = [one("00000c", "two", 2, 17), one("00000d", "two", 3, 23)]
+    back = one("00000e", "two", -60, 31)  # the clock was set back; and was right again
+    right = one("00000f", "two", 5, 37)
+    ahead = one("000009", "one", 10**8, 1_600_000_000)  # the clock was ahead, and was right again
+
+    def order(*found: Snapshot) -> str:
+        for listed in (found, found[::-1]):
+            entries = read(*listed)
+            ids = "".join(each.set_id[-1] for each in entries.sets)
+        assert entries.newest_good("t" * 16) is entries.sets[-1]
+        return ids
+
+    assert order(*moved, *since) == "abcd"
+    assert order(*moved, *since, back) == "abcde"
+    assert order(*moved, *since, back, right) == "abcdef"
+    assert order(ahead, *moved, *since) == "9abcd"
+
+
+def test_one_members_corrupt_is_the_sets() -> None:
+    """A verify that was killed between two members, or could not write to one."""
+    both, ok = (
+        birth("000001", members=2),
+        {"verify_outcome": "ok", "verify_level": "3", "verify_at": "20261122t120000z"},
+    )
+    bad = {"verify_outcome": "corrupt", "verify_level": "2", "verify_at": "20261123t120000z"}
+    for marks in ((bad, ok), (ok, bad), (bad, {}), ({}, bad)):
+        (found,) = read(*(snapshot(both, k, **GOOD, **marks[k]) for k in (0, 1))).sets
+        assert found.corrupt and not found.good and found.marks["verify-at"] == bad["verify_at"]
+
+
+def test_latest_says_what_could_not_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = birth("000001", day=21)
+    half = replace(birth("000003", members=3, day=23), taken_at=NOON + timedelta(days=1))
+    gone = Unavailable("two", "the pool isn't imported")
+    entries = read(snapshot(old, **GOOD), snapshot(half, 0, **GOOD), snapshot(half, 1, **GOOD), gone=(gone,))
+    session = Session(Config(state="/nonexistent"))
+    monkeypatch.setattr(Session, "catalog", lambda *_: entries)
+    monkeypatch.setattr(Session, "_target_of", lambda *_: "t" * 16)
+    assert session.select("latest").set_id == old.set_id
+    newer, unasked = session.notes
+    assert newer.startswith(half.set_id) and "isn't imported" in unasked and old.set_id in unasked
 
 
 def test_states() -> None:
