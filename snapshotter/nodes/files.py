@@ -21,7 +21,7 @@ from snapshotter.nodes.repoint import open_directory
 Places = Sequence[tuple[str, str]]
 _MOST_LINKS = 40  # path_resolution(7)
 _TEMPORARY = ".snapshotter-new-"
-_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+_ITSELF = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def here(places: Places, path: str) -> str:
@@ -116,21 +116,45 @@ def _refuse(error: OSError) -> None:
     raise _unreadable(error)
 
 
-def read(path: str, most: int) -> tuple[bytes, os.stat_result]:
-    """What a plain file of at most `most` bytes holds, and whose it is. Never waits for a pipe. Raises
-    FileNotFoundError, else PreconditionError that says nothing of the content."""
+@contextmanager
+def plain(path: str) -> Iterator[tuple[int, os.stat_result]]:
+    """(O_PATH descriptor, status) of a plain file. Anything else isn't opened: to open a pipe is to wait, and a device
+    (/dev/watchdog) may act on it. Raises FileNotFoundError, else PreconditionError."""
     try:
-        fd = os.open(path, _READ)
+        fd = os.open(path, _ITSELF)
     except FileNotFoundError:
         raise
     except OSError as error:
-        cure = "run as root, or as its owner" if error.errno in (errno.EACCES, errno.EPERM) else ""
-        raise PreconditionError(f"can't read it: {error.strerror}", object=path, cure=cure) from None
+        raise _cannot_read(error, path) from None
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             kind = "a directory" if stat.S_ISDIR(found.st_mode) else "no plain file"
             raise PreconditionError(f"is {kind}", object=path, cure="put the file itself there")
+        yield fd, found
+    finally:
+        os.close(fd)
+
+
+def opened(fd: int, path: str) -> int:
+    """A descriptor to read what `plain` gave. Raises PreconditionError."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _cannot_read(error, path) from None
+
+
+def _cannot_read(error: OSError, path: str) -> PreconditionError:
+    cure = "run as root, or as its owner" if error.errno in (errno.EACCES, errno.EPERM) else ""
+    return PreconditionError(f"can't read it: {error.strerror}", object=path, cure=cure)
+
+
+def read(path: str, most: int) -> tuple[bytes, os.stat_result]:
+    """What a plain file of at most `most` bytes holds, and whose it is. Raises FileNotFoundError, else
+    PreconditionError that says nothing of the content."""
+    with plain(path) as (itself, found):
+        fd = opened(itself, path)
+    try:
         if found.st_size > most:
             raise PreconditionError(f"is too large ({found.st_size} bytes) to be what its name says", object=path)
         with open(fd, "rb", closefd=False) as file:
@@ -139,6 +163,18 @@ def read(path: str, most: int) -> tuple[bytes, os.stat_result]:
         raise PreconditionError(f"can't read it: {error.strerror}", object=path) from None
     finally:
         os.close(fd)
+
+
+def hide(path: str) -> None:
+    """Mode 0600 for a plain file that has no links above it; a link that stands there now is not followed. Raises
+    OSError, PreconditionError."""
+    with directory_of(path) as (parent, name):
+        fd = os.open(name, _ITSELF, dir_fd=parent)
+        try:
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                os.chmod(f"/proc/self/fd/{fd}", 0o600)
+        finally:
+            os.close(fd)
 
 
 @contextmanager

@@ -168,7 +168,7 @@ def carry(
     for name in wanted:
         path, place = files.locate(theirs, name), _place_of(ours, name)
         if files.locate(ours, name) != path:  # else both lead to one file, outside what is moved
-            moves.append((path, place, *files.read(path, _LARGEST_FILE)))
+            moves.append((path, place, *_read(theirs, path)))
     if key is not None and key not in [(path, place) for path, place, _, _ in moves]:
         moves.append((*key, *files.read(key[0], _LARGEST_KEY)))
         secret.add(key[0])
@@ -197,16 +197,27 @@ def collect(top: str, profile: Profile, key_file: str | None = None) -> dict[str
     comes under the name that it has by default. {} if there are none. For `install`. Raises PreconditionError."""
     places = _places(top, "", ())
     paths = {name: files.locate(places, name) for name in _names(places, profile.identity)}
-    if key_file and profile.node_key:
-        paths[profile.node_key.path] = os.path.realpath(key_file)
+    outside = os.path.realpath(key_file) if key_file and profile.node_key else ""
+    if outside and profile.node_key:
+        paths[profile.node_key.path] = outside
     found = {}
     for name, path in paths.items():
         try:
-            content, seen = files.read(path, _LARGEST_FILE)
+            content, seen = _read(places, path) if path != outside else files.read(path, _LARGEST_FILE)
         except FileNotFoundError:
             continue
         found[name] = (content, stat.S_IMODE(seen.st_mode))
     return found
+
+
+def _read(places: Places, path: str) -> tuple[bytes, os.stat_result]:
+    """An identity file. The node's user may make a link of any name to any file, and has what we make of it: where one
+    leads out of the data, only his own is read. Raises FileNotFoundError, PreconditionError."""
+    content, found = files.read(path, _LARGEST_FILE)
+    if os.geteuid() == 0 and not files.held(places, path) and found.st_uid != os.stat(places[0][1]).st_uid:
+        cure = "put the file itself there; or name it as key_file in the config, if it is the node's key"
+        raise PreconditionError("belongs to another user than the data, and a link leads there", object=path, cure=cure)
+    return content, found
 
 
 def is_withheld(content: bytes) -> bool:

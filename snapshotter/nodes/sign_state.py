@@ -9,7 +9,6 @@ Sources: docs.cometbft.com, priv_validator_state.json; eips.ethereum.org/EIPS/ei
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -374,9 +373,10 @@ def _recovered(path: str) -> Iterator[sqlite3.Connection]:
 
 def _head(path: str) -> bytes:
     """The first bytes of a plain file."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with files.plain(path) as (itself, _):
+        fd = files.opened(itself, path)
     try:
-        return os.read(fd, len(_SQLITE)) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+        return os.read(fd, len(_SQLITE))
     finally:
         os.close(fd)
 

@@ -269,7 +269,7 @@ def dress(plan: Plan, places: list[tuple[str, str]], profile: Profile, names: Na
                 _own_all(ground.staged, uid, gid)
     for path in identity.secret_files(places, profile, plan.node.key_file):
         if any(is_under(path, place) for _, place in places):
-            os.chmod(path, 0o600)
+            files.hide(path)
 
 
 def owner_of(text: str) -> tuple[int, int]:

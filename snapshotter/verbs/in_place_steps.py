@@ -26,7 +26,7 @@ from snapshotter.core.model import new_attachment_id, utc_now
 from snapshotter.host import exchange, tree
 from snapshotter.host.mounts import is_under
 from snapshotter.host.store import told
-from snapshotter.nodes import health, identity
+from snapshotter.nodes import files, health, identity
 from snapshotter.verbs import in_place_away as away
 from snapshotter.verbs import in_place_signing as signing
 from snapshotter.verbs import in_place_stage as staging
@@ -229,7 +229,7 @@ def _swap(work: Work) -> None:
     swapping.swap(work.session, plan, work.found())
     staging.strip(work.profile, work.places())
     for path in identity.secret_files(work.places(), work.profile, plan.node.key_file):
-        os.chmod(path, 0o600)
+        files.hide(path)
     for root in plan.roots:
         _sync(root)
 

@@ -161,6 +161,43 @@ def test_a_key_that_is_no_file(tmp_path: Path) -> None:
         identity.read(str(tmp_path), BESU)
 
 
+def test_a_device_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node's user links `key` to /dev/watchdog: to open that as root is to have the host reset."""
+    (tmp_path / "key").symlink_to("/dev/zero")
+    opened = os.open
+    flags: list[int] = []
+
+    def watched(path: object, how: int, *rest: object, **more: object) -> int:
+        flags.append(how if str(path) in ("/dev/zero", str(tmp_path / "key")) else os.O_PATH)
+        return opened(path, how, *rest, **more)  # type: ignore[call-overload,no-any-return]
+
+    monkeypatch.setattr(os, "open", watched)
+    with pytest.raises(PreconditionError, match="no plain file"):
+        identity.read(str(tmp_path), BESU)
+    assert flags and all(how & os.O_PATH for how in flags)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("link", ["nodeAddress", "key"])
+def test_the_nodes_user_gets_nobody_elses_file_as_his_identity(tmp_path: Path, link: str) -> None:
+    """What is carried and restored becomes his."""
+    data, other = besu(tmp_path / "data"), besu(tmp_path / "other")
+    for path in [data, *data.rglob("*")]:
+        os.chown(path, NOBODY, NOBODY)
+    (tmp_path / "shadow").write_text("root's")
+    (tmp_path / "shadow").chmod(0o600)
+    (data / link).unlink(missing_ok=True)
+    (data / link).symlink_to(tmp_path / "shadow")
+    before = files_below(other)
+    for refused in (lambda: identity.carry(str(data), str(other), BESU), lambda: identity.collect(str(data), BESU)):
+        with pytest.raises(PreconditionError, match="another user") as told:
+            refused()
+        assert told.value.object == str(tmp_path / "shadow") and told.value.cure
+    assert files_below(other) == before
+    os.chown(tmp_path / "shadow", NOBODY, NOBODY)
+    assert identity.collect(str(data), BESU)[link][0] == b"root's"
+
+
 @pytest.mark.root
 def test_a_key_that_may_not_be_read_costs_the_address_not_the_take(tmp_path: Path) -> None:
     for path in [tmp_path, *tmp_path.parents]:
