@@ -437,8 +437,12 @@ class _Hooks(Held):
         return ""  # only the release hook knows; its status is the answer
 
     def _void(self, failures: list[str]) -> StorageError | UndoIncompleteError:
-        return QuiesceError(
-            "the release hook failed", object=self._what, left=failures, undo_command="snapshotter reap"
+        return UndoIncompleteError(  # it may not have held, or may hold still: for a person to see
+            "the release hook failed, so the application may be held still; the set is void",
+            object=self._what,
+            left=failures,
+            cure=f"see what it says: {' '.join(self._release_argv)}",
+            undo_command="snapshotter reap",
         )
 
 
@@ -446,6 +450,6 @@ def hooks(hold_argv: Sequence[str], release_argv: Sequence[str], budget_s: float
     """The application holds still by itself: `hold_argv` must return 0 when it does, `release_argv` 0 if it did until
     then. Release runs on every path out, also when hold failed or the budget ended, and maybe twice: it must not mind.
 
-    Raises PreconditionError (hold failed), QuiesceError (release failed, or the budget ended).
+    Raises PreconditionError (hold failed), QuiesceError (the budget ended), UndoIncompleteError (release failed).
     """
     return _Hooks(hold_argv, release_argv, budget_s, what)

@@ -193,7 +193,7 @@ def test_a_hold_hook_that_is_not_there(tmp_path: Path, run_dir: Path) -> None:
 
 def test_a_release_hook_that_fails_voids(tmp_path: Path, run_dir: Path) -> None:
     with (
-        pytest.raises(QuiesceError) as caught,
+        pytest.raises(UndoIncompleteError) as caught,
         quiesce.hooks(hook(tmp_path, "hold"), hook(tmp_path, "release", 1), 60, "s1"),
     ):
         pass
