@@ -72,7 +72,6 @@ SAMPLED: dict[str, set[str]] = {
         "test_who_unmounted_it_finds_its_mount_point",
         "test_discard_is_refused_while_anything_hangs_on_what_is_set_aside",
         "test_an_encrypted_dataset[True]",
-        "test_any_order",
     },
     "test_zfs_takes": {
         "test_hot_takes_of_a_besu_shaped_node",
