@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any, ClassVar
@@ -36,6 +36,7 @@ from snapshotter.core.errors import (
     QuiesceError,
     SnapshotterError,
     StorageError,
+    put_off,
 )
 from snapshotter.core.labels import (
     LabelLimits,
@@ -140,15 +141,33 @@ class CopyProvider(Provider):
         check_place(store, list(dict.fromkeys([*tops, *(r.path for r in birth.roots if r.path.startswith("/"))])))
         return store
 
-    def _known(self) -> Iterator[Sets]:
-        """Every store that we know of, open for the time of the loop's body."""
+    def _known(self, failed: list[SnapshotterError]) -> Iterator[Sets]:
+        """Every store that we know of, open for the time of the loop's body. One that can't be opened hides no other:
+        its error goes to `failed`."""
         for path in self._where():
-            store = Sets.open(path)
+            store = None
+            with put_off(failed):
+                store = Sets.open(path)
             # A copy of a store that lies in an image isn't one more.
             if store is not None:
                 with store:
                     if store_around(os.path.dirname(path)) is None:
                         yield store
+
+    def _holding(self, holds: Callable[[Sets], bool]) -> Iterator[Sets]:
+        """As `_known`, those of which `holds` is true. All of a set is in one store, so the others may fail: only where
+        none holds it, one of those might, and its error comes last."""
+        failed: list[SnapshotterError] = []
+        found = False
+        for store in self._known(failed):
+            held = False
+            with put_off(failed), told(store.path):
+                held = holds(store)
+            if held:
+                found = True
+                yield store
+        if failed and not found:
+            raise failed[0]
 
     def _where(self) -> list[str]:
         """Where a store that we know of is or was, each path once."""
@@ -321,11 +340,17 @@ class CopyProvider(Provider):
     def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
         if set_id is not None and not SET_ID.fullmatch(set_id):
             return
-        for store in self._known():
-            with told(store.path):
+        failed: list[SnapshotterError] = []
+        for store in (
+            self._known(failed) if set_id is None else self._holding(lambda store: store.has(f"sets/{set_id}"))
+        ):
+            with put_off(failed), told(store.path):
                 yield from store.snapshots(set_id)
             self.notes += [note for note in store.damaged if note not in self.notes]
-        # Last, so that all others are listed. Who asks for one set has seen it, or asks several instances.
+        # Last, so that all others are listed.
+        if failed:
+            raise failed[0]
+        # Who asks for one set has seen it, or asks several instances.
         for path in [] if set_id is not None else self._where():
             if unreadable(path):
                 raise StorageError("is a store that this version can't read", object=path, cure="update snapshotter")
@@ -340,7 +365,7 @@ class CopyProvider(Provider):
         _check_set_id(set_id)
         check_marks(changes)
         at = f"sets/{set_id}"
-        for store in self._known():
+        for store in self._holding(lambda store: store.has(at)):
             with told(store.path), store.locked(at, wait_s=5.0) as there:
                 members = list(store.snapshots(set_id)) if there else []
                 if not members:
@@ -360,7 +385,13 @@ class CopyProvider(Provider):
         _check_set_id(set_id)
         if (making := own(set_id)) is not None:
             self._abandon(making)
-        for store in self._known():
+
+        def holds(store: Sets) -> bool:
+            if store.has(f"sets/{set_id}") or store.has(f"sets/.new-{set_id}"):
+                return True
+            return any(name.startswith(set_id + ".") for name in store.names("trash"))
+
+        for store in self._holding(holds):
             with told(store.path):
                 self._delete_from(store, set_id)
 
@@ -385,11 +416,14 @@ class CopyProvider(Provider):
 
     def reap(self) -> list[str]:
         removed = []
-        for store in self._known():
-            with told(store.path):
+        failed: list[SnapshotterError] = []
+        for store in self._known(failed):
+            with put_off(failed), told(store.path):
                 for left in store.leftovers():
                     store.remove(left)
                     removed.append(f"{store.path}/{left}")
+        if failed:
+            raise failed[0]
         return removed
 
     # -- attachments -------------------------------------------------------------------------------------------------
@@ -413,7 +447,7 @@ class CopyProvider(Provider):
                 cure=f"run as root, or make a clone: snapshotter restore {set_id} --to DIR",
             )
         at = f"sets/{set_id}"
-        for store in self._known():
+        for store in self._holding(lambda store: store.has(at)):
             with told(store.path), store.locked(at, shared=True, wait_s=5.0) as there:
                 if not there:
                     continue
@@ -448,7 +482,7 @@ class CopyProvider(Provider):
 
     def settle(self, attachment_id: str, since: datetime) -> None:
         found = False
-        for store in self._known():
+        for store in self._holding(lambda store: _has_parts(store, attachment_id)):
             with told(store.path):
                 for name, record in list(store.records()):
                     if record["id"] == attachment_id:
@@ -459,8 +493,10 @@ class CopyProvider(Provider):
             raise NotFoundError("no such attachment", object=attachment_id)
 
     def attachments(self) -> Iterator[Attachment]:
-        for store in self._known():
-            with told(store.path):
+        failed: list[SnapshotterError] = []
+        for store in self._known(failed):
+            records: list[tuple[str, dict[str, Any]]] = []
+            with put_off(failed), told(store.path):
                 records = list(store.records())
             self.notes += [note for note in store.damaged if note not in self.notes]
             for _, record in records:
@@ -480,11 +516,13 @@ class CopyProvider(Provider):
                     )
                 except (KeyError, TypeError, ValueError, IndexError):
                     continue
+        if failed:
+            raise failed[0]
 
     def detach(self, attachment_id: str) -> None:
         if not ATTACHMENT_ID.fullmatch(attachment_id):
             raise ValueError(f"{attachment_id!r} is no attachment id")
-        for store in self._known():
+        for store in self._holding(lambda store: _has_parts(store, attachment_id)):
             with told(store.path):
                 parts = [each for each in store.records() if each[1]["id"] == attachment_id]
                 # A member's place may lie inside another's.
@@ -501,6 +539,10 @@ class CopyProvider(Provider):
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def _has_parts(store: Sets, attachment_id: str) -> bool:
+    return any(name.startswith(attachment_id + ".") for name in store.names("attachments"))
 
 
 def _check_set_id(set_id: str) -> None:

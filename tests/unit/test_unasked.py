@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,20 @@ from msgspec.structs import replace
 from providers.btrfs import BtrfsProvider
 from providers.copy import CopyProvider
 from snapshotter.core.errors import NotFoundError, StorageError, UndoIncompleteError
-from snapshotter.core.model import Access, Attachment, Hold
-from snapshotter.host import quiesce
+from snapshotter.core.model import Access, Attachment, Hold, MountSpec, Snapshot, new_attachment_id, new_set_id, utc_now
+from snapshotter.host import btrfs, quiesce
+from snapshotter.host.mounts import mount_of
 from snapshotter.nodes.config import Config, Node
+from snapshotter.provider import Settings
 from snapshotter.testing.harness import make_birth
 from snapshotter.verbs.reap import reap
 from snapshotter.verbs.release import release
 from snapshotter.verbs.restore import restore
 from snapshotter.verbs.session import Session
 from snapshotter.verbs.take import take
+from tests.support import loop_file_system, pull_disk
+from tests.unit.btrfs_kit import BtrfsHarness, btrfs_harness
+from tests.unit.copy_kit import SEAL, Place
 
 
 @pytest.fixture
@@ -82,3 +88,119 @@ def test_release_needs_only_the_providers_of_that_set(session: Session, tmp_path
     assert release(session, clone)["set_id"] == taken["set_id"]
     with pytest.raises(NotFoundError, match="not asked: btrfs"):
         release(session, clone)
+
+
+@pytest.mark.root
+def test_a_store_of_copies_that_fails_is_needed_for_its_own_sets_alone(tmp_path: Path) -> None:
+    place = Place(tmp_path / "place")
+    (place.data / "file").write_text("content")
+    with loop_file_system("ext4", tmp_path, 64) as disk:
+        beside, place.store = place.store, disk / "store"
+        lost = place.take()
+        place.store = beside
+        pull_disk(disk)
+        birth = place.take()
+        provider = CopyProvider(Settings(str(place.top / "state")))
+        known = list(provider._cache.read())
+        assert known == [str(disk / "store"), str(beside)], "the one that fails is asked first"
+
+        provider.mark(birth.set_id, {"pinned": "1"})
+        (snapshot,) = provider.snapshots(birth.set_id)
+        assert snapshot.marks["pinned"]
+        attachment_id, clone = new_attachment_id(utc_now()), str(place.top / "clone")
+        provider.attach(snapshot, attachment_id, Access.WRITABLE, clone)
+        provider.settle(attachment_id, datetime.now(UTC))
+        provider.detach(attachment_id)
+        assert not os.path.exists(clone)
+
+        seen = []
+        with pytest.raises(StorageError, match="Input/output error"):
+            for each in provider.snapshots():
+                seen.append(each.birth)
+        assert seen == [birth], "what can be read is listed first"
+        for act in (
+            lambda: provider.mark(lost.set_id, {"pinned": None}),
+            lambda: provider.delete(new_set_id(utc_now())),
+            lambda: provider.detach(attachment_id),
+            lambda: provider.settle(attachment_id, datetime.now(UTC)),
+            lambda: list(provider.attachments()),
+            lambda: provider.reap(),
+        ):
+            with pytest.raises(StorageError, match="Input/output error"):
+                act()
+        provider.delete(birth.set_id)
+        assert not place.kept()
+
+
+class Both(BtrfsProvider):
+    """Sees these file systems, in this order."""
+
+    points: tuple[Path, ...] = ()
+
+    def _file_systems(self) -> list[btrfs.FileSystem]:
+        here = {fs.mount.device: fs for fs in super()._file_systems()}
+        return [here[mount_of(str(point)).device] for point in self.points]
+
+
+@pytest.mark.root
+def test_a_btrfs_that_fails_is_needed_for_its_own_sets_alone(tmp_path: Path) -> None:
+    with btrfs_harness(200) as pulled, btrfs_harness(200) as here:
+        provider = Both(Settings(str(tmp_path), floor=0.0))
+        provider.points = (pulled.point, here.point)
+        theirs, ours = pulled.volume(), here.volume()
+        lost, birth, over_both = make_birth([theirs]), make_birth([ours]), make_birth([ours, theirs])
+        provider.create([theirs], lost, Hold())
+        provider.create([ours, theirs], over_both, Hold())
+        attached = new_attachment_id(utc_now())
+        for each in list(provider.snapshots(over_both.set_id)):
+            assert isinstance(provider.attach(each, attached, Access.WRITABLE, str(tmp_path / "c")), MountSpec)
+        pull_disk(pulled.point)
+
+        provider.create([ours], birth, Hold())
+        provider.mark(birth.set_id, SEAL)
+        (snapshot,) = provider.snapshots(birth.set_id)
+        attachment_id = new_attachment_id(utc_now())
+        provider.attach(snapshot, attachment_id, Access.WRITABLE, str(tmp_path / "clone"))
+        provider.settle(attachment_id, datetime.now(UTC))
+        provider.detach(attachment_id)
+        provider.swap("w1", snapshot, ours)
+        provider.swap_back("w1")
+
+        seen = []
+        with pytest.raises(StorageError, match="Input/output error"):
+            for found in provider.snapshots():
+                seen.append(found.birth.set_id)
+        assert sorted(seen) == sorted([birth.set_id, over_both.set_id]), "what can be read is listed first"
+        for act in (
+            lambda: provider.mark(lost.set_id, SEAL),
+            lambda: provider.mark(over_both.set_id, SEAL),
+            lambda: provider.settle(attached, datetime.now(UTC)),
+            lambda: provider.detach(attached),
+            lambda: provider.delete(over_both.set_id),
+            lambda: provider.delete(lost.set_id),
+            lambda: provider.detach(attachment_id),
+            lambda: list(provider.attachments()),
+            lambda: list(provider.swaps()),
+            lambda: provider.reap(),
+        ):
+            with pytest.raises(StorageError, match="Input/output error"):
+                act()
+        provider.delete(birth.set_id)
+        assert not list(BtrfsHarness.provider(here).snapshots(birth.set_id))
+
+
+def test_the_instance_that_holds_the_set_is_enough(session: Session, tmp_path: Path) -> None:
+    """Of two instances of one provider, the first can't be asked."""
+    taken = take(session, "node")
+    found = session.select(taken["set_id"])
+    holding = session.provider("copy", session.config.nodes["node"])
+
+    class Failing(CopyProvider):
+        def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
+            raise StorageError("the disk is gone", object="/dev/lost")
+
+    session._everywhere = ([Failing(Settings(str(tmp_path))), holding], [])
+    assert session.providers_of(found) == [holding]
+    session._everywhere = ([Failing(Settings(str(tmp_path))), Failing(Settings(str(tmp_path)))], [])
+    with pytest.raises(StorageError, match="the disk is gone"):
+        session.providers_of(found)
