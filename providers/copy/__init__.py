@@ -10,6 +10,7 @@ changed since is copied inside the quiesce. Must know no policy: what is kept, a
                        /image.json  written last: without it there is no image
                        /<member>/tree, /<member>/manifest
                        /attic       what a pass replaced; goes with the seal
+                       /suspect     a set that may share files with this was found corrupt: none will share with it
     store/attachments/<id>.<member>.json    its time stamp: the last sign of life while a clone is made
     store/trash/                    deleting is a rename to here, so nothing is ever half-deleted and listed
 
@@ -28,7 +29,7 @@ from typing import Any, ClassVar
 from providers.copy import clones
 from providers.copy.foreseeing import previous, room_needed
 from providers.copy.making import MAKING, Making, Part, own
-from providers.copy.sets import NAME, Sets
+from providers.copy.sets import NAME, SUSPECT, Sets
 from snapshotter.core.errors import (
     BusyError,
     NotFoundError,
@@ -377,6 +378,9 @@ class CopyProvider(Provider):
                         raise StorageError(f"can't be sealed: {why}", object=set_id)
                     store.remove(f"{at}/attic")
                     tree.syncfs(store.fd)
+                known = members[0].marks.get("verify-outcome")
+                if changes.get("verify-outcome") == "corrupt" and known != "corrupt":
+                    _suspect(store, members[0].birth.target)
                 write_object(f"{at}/marks.json", {"marks": apply_marks(members[0].marks, changes)}, store.fd)
                 return
         raise NotFoundError("no such set in any store known here", object=set_id, cure="`snapshotter list` shows all")
@@ -543,6 +547,18 @@ class CopyProvider(Provider):
 
 def _has_parts(store: Sets, attachment_id: str) -> bool:
     return any(name.startswith(attachment_id + ".") for name in store.names("attachments"))
+
+
+def _suspect(store: Sets, target: str) -> None:
+    """The sets of this target that are here now, of which one was found corrupt, are no base of later ones, also when
+    that one is deleted: the next set copies all."""
+    for set_id in {each.birth.set_id for each in store.snapshots() if each.birth.target == target}:
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            os.close(os.open(f"sets/{set_id}/{SUSPECT}", flags, 0o600, dir_fd=store.fd))
+            sync_directory(f"sets/{set_id}", store.fd)
+        except FileNotFoundError:
+            continue  # just deleted
 
 
 def _check_set_id(set_id: str) -> None:
