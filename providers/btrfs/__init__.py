@@ -333,6 +333,9 @@ class BtrfsProvider(Provider):
             lambda store: images.keys_of_set(store, f"sets/{set_id}") if SET_ID.fullmatch(set_id) else set()
         )
 
+    def sees(self, volume: str) -> bool:
+        return volume.partition(":")[0] in {images.key(fs) for fs in self._file_systems()}
+
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         check_marks(changes)
         for write in (False, True):  # all file systems that the set is on are asked before the first is written to

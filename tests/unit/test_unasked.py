@@ -14,8 +14,7 @@ from providers.btrfs import BtrfsProvider
 from providers.copy import CopyProvider
 from snapshotter.core.errors import NotFoundError, StorageError, UndoIncompleteError
 from snapshotter.core.model import Access, Attachment, Hold, MountSpec, Snapshot, new_attachment_id, new_set_id, utc_now
-from snapshotter.host import btrfs, quiesce
-from snapshotter.host.mounts import mount_of
+from snapshotter.host import quiesce
 from snapshotter.nodes.config import Config, Node
 from snapshotter.provider import Settings
 from snapshotter.testing.harness import make_birth
@@ -25,7 +24,7 @@ from snapshotter.verbs.restore import restore
 from snapshotter.verbs.session import Session
 from snapshotter.verbs.take import take
 from tests.support import loop_file_system, pull_disk
-from tests.unit.btrfs_kit import BtrfsHarness, btrfs_harness
+from tests.unit.btrfs_kit import BtrfsHarness, OfSeveral, btrfs_harness
 from tests.unit.copy_kit import SEAL, Place
 
 
@@ -132,20 +131,10 @@ def test_a_store_of_copies_that_fails_is_needed_for_its_own_sets_alone(tmp_path:
         assert not place.kept()
 
 
-class Both(BtrfsProvider):
-    """Sees these file systems, in this order."""
-
-    points: tuple[Path, ...] = ()
-
-    def _file_systems(self) -> list[btrfs.FileSystem]:
-        here = {fs.mount.device: fs for fs in super()._file_systems()}
-        return [here[mount_of(str(point)).device] for point in self.points]
-
-
 @pytest.mark.root
 def test_a_btrfs_that_fails_is_needed_for_its_own_sets_alone(tmp_path: Path) -> None:
     with btrfs_harness(200) as pulled, btrfs_harness(200) as here:
-        provider = Both(Settings(str(tmp_path), floor=0.0))
+        provider = OfSeveral(Settings(str(tmp_path), floor=0.0))
         provider.points = (pulled.point, here.point)
         theirs, ours = pulled.volume(), here.volume()
         lost, birth, over_both = make_birth([theirs]), make_birth([ours]), make_birth([ours, theirs])
