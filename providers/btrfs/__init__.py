@@ -333,6 +333,14 @@ class BtrfsProvider(Provider):
             lambda store: images.keys_of_set(store, f"sets/{set_id}") if SET_ID.fullmatch(set_id) else set()
         )
 
+    def of_slot(self, target: str, slot: str) -> Iterator[Snapshot]:
+        """Only on file systems that can be read now: a target's rivals are all on this host, whose lock lets one take
+        at a time; and those that the set would be on are asked by `check`."""
+        for store in self._stores({}):
+            with put_off([]), told(store.name):
+                found = images.snapshots(store)
+                yield from (each for each in found if (each.birth.target, each.birth.slot) == (target, slot))
+
     def sees(self, volume: str) -> bool:
         return volume.partition(":")[0] in {images.key(fs) for fs in self._file_systems()}
 

@@ -362,6 +362,15 @@ class CopyProvider(Provider):
                     cure=f"mount its disk, or remove its line from {self._cache.file}",
                 )
 
+    def of_slot(self, target: str, slot: str) -> Iterator[Snapshot]:
+        """Only in stores that can be read now: a target's rivals are all on this host, whose lock lets one take at a
+        time; and the store that the set would go to is asked by `check`."""
+        for store in self._known([]):
+            with put_off([]), told(store.path):
+                yield from (
+                    each for each in store.snapshots() if (each.birth.target, each.birth.slot) == (target, slot)
+                )
+
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         _check_set_id(set_id)
         check_marks(changes)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -22,7 +24,7 @@ from snapshotter.verbs.reap import reap
 from snapshotter.verbs.release import release
 from snapshotter.verbs.restore import restore
 from snapshotter.verbs.session import Session
-from snapshotter.verbs.take import take
+from snapshotter.verbs.take import take, take_node
 from tests.support import loop_file_system, pull_disk
 from tests.unit.btrfs_kit import BtrfsHarness, OfSeveral, btrfs_harness
 from tests.unit.copy_kit import SEAL, Place
@@ -160,6 +162,8 @@ def test_a_btrfs_that_fails_is_needed_for_its_own_sets_alone(tmp_path: Path) -> 
             for found in provider.snapshots():
                 seen.append(found.birth.set_id)
         assert sorted(seen) == sorted([birth.set_id, over_both.set_id]), "what can be read is listed first"
+        born = next(provider.snapshots(birth.set_id)).birth
+        assert [each.birth for each in provider.of_slot(born.target, born.slot) if each.birth == born] == [born]
         for act in (
             lambda: provider.mark(lost.set_id, SEAL),
             lambda: provider.mark(over_both.set_id, SEAL),
@@ -193,3 +197,40 @@ def test_the_instance_that_holds_the_set_is_enough(session: Session, tmp_path: P
     session._everywhere = ([Failing(Settings(str(tmp_path))), Failing(Settings(str(tmp_path)))], [])
     with pytest.raises(StorageError, match="the disk is gone"):
         session.providers_of(found)
+
+
+def scheduled(session: Session, slot: str) -> Any:
+    return take_node(session, session.config.nodes["node"], slot=slot)
+
+
+@pytest.mark.root
+def test_a_scheduled_take_needs_no_store_but_its_own(session: Session, tmp_path: Path) -> None:
+    """Another node's store is on a disk that fails, and later isn't there."""
+    with loop_file_system("ext4", tmp_path, 64) as disk:
+        other = Place(tmp_path / "other")
+        (other.data / "file").write_text("content")
+        other.store = disk / "store"
+        other.take()
+        known = Path(session.config.state) / "copy-stores"
+        known.parent.mkdir(exist_ok=True)
+        known.write_bytes((other.top / "state" / "copy-stores").read_bytes())
+        pull_disk(disk)
+        assert session.catalog().unavailable
+        assert [scheduled(session, "20261122t020000z")["existing"] for _ in range(2)] == [False, True]
+        subprocess.run(["umount", str(disk)], check=True)
+        assert any("nothing is mounted" in entry.reason for entry in session.catalog().unavailable)
+        assert [scheduled(session, "20261123t020000z")["existing"] for _ in range(2)] == [False, True]
+        subprocess.run(["mount", "-t", "tmpfs", "none", str(disk)], check=True)  # for who unmounts it
+
+
+def test_a_slot_needs_the_instance_that_the_set_would_be_made_by(session: Session, tmp_path: Path) -> None:
+    class Failing(CopyProvider):
+        def of_slot(self, target: str, slot: str) -> Iterator[Snapshot]:
+            raise StorageError("the disk is gone", object="/dev/lost")
+
+    own = session.provider("copy", session.config.nodes["node"])
+    session._everywhere = ([Failing(Settings(str(tmp_path))), own], [])
+    assert not scheduled(session, "20261122t020000z")["existing"]
+    session._everywhere = ([Failing(Settings(str(tmp_path)))], [])
+    with pytest.raises(StorageError, match="slot 20261123t020000z was taken: /dev/lost: the disk is gone"):
+        scheduled(session, "20261123t020000z")
