@@ -462,6 +462,22 @@ def test_a_clone_that_does_not_fit(tmp_path: Path) -> None:
         assert not (small.top / "clone").exists() and place.kept() == {f"sets/{birth.set_id}"}
 
 
+@pytest.mark.root
+def test_sparse_data_needs_no_room_for_its_holes(tmp_path: Path) -> None:
+    with place_on("ext4", tmp_path, 64) as place:
+        with open(place.data / "data.mdb", "wb") as file:
+            file.truncate(1 << 40)
+            file.seek(1 << 39)
+            file.write(os.urandom(5 << 20))
+        birth = place.take()
+        _, clone = place.clone(birth)
+        assert os.lstat(clone / "data.mdb").st_size == 1 << 40 and allocated(clone / "data.mdb") < 6 << 20
+        with open(place.data / "data.mdb", "rb") as origin, open(clone / "data.mdb", "rb") as copied:
+            origin.seek(1 << 39)
+            copied.seek(1 << 39)
+            assert origin.read(5 << 20) == copied.read(5 << 20)
+
+
 # -- without root ----------------------------------------------------------------------------------------------------
 
 UNPRIVILEGED = """
