@@ -63,8 +63,8 @@ def win(session: Session, plan: Plan) -> None:
 def _rivals(session: Session, plan: Plan) -> list[SnapshotSet]:
     providers, gone = session.everywhere(plan.node)
     mine = {provider.name: provider for provider in plan.providers}
-    # What sees where this set would go must answer: the plan's own instances, or where the session lists one's namesakes
-    # only, these. Another's place (the store of another node's copies) may be away.
+    # What sees where this set would go must answer: the plan's own instances, or where the session lists only namesakes
+    # of one, these. Another's place (the store of another node's copies) may be away.
     unlisted = mine.keys() - {each.name for each in providers if each is mine.get(each.name)}
     needed = [each for each in providers if each.name in unlisted or each is mine.get(each.name)]
     slot = (plan.birth.target, plan.birth.slot)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,29 @@ from msgspec.structs import replace
 from providers.btrfs import BtrfsProvider
 from providers.copy import CopyProvider
 from snapshotter.core.errors import NotFoundError, StorageError, UndoIncompleteError
-from snapshotter.core.model import Access, Attachment, Hold, MountSpec, Snapshot, new_attachment_id, new_set_id, utc_now
+from snapshotter.core.model import (
+    Access,
+    Attachment,
+    Hold,
+    MountSpec,
+    Purpose,
+    Snapshot,
+    new_attachment_id,
+    new_set_id,
+    utc_now,
+)
 from snapshotter.host import quiesce
 from snapshotter.nodes.config import Config, Node
 from snapshotter.provider import Settings
 from snapshotter.testing.harness import make_birth
+from snapshotter.verbs import in_place
+from snapshotter.verbs.pin import pin
 from snapshotter.verbs.reap import reap
 from snapshotter.verbs.release import release
 from snapshotter.verbs.restore import restore
 from snapshotter.verbs.session import Session
 from snapshotter.verbs.take import take, take_node
+from snapshotter.verbs.verify import verify
 from tests.support import loop_file_system, pull_disk
 from tests.unit.btrfs_kit import BtrfsHarness, OfSeveral, btrfs_harness
 from tests.unit.copy_kit import SEAL, Place
@@ -41,6 +55,7 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
         raise StorageError("the disk is gone", object="/dev/lost")
 
     monkeypatch.setattr(BtrfsProvider, "attachments", gone)
+    monkeypatch.setattr(BtrfsProvider, "_file_systems", lambda self: [])  # other tests have theirs
     node = Node(name="node", path=str(data), provider="copy")
     return Session(Config(state=str(tmp_path / "state"), nodes={"node": node}))
 
@@ -203,11 +218,11 @@ def scheduled(session: Session, slot: str) -> Any:
     return take_node(session, session.config.nodes["node"], slot=slot)
 
 
-@pytest.mark.root
-def test_a_scheduled_take_needs_no_store_but_its_own(session: Session, tmp_path: Path) -> None:
-    """Another node's store is on a disk that fails, and later isn't there."""
-    with loop_file_system("ext4", tmp_path, 64) as disk:
-        other = Place(tmp_path / "other")
+@contextmanager
+def failing_store(session: Session, where: Path) -> Iterator[Path]:
+    """Another node's store, known to the session's host, is on a disk that fails; the disk's mount point."""
+    with loop_file_system("ext4", where, 64) as disk:
+        other = Place(where / "other")
         (other.data / "file").write_text("content")
         other.store = disk / "store"
         other.take()
@@ -215,6 +230,42 @@ def test_a_scheduled_take_needs_no_store_but_its_own(session: Session, tmp_path:
         known.parent.mkdir(exist_ok=True)
         known.write_bytes((other.top / "state" / "copy-stores").read_bytes())
         pull_disk(disk)
+        yield disk
+
+
+@pytest.mark.root
+def test_the_verbs_on_one_set_pass_a_store_that_fails_over(session: Session, tmp_path: Path) -> None:
+    with failing_store(session, tmp_path):
+        set_id = take(session, "node")["set_id"]
+        assert session.catalog().unavailable
+        assert pin(session, set_id, pinned=True)["pinned"] and not pin(session, set_id, pinned=False)["pinned"]
+        assert verify(session, set_id, level=1)["outcome"] == "ok"
+        clone = str(tmp_path / "clone")
+        restore(session, set_id, clone, Access.WRITABLE)
+        assert release(session, clone)["set_id"] == set_id and not os.path.exists(clone)
+        data = session.config.nodes["node"].path
+        Path(data, "file").write_text("ruined")
+        in_place.carry_out(session, in_place.plan(session, set_id))
+        assert Path(data, "file").read_text() == "content"
+
+
+@pytest.mark.root
+def test_reap_removes_what_it_can_see(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with failing_store(session, tmp_path):
+        found = session.select(take(session, "node")["set_id"])
+        (holding,) = session.providers_of(found)
+        clone = str(tmp_path / "clone")
+        holding.attach(found.snapshots[0], new_attachment_id(utc_now()), Access.WRITABLE, clone, Purpose.VERIFY)
+        monkeypatch.setattr("snapshotter.host.processes.alive", lambda _: False)
+        with pytest.raises(UndoIncompleteError, match="Input/output error"):
+            reap(session)
+        assert not os.path.exists(clone)
+
+
+@pytest.mark.root
+def test_a_scheduled_take_needs_no_store_but_its_own(session: Session, tmp_path: Path) -> None:
+    """Another node's store is on a disk that fails, and later isn't there."""
+    with failing_store(session, tmp_path) as disk:
         assert session.catalog().unavailable
         assert [scheduled(session, "20261122t020000z")["existing"] for _ in range(2)] == [False, True]
         subprocess.run(["umount", str(disk)], check=True)
