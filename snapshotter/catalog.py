@@ -94,9 +94,11 @@ def read(
     unavailable: Iterable[Unavailable] = (),
     set_id: str | None = None,
     slot: tuple[str, str] | None = None,
+    needed: Sequence[Provider] = (),
 ) -> Catalog:
     """Ask every provider, each object once (two instances may see the same store). A provider that fails becomes
-    `unavailable`; the rest is still listed. `slot` (target, scheduled time): only those sets, without attachments."""
+    `unavailable`; the rest is still listed. `slot` (target, scheduled time): only those sets, without attachments.
+    Raises SnapshotterError: of one of the `needed` instances."""
     gone = list(unavailable)
     notes: list[str] = []
     members: dict[str, dict[tuple[str, int], Snapshot]] = {}
@@ -111,6 +113,8 @@ def read(
                 if key not in found or found[key].state is ImageState.INVALID:
                     found[key] = snapshot
         except SnapshotterError as error:
+            if any(provider is each for each in needed):
+                raise
             gone.append(Unavailable(provider.name, error.line()))
         try:
             for attachment in provider.attachments() if slot is None else ():

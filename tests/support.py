@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from snapshotter.host.mounts import table
 from tests import json_kit
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -256,3 +257,13 @@ def loop_file_system(kind: str, where: Path, megabytes: int = 600, options: str 
         subprocess.run(["losetup", "-d", device], capture_output=True)
         image.unlink(missing_ok=True)
         shutil.rmtree(point, ignore_errors=True)
+
+
+def pull_disk(point: Path) -> None:
+    """The disk of a `loop_file_system` is gone, as one that was unplugged, and its file system still mounted: what the
+    kernel hadn't read yet is an I/O error. Nothing on it may be open."""
+    source = next(mount.source for mount in reversed(table()) if mount.path == str(point))
+    subprocess.run(["umount", str(point)], check=True)
+    subprocess.run(["mount", source, str(point)], check=True)  # with nothing read yet
+    os.truncate(point.with_suffix(".img"), 0)
+    subprocess.run(["blockdev", "--flushbufs", source], capture_output=True)

@@ -20,9 +20,10 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from typing import TypeVar
 
 from providers.btrfs import images
 from snapshotter.core.errors import (
@@ -32,6 +33,7 @@ from snapshotter.core.errors import (
     QuiesceError,
     SnapshotterError,
     StorageError,
+    put_off,
 )
 from snapshotter.core.labels import LabelLimits, apply_marks, check_marks, encode_birth
 from snapshotter.core.model import (
@@ -64,6 +66,7 @@ from snapshotter.host.btrfs_store import (
 from snapshotter.host.mounts import Mount, is_under
 from snapshotter.provider import Provider, Settings, Traits
 
+T = TypeVar("T")
 _BELIEVED_S = 0.5  # how long a file system's answer to "do you take changes?" is
 _PATIENCE_S = 3.0
 _SWAP_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
@@ -113,35 +116,66 @@ class BtrfsProvider(Provider):
     def _file_systems(self) -> list[FileSystem]:
         return btrfs.mounted()
 
-    def _stores(self, of: Sequence[str] | None = None) -> Generator[Store, None, None]:
+    def _stores(
+        self, failed: dict[str, SnapshotterError], of: Sequence[str] | None = None
+    ) -> Generator[Store, None, None]:
         """Every file system here that has a store of ours, open for the time of the loop's body; or those `of` these
-        volumes, store or not. One that can't be opened hides no other: its error comes last."""
+        volumes, store or not. One that can't be opened hides no other: its error goes to `failed`, by its key."""
         keys = None if of is None else {volume.partition(":")[0] for volume in of}
         here = [fs for fs in self._file_systems() if keys is None or images.key(fs) in keys]
         if here and (reasons := btrfs.needs()):
             message, _, cure = reasons[0].partition(": ")
             raise PreconditionError(message, object="btrfs", cure=cure)
-        failed: SnapshotterError | None = None
         for fs in here:
             try:
                 with told(fs.mount.path):
                     store = Store(fs)
             except SnapshotterError as error:
                 if any(mount.device == fs.mount.device for mount in mounts.table()):
-                    failed = failed or error
+                    failed[images.key(fs)] = error
                 continue  # unmounted since we looked
             with store:
                 if keys is not None or store.fd >= 0:
                     yield store
-        if failed is not None:
-            raise failed
+
+    def _all(self, act: Callable[[Store], Iterable[T]]) -> Iterator[T]:
+        """What `act` finds on every file system. One that fails hides no other: its error comes last."""
+        failed: dict[str, SnapshotterError] = {}
+        late: list[SnapshotterError] = []
+        for store in self._stores(failed):
+            with put_off(late), told(store.name):
+                yield from act(store)
+        for error in (*failed.values(), *late):
+            raise error
+
+    def _holding(self, keys: Callable[[Store], set[str]]) -> Iterator[Store]:
+        """The file systems for which `keys` isn't empty: of all those that hold a part of what is looked for. Another
+        may fail; the error of one of these, or of any if none is known to hold a part, comes last."""
+        failed: dict[str, SnapshotterError] = {}
+        needed: set[str] = set()
+        for store in self._stores(failed):
+            found: set[str] = set()
+            late: list[SnapshotterError] = []
+            with put_off(late), told(store.name):
+                found = keys(store)
+            if late:
+                failed[images.key(store.fs)] = late[0]
+            if found:
+                needed |= found
+                yield store
+        for key, error in failed.items():
+            if not needed or key in needed:
+                raise error
 
     def _store_of(self, stack: ExitStack, volume: str) -> Store:
         """The volume's file system, open until the stack ends. Raises PreconditionError if it isn't mounted here."""
-        found = self._stores(of=[volume])
+        failed: dict[str, SnapshotterError] = {}
+        found = self._stores(failed, of=[volume])
         stack.callback(found.close)
         store = next(found, None)
         if store is None:
+            for error in failed.values():
+                raise error
             raise PreconditionError("its file system isn't mounted here", object=volume, cure="mount it")
         return store
 
@@ -203,7 +237,8 @@ class BtrfsProvider(Provider):
     def space(self, volumes: Sequence[Volume]) -> Space:
         total = free = 0
         detail: dict[str, int] = {}
-        for store in self._stores(of=[volume.id for volume in volumes]):
+        failed: dict[str, SnapshotterError] = {}
+        for store in self._stores(failed, of=[volume.id for volume in volumes]):
             with told(store.name):
                 room = _room(store.top)
                 total, free = total + room[0], free + room[1]
@@ -211,6 +246,8 @@ class BtrfsProvider(Provider):
                     detail[name] = detail.get(name, 0) + number
                 could_be = detail["metadata_total"] + detail["unallocated"]
                 detail["metadata percent"] = round(100 * detail["metadata_used"] / max(1, could_be))
+        for error in failed.values():
+            raise error
         return Space(total_bytes=total, free_bytes=free, detail=detail)
 
     # -- making ---------------------------------------------------------------------------------------------------
@@ -253,7 +290,7 @@ class BtrfsProvider(Provider):
     def _withdraw(self, set_id: str) -> None:
         """Only the rename: the writers may be held, and the core calls `delete` when they aren't any more."""
         for key in self._prepared.pop(set_id, []):
-            for store in self._stores(of=[key]):
+            for store in self._stores({}, of=[key]):
                 try:
                     with told(store.name):
                         self._writable(store, patience_s=0.5, now=True)  # what failed may be that it is frozen
@@ -284,18 +321,36 @@ class BtrfsProvider(Provider):
     # -- afterwards -----------------------------------------------------------------------------------------------
 
     def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
-        for store in self._stores():
+        if set_id is None:
+            yield from self._all(images.snapshots)
+            return
+        for store in self._of_set(set_id):
             with told(store.name):
                 yield from images.snapshots(store, set_id)
+
+    def _of_set(self, set_id: str) -> Iterator[Store]:
+        return self._holding(
+            lambda store: images.keys_of_set(store, f"sets/{set_id}") if SET_ID.fullmatch(set_id) else set()
+        )
+
+    def of_slot(self, target: str, slot: str) -> Iterator[Snapshot]:
+        """Only on file systems that can be read now: a target's rivals are all on this host, whose lock lets one take
+        at a time; and those that the set would be on are asked by `check`."""
+        for store in self._stores({}):
+            with put_off([]), told(store.name):
+                found = images.snapshots(store)
+                yield from (each for each in found if (each.birth.target, each.birth.slot) == (target, slot))
+
+    def sees(self, volume: str) -> bool:
+        return volume.partition(":")[0] in {images.key(fs) for fs in self._file_systems()}
 
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         check_marks(changes)
         for write in (False, True):  # all file systems that the set is on are asked before the first is written to
             there = False
-            for store in self._stores():
+            for store in self._of_set(set_id):
                 with told(store.name):
-                    if SET_ID.fullmatch(set_id) and store.has(f"sets/{set_id}"):
-                        there = self._mark_in(store, set_id, changes, write=write) or there
+                    there = self._mark_in(store, set_id, changes, write=write) or there
             if not there:
                 raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all")
 
@@ -318,7 +373,12 @@ class BtrfsProvider(Provider):
     def delete(self, set_id: str) -> None:
         _check_id(SET_ID, set_id)
         self._prepared.pop(set_id, None)
-        for store in self._stores():
+
+        def keys(store: Store) -> set[str]:
+            trashed = [f"trash/{name}" for name in store.names("trash") if name.startswith(set_id + ".")]
+            return {key for at in (f"sets/{set_id}", *trashed) for key in images.keys_of_set(store, at)}
+
+        for store in self._holding(keys):
             with told(store.name):
                 if store.has(f"sets/{set_id}"):
                     self._delete_in(store, set_id)
@@ -341,19 +401,18 @@ class BtrfsProvider(Provider):
             store.destroy(store.discard(f"sets/{set_id}"))
 
     def reap(self) -> list[str]:
-        removed = []
-        for store in self._stores():
-            with told(store.name):
-                for name in store.names("trash"):
-                    self._writable(store)
-                    try:
-                        with store.locked(f"trash/{name}", wait_s=0.0) as fd:
-                            if fd is not None:
-                                store.destroy(f"trash/{name}")
-                                removed.append(f"{STORE}/trash/{name} on {store.name}")
-                    except BusyError:
-                        continue  # a live process works on it, or what keeps it is another's
-        return removed
+        return list(self._all(self._empty_trash))
+
+    def _empty_trash(self, store: Store) -> Iterator[str]:
+        for name in store.names("trash"):
+            self._writable(store)
+            try:
+                with store.locked(f"trash/{name}", wait_s=0.0) as fd:
+                    if fd is not None:
+                        store.destroy(f"trash/{name}")
+                        yield f"{STORE}/trash/{name} on {store.name}"
+            except BusyError:
+                continue  # a live process works on it, or what keeps it is another's
 
     # -- attachments ----------------------------------------------------------------------------------------------
 
@@ -401,7 +460,7 @@ class BtrfsProvider(Provider):
     def settle(self, attachment_id: str, since: datetime) -> None:
         there = False
         stamp = {"since": since.astimezone(UTC).isoformat(), "maker": None}
-        for store in self._stores():
+        for store in self._holding(lambda store: images.keys_of_attachment(store, attachment_id)):
             with told(store.name):
                 for path, record in list(images.attachments(store)):
                     if record.get("id") != attachment_id:
@@ -416,17 +475,15 @@ class BtrfsProvider(Provider):
             raise NotFoundError("no such attachment", object=attachment_id)
 
     def attachments(self) -> Iterator[Attachment]:
-        for store in self._stores():
-            with told(store.name):
-                for _, record in images.attachments(store):
-                    try:
-                        yield images.attachment(record)
-                    except (KeyError, ValueError, TypeError, IndexError):
-                        continue
+        for _, record in self._all(images.attachments):
+            try:
+                yield images.attachment(record)
+            except (KeyError, ValueError, TypeError, IndexError):
+                continue
 
     def detach(self, attachment_id: str) -> None:
         _check_id(ATTACHMENT_ID, attachment_id)
-        for store in self._stores():
+        for store in self._holding(lambda store: images.keys_of_attachment(store, attachment_id)):
             with told(store.name):
                 for name in store.names("attachments"):
                     if name.partition(".")[0] != attachment_id:
@@ -472,7 +529,7 @@ class BtrfsProvider(Provider):
         from providers.btrfs import swaps
 
         _check_id(_SWAP_ID, swap_id)
-        for store in self._stores():
+        for store in self._holding(lambda store: images.keys_of_swap(store, swap_id)):
             with told(store.name):
                 if store.has(f"swaps/{swap_id}"):
                     self._writable(store)
@@ -486,7 +543,7 @@ class BtrfsProvider(Provider):
         from providers.btrfs import swaps
 
         _check_id(_SWAP_ID, swap_id)
-        for store in self._stores():
+        for store in self._holding(lambda store: images.keys_of_swap(store, swap_id)):
             with told(store.name):
                 if store.has(f"swaps/{swap_id}"):
                     self._writable(store)
@@ -496,9 +553,7 @@ class BtrfsProvider(Provider):
                 store.clear_trash(swap_id)
 
     def swaps(self) -> Iterator[str]:
-        for store in self._stores():
-            with told(store.name):
-                yield from sorted(store.names("swaps"))
+        return self._all(lambda store: sorted(store.names("swaps")))
 
 
 def _join(path: str, below: str) -> str:

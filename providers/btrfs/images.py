@@ -78,6 +78,36 @@ def of_set(key: str, fd: int, set_id: str) -> Iterator[Snapshot]:
         )
 
 
+def keys_of_set(store: Store, directory: str) -> set[str]:
+    """Keys of the file systems that the set whose directory this is has members on; none if it isn't there."""
+    fd = open_directory(directory, store.fd)
+    if fd is None:
+        return set()
+    try:
+        birth = decode_birth((read_record(fd, "birth") or b"").decode("ascii", "replace"))
+    finally:
+        os.close(fd)
+    members = birth.members if birth is not None else ()
+    return {key(store.fs), *(each.volume.partition(":")[0] for each in members if each.provider == NAME)}
+
+
+def keys_of_attachment(store: Store, attachment_id: str) -> set[str]:
+    """Keys of the file systems that may hold parts of the attachment, those of its set; none if no part is here."""
+    keys: set[str] = set()
+    for kind in ("attachments", "trash"):
+        for name in store.names(kind):
+            if name.partition(".")[0] == attachment_id:
+                record = store.object(f"{kind}/{name}", "attachment") or {}
+                keys |= {key(store.fs)} | keys_of_set(store, f"sets/{record.get('set_id')}")
+    return keys
+
+
+def keys_of_swap(store: Store, swap_id: str) -> set[str]:
+    """The key of the file system if the swap, which is on one, is on this."""
+    names = [*store.names("swaps"), *store.names("trash")]
+    return {key(store.fs)} if any(name.partition(".")[0] == swap_id for name in names) else set()
+
+
 def lacks(at: int, name: str) -> str:
     """Why this is no image, for a person; '' if it is one. The kernel's word."""
     found = subvolume_at(at, name)

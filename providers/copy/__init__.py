@@ -10,6 +10,7 @@ changed since is copied inside the quiesce. Must know no policy: what is kept, a
                        /image.json  written last: without it there is no image
                        /<member>/tree, /<member>/manifest
                        /attic       what a pass replaced; goes with the seal
+                       /suspect     a set that may share files with this was found corrupt: none will share with it
     store/attachments/<id>.<member>.json    its time stamp: the last sign of life while a clone is made
     store/trash/                    deleting is a rename to here, so nothing is ever half-deleted and listed
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any, ClassVar
@@ -28,7 +29,7 @@ from typing import Any, ClassVar
 from providers.copy import clones
 from providers.copy.foreseeing import previous, room_needed
 from providers.copy.making import MAKING, Making, Part, own
-from providers.copy.sets import NAME, Sets
+from providers.copy.sets import NAME, SUSPECT, Sets
 from snapshotter.core.errors import (
     BusyError,
     NotFoundError,
@@ -36,6 +37,7 @@ from snapshotter.core.errors import (
     QuiesceError,
     SnapshotterError,
     StorageError,
+    put_off,
 )
 from snapshotter.core.labels import (
     LabelLimits,
@@ -140,15 +142,33 @@ class CopyProvider(Provider):
         check_place(store, list(dict.fromkeys([*tops, *(r.path for r in birth.roots if r.path.startswith("/"))])))
         return store
 
-    def _known(self) -> Iterator[Sets]:
-        """Every store that we know of, open for the time of the loop's body."""
+    def _known(self, failed: list[SnapshotterError]) -> Iterator[Sets]:
+        """Every store that we know of, open for the time of the loop's body. One that can't be opened hides no other:
+        its error goes to `failed`."""
         for path in self._where():
-            store = Sets.open(path)
+            store = None
+            with put_off(failed):
+                store = Sets.open(path)
             # A copy of a store that lies in an image isn't one more.
             if store is not None:
                 with store:
                     if store_around(os.path.dirname(path)) is None:
                         yield store
+
+    def _holding(self, holds: Callable[[Sets], bool]) -> Iterator[Sets]:
+        """As `_known`, those of which `holds` is true. All of a set is in one store, so the others may fail: only where
+        none holds it, one of those might, and its error comes last."""
+        failed: list[SnapshotterError] = []
+        found = False
+        for store in self._known(failed):
+            held = False
+            with put_off(failed), told(store.path):
+                held = holds(store)
+            if held:
+                found = True
+                yield store
+        if failed and not found:
+            raise failed[0]
 
     def _where(self) -> list[str]:
         """Where a store that we know of is or was, each path once."""
@@ -321,11 +341,17 @@ class CopyProvider(Provider):
     def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
         if set_id is not None and not SET_ID.fullmatch(set_id):
             return
-        for store in self._known():
-            with told(store.path):
+        failed: list[SnapshotterError] = []
+        for store in (
+            self._known(failed) if set_id is None else self._holding(lambda store: store.has(f"sets/{set_id}"))
+        ):
+            with put_off(failed), told(store.path):
                 yield from store.snapshots(set_id)
             self.notes += [note for note in store.damaged if note not in self.notes]
-        # Last, so that all others are listed. Who asks for one set has seen it, or asks several instances.
+        # Last, so that all others are listed.
+        if failed:
+            raise failed[0]
+        # Who asks for one set has seen it, or asks several instances.
         for path in [] if set_id is not None else self._where():
             if unreadable(path):
                 raise StorageError("is a store that this version can't read", object=path, cure="update snapshotter")
@@ -336,11 +362,20 @@ class CopyProvider(Provider):
                     cure=f"mount its disk, or remove its line from {self._cache.file}",
                 )
 
+    def of_slot(self, target: str, slot: str) -> Iterator[Snapshot]:
+        """Only in stores that can be read now: a target's rivals are all on this host, whose lock lets one take at a
+        time; and the store that the set would go to is asked by `check`."""
+        for store in self._known([]):
+            with put_off([]), told(store.path):
+                yield from (
+                    each for each in store.snapshots() if (each.birth.target, each.birth.slot) == (target, slot)
+                )
+
     def mark(self, set_id: str, changes: Mapping[str, str | None]) -> None:
         _check_set_id(set_id)
         check_marks(changes)
         at = f"sets/{set_id}"
-        for store in self._known():
+        for store in self._holding(lambda store: store.has(at)):
             with told(store.path), store.locked(at, wait_s=5.0) as there:
                 members = list(store.snapshots(set_id)) if there else []
                 if not members:
@@ -352,6 +387,9 @@ class CopyProvider(Provider):
                         raise StorageError(f"can't be sealed: {why}", object=set_id)
                     store.remove(f"{at}/attic")
                     tree.syncfs(store.fd)
+                known = members[0].marks.get("verify-outcome")
+                if changes.get("verify-outcome") == "corrupt" and known != "corrupt":
+                    _suspect(store, members[0].birth.target)
                 write_object(f"{at}/marks.json", {"marks": apply_marks(members[0].marks, changes)}, store.fd)
                 return
         raise NotFoundError("no such set in any store known here", object=set_id, cure="`snapshotter list` shows all")
@@ -360,7 +398,13 @@ class CopyProvider(Provider):
         _check_set_id(set_id)
         if (making := own(set_id)) is not None:
             self._abandon(making)
-        for store in self._known():
+
+        def holds(store: Sets) -> bool:
+            if store.has(f"sets/{set_id}") or store.has(f"sets/.new-{set_id}"):
+                return True
+            return any(name.startswith(set_id + ".") for name in store.names("trash"))
+
+        for store in self._holding(holds):
             with told(store.path):
                 self._delete_from(store, set_id)
 
@@ -385,11 +429,14 @@ class CopyProvider(Provider):
 
     def reap(self) -> list[str]:
         removed = []
-        for store in self._known():
-            with told(store.path):
+        failed: list[SnapshotterError] = []
+        for store in self._known(failed):
+            with put_off(failed), told(store.path):
                 for left in store.leftovers():
                     store.remove(left)
                     removed.append(f"{store.path}/{left}")
+        if failed:
+            raise failed[0]
         return removed
 
     # -- attachments -------------------------------------------------------------------------------------------------
@@ -413,7 +460,7 @@ class CopyProvider(Provider):
                 cure=f"run as root, or make a clone: snapshotter restore {set_id} --to DIR",
             )
         at = f"sets/{set_id}"
-        for store in self._known():
+        for store in self._holding(lambda store: store.has(at)):
             with told(store.path), store.locked(at, shared=True, wait_s=5.0) as there:
                 if not there:
                     continue
@@ -448,7 +495,7 @@ class CopyProvider(Provider):
 
     def settle(self, attachment_id: str, since: datetime) -> None:
         found = False
-        for store in self._known():
+        for store in self._holding(lambda store: _has_parts(store, attachment_id)):
             with told(store.path):
                 for name, record in list(store.records()):
                     if record["id"] == attachment_id:
@@ -459,8 +506,10 @@ class CopyProvider(Provider):
             raise NotFoundError("no such attachment", object=attachment_id)
 
     def attachments(self) -> Iterator[Attachment]:
-        for store in self._known():
-            with told(store.path):
+        failed: list[SnapshotterError] = []
+        for store in self._known(failed):
+            records: list[tuple[str, dict[str, Any]]] = []
+            with put_off(failed), told(store.path):
                 records = list(store.records())
             self.notes += [note for note in store.damaged if note not in self.notes]
             for _, record in records:
@@ -480,11 +529,13 @@ class CopyProvider(Provider):
                     )
                 except (KeyError, TypeError, ValueError, IndexError):
                     continue
+        if failed:
+            raise failed[0]
 
     def detach(self, attachment_id: str) -> None:
         if not ATTACHMENT_ID.fullmatch(attachment_id):
             raise ValueError(f"{attachment_id!r} is no attachment id")
-        for store in self._known():
+        for store in self._holding(lambda store: _has_parts(store, attachment_id)):
             with told(store.path):
                 parts = [each for each in store.records() if each[1]["id"] == attachment_id]
                 # A member's place may lie inside another's.
@@ -501,6 +552,22 @@ class CopyProvider(Provider):
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def _has_parts(store: Sets, attachment_id: str) -> bool:
+    return any(name.startswith(attachment_id + ".") for name in store.names("attachments"))
+
+
+def _suspect(store: Sets, target: str) -> None:
+    """The sets of this target that are here now, of which one was found corrupt, are no base of later ones, also when
+    that one is deleted: the next set copies all."""
+    for set_id in {each.birth.set_id for each in store.snapshots() if each.birth.target == target}:
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            os.close(os.open(f"sets/{set_id}/{SUSPECT}", flags, 0o600, dir_fd=store.fd))
+            sync_directory(f"sets/{set_id}", store.fd)
+        except FileNotFoundError:
+            continue  # just deleted
 
 
 def _check_set_id(set_id: str) -> None:

@@ -186,9 +186,10 @@ def clone(store: Sets, name: str, content: dict[str, Any], size: int, report: Re
 
         def must_fit() -> None:
             _, free = room_fd(target.top)
-            if size > free:
+            needed = _used(source, now)
+            if needed > free:
                 raise StorageError(
-                    f"the clone needs {readable(size)}, and {readable(free)} are free there",
+                    f"the clone needs {readable(needed)}, and {readable(free)} are free there",
                     object=path,
                     cure="choose a directory on another file system",
                 )
@@ -200,6 +201,18 @@ def clone(store: Sets, name: str, content: dict[str, Any], size: int, report: Re
         made.finish(now)
         write_object(name, {**content, "copied": True}, store.fd, durable=False)
     return notes + made.warnings
+
+
+def _used(image: tree.Dirs, now: Mapping[str, tree.Entry]) -> int:
+    """Bytes that a copy of the image takes: its holes take none, there as here. (The same reckoning as of a take.)
+    Raises OSError."""
+    used: dict[int, int] = {}
+    for path, entry in now.items():
+        if stat.S_ISREG(entry.mode):
+            parent, name = tree.parent_and_name(path)
+            found = os.stat(name, dir_fd=image.get(parent), follow_symlinks=False)
+            used[found.st_ino] = min(found.st_blocks * 512, found.st_size + 4096)
+    return sum(used.values())
 
 
 def _look_at_destination(path: str, content: dict[str, Any]) -> None:

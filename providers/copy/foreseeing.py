@@ -7,7 +7,7 @@ import os
 import stat
 
 from providers.copy.making import leave_stores_out, mount_points
-from providers.copy.sets import Sets
+from providers.copy.sets import SUSPECT, Sets
 from snapshotter.core.errors import PreconditionError
 from snapshotter.core.model import Birth, ImageState, Volume
 from snapshotter.host import mounts, tree
@@ -84,24 +84,31 @@ def _clones(top: tree.Dirs, volume: Volume, files: list[str], above: str) -> boo
 
 
 def previous(birth: Birth, volume: Volume, place: str) -> Shares | None:
-    """The newest good image of the same volume of the same target in the store `place`."""
+    """The newest good image of the same volume of the same target in the store `place`; None, for a full copy, where
+    one found corrupt may share files with it: what has rotted in a file has in every set that it is in."""
     store = Sets.open(place)
     if store is None:
         return None
     with store:
-        good = [
+        sealed = [
             each
             for each in store.snapshots()
-            if each.birth.target == birth.target
-            and each.volume == volume.id
+            if each.birth.target == birth.target and each.volume == volume.id and "sealed" in each.marks
+        ]
+        corrupt = [each for each in sealed if each.marks.get("verify-outcome") == "corrupt"]
+        good = [
+            each
+            for each in sealed
+            if each not in corrupt
             and each.state is ImageState.READY
-            and "sealed" in each.marks
             and each.marks.get("grade") != "skewed"
-            and each.marks.get("verify-outcome") != "corrupt"
+            and not store.has(f"sets/{each.birth.set_id}/{SUSPECT}")
         ]
         if not good:
             return None
         newest = max(good, key=lambda each: (each.order, each.birth.set_id))
+        if any(each.order > newest.order for each in corrupt):  # judged by a version that made nothing SUSPECT
+            return None
         at = f"sets/{newest.birth.set_id}/{newest.birth.member}"
         clean: dict[str, tuple[int, int, int, int]] = {}
         try:

@@ -31,6 +31,8 @@ from snapshotter.host.store import (
 
 #: The provider's.
 NAME = "copy"
+#: In a set's directory: no later set shares files with this one.
+SUSPECT = "suspect"
 
 
 class Sets(Store):

@@ -6,7 +6,8 @@ Exit codes are part of the command-line contract (README, "Exit codes"). A trace
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any, ClassVar
 
@@ -157,3 +158,12 @@ def worst(errors: Sequence[Told]) -> Exit:
         if exit_code in exits:
             return exit_code
     return exits[0] if exits else Exit.DONE
+
+
+@contextmanager
+def put_off(failed: list[SnapshotterError]) -> Iterator[None]:
+    """A failure at one of several is noted in `failed`, and the others have their turn."""
+    try:
+        yield
+    except SnapshotterError as error:
+        failed.append(error)

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from snapshotter.core.errors import JudgedBadError, PreconditionError, StorageError
+from snapshotter.core.errors import JudgedBadError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.model import Access, MountSpec, Progress, Purpose, SnapshotSet, Tree
 from snapshotter.host import exchange, mounts, tree
 from snapshotter.host.exchange import Unit
@@ -73,12 +73,22 @@ def forget(session: Session, attachment_id: str, names: Sequence[str] | None) ->
     for place in ours:
         mounts.unmount(os.path.realpath(place))
     asked = [provider for provider in session.everywhere()[0] if names is None or provider.name in names]
+    failed: dict[str, SnapshotterError] = {}
+    ended: set[str] = set()
     for provider in asked:
-        if any(each.id == attachment_id for each in provider.attachments()):
+        try:
+            listed = any(each.id == attachment_id for each in provider.attachments())
+        except SnapshotterError as error:
+            listed, failed[provider.name] = False, error
+        if listed:
             provider.detach(attachment_id)
+            ended.add(provider.name)
     for place in ours:
         if os.path.isdir(place):
             os.rmdir(place)
+    for name, missed in failed.items():
+        if name not in ended:  # its part may be where it couldn't look
+            raise missed
 
 
 def ground_of(plan: Plan, path: str) -> Ground:

@@ -12,7 +12,7 @@ from typing import Any
 
 from snapshotter.catalog import Catalog, Unavailable
 from snapshotter.core.errors import BusyError, SnapshotterError, UndoIncompleteError
-from snapshotter.core.model import Purpose, State, utc_now
+from snapshotter.core.model import Attachment, Purpose, State, utc_now
 from snapshotter.host import mounts, processes, quiesce
 from snapshotter.host.locks import Locks
 from snapshotter.host.places import host_name, same_host
@@ -39,12 +39,13 @@ def reap(session: Session, entries: Catalog | None = None) -> dict[str, Any]:
     released: list[str] = []
     notes: list[str] = []
     for provider in providers:
+        listed: list[Attachment] = []
         try:
-            listed = tuple(provider.attachments())
+            for each in provider.attachments():  # what is listed before an error counts
+                listed.append(each)
         except SnapshotterError as error:
             gone.append(Unavailable(provider.name, error.line()))
-            continue
-        for parts in grouped(listed):
+        for parts in grouped(tuple(listed)):
             dead = any(part.since is None or part.purpose is Purpose.VERIFY for part in parts)
             if not dead or any(part.held for part in parts):
                 continue

@@ -19,22 +19,28 @@ def release(session: Session, where: str, *, discard_changes: bool = False) -> d
     """Unmount and remove what a restore made at `where` (a directory, or an attachment id). Returns its document.
     Raises NotFoundError, BusyError (in use, or written since)."""
     providers, gone = session.everywhere()
-    parts: list[tuple[Provider, Attachment]] = []
+    seen: dict[tuple[str, str, int], tuple[Provider, Attachment]] = {}  # each once, whichever instances see it
     unasked = [entry.provider for entry in gone]
     for provider in providers:
         try:
-            parts += [(provider, found) for found in provider.attachments()]
+            for found in provider.attachments():  # what is listed before an error counts
+                seen.setdefault((found.id, found.provider, found.member), (provider, found))
         except SnapshotterError:
             unasked.append(provider.name)
+    parts = list(seen.values())
     attachment_id = _identify([found for _, found in parts], where, unasked)
     ours = [(provider, found) for provider, found in parts if found.id == attachment_id]
     attachments = [found for _, found in ours]
-    members = {
-        member.provider for entry in session.catalog(attachments[0].set_id).sets for member in entry.birth.members
+    here = {(found.provider, found.member) for found in attachments}
+    hidden = {
+        member.provider
+        for entry in session.catalog(attachments[0].set_id).sets
+        for number, member in enumerate(entry.birth.members)
+        if member.provider in unasked and (member.provider, number) not in here
     }
-    if hidden := sorted(members.intersection(unasked)):  # its part of this attachment would be forgotten
+    if hidden:  # its part of this attachment would be forgotten
         raise PreconditionError(
-            f"provider {hidden[0]} can't be asked now", object=where, cure="make it work, then try again"
+            f"provider {min(hidden)} can't be asked now", object=where, cure="make it work, then try again"
         )
     paths = places_of(session, attachments)
     trees = {found.path for found in attachments if found.tree}

@@ -11,7 +11,7 @@ from msgspec import Struct
 from msgspec.structs import asdict
 
 from snapshotter import catalog, provider
-from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, UsageError
+from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, UsageError, put_off
 from snapshotter.core.model import Report, SnapshotSet, State, no_report
 from snapshotter.nodes.config import Aws, Config, Gcp, Node
 from snapshotter.nodes.target import canonical, resolve, target_of
@@ -123,7 +123,8 @@ class Session(Struct):
         return next((entry for entry in now.sets if entry.set_id == found.set_id), None)
 
     def providers_of(self, found: SnapshotSet) -> list[Provider]:
-        """The instances that hold members of this set. Raises PreconditionError if one can't be asked."""
+        """The instances that hold members of this set. One that can't be asked is needed only where no other holds
+        them: then its error is raised, or PreconditionError."""
         holding: list[Provider] = []
         providers, _ = self.everywhere()
         for name in sorted({member.provider for member in found.birth.members}):
@@ -132,9 +133,12 @@ class Session(Struct):
             if listed and len(able) == 1:
                 holding += able
                 continue
-            here = [instance for instance in able if next(iter(instance.snapshots(found.set_id)), None) is not None]
+            failed: list[SnapshotterError] = []
+            here = [instance for instance in able if _holds(instance, found.set_id, failed)]
             if here:
                 holding.append(here[0])
+            elif failed:
+                raise failed[0]
             elif listed:
                 raise PreconditionError("its provider can't be asked now", object=f"{found.set_id} ({name})")
         return holding
@@ -173,3 +177,9 @@ class Session(Struct):
             if len(targets) == 1:
                 return targets.pop()
             raise
+
+
+def _holds(instance: Provider, set_id: str, failed: list[SnapshotterError]) -> bool:
+    with put_off(failed):
+        return next(iter(instance.snapshots(set_id)), None) is not None
+    return False

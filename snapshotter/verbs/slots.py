@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 
 from snapshotter import catalog
-from snapshotter.core.errors import BusyError, StorageError
+from snapshotter.core.errors import BusyError, SnapshotterError, StorageError
 from snapshotter.core.model import Grade, SnapshotSet, State, utc_now
 from snapshotter.verbs.plan import Plan, SlotTakenError
 from snapshotter.verbs.session import Session
@@ -62,13 +62,20 @@ def win(session: Session, plan: Plan) -> None:
 
 def _rivals(session: Session, plan: Plan) -> list[SnapshotSet]:
     providers, gone = session.everywhere(plan.node)
-    found = catalog.read(providers, gone, slot=(plan.birth.target, plan.birth.slot))
-    mine = {provider.name for provider in plan.providers}
-    for entry in found.unavailable:
-        if entry.provider in mine:
-            raise StorageError(
-                f"can't be asked whether the slot {plan.birth.slot} was taken: {entry.reason}",
-                object=entry.provider,
-                cure="the next tick tries again",
-            )
-    return found.sets
+    mine = {provider.name: provider for provider in plan.providers}
+    # What sees where this set would go must answer: the plan's own instances, or where the session lists only namesakes
+    # of one, these. Another's place (the store of another node's copies) may be away.
+    unlisted = mine.keys() - {each.name for each in providers if each is mine.get(each.name)}
+    needed = [each for each in providers if each.name in unlisted or each is mine.get(each.name)]
+    slot = (plan.birth.target, plan.birth.slot)
+    try:
+        for entry in gone:
+            if entry.provider in unlisted:
+                raise StorageError(entry.reason, object=entry.provider)
+        return catalog.read(providers, gone, slot=slot, needed=needed).sets
+    except SnapshotterError as error:
+        raise StorageError(
+            f"can't be asked whether the slot {plan.birth.slot} was taken: {error.line()}",
+            object=", ".join(mine),
+            cure="the next tick tries again",
+        ) from None

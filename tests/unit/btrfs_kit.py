@@ -36,6 +36,16 @@ class ProviderOf(BtrfsProvider):
         return [fs for fs in super()._file_systems() if fs.mount.device == device]
 
 
+class OfSeveral(BtrfsProvider):
+    """Sees the file systems that are mounted at these points, in this order."""
+
+    points: tuple[Path, ...] = ()
+
+    def _file_systems(self) -> list[btrfs.FileSystem]:
+        here = {fs.mount.device: fs for fs in super()._file_systems()}
+        return [here[mount_of(str(point)).device] for point in self.points]
+
+
 class BtrfsHarness(Harness):
     """`point` is where the top level is mounted."""
 

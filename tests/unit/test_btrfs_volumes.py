@@ -12,14 +12,16 @@ import pytest
 from msgspec.structs import replace
 
 from providers.btrfs import swaps as driver
+from snapshotter import catalog
 from snapshotter.core.errors import BusyError, PreconditionError
-from snapshotter.core.model import Access, Birth, ImageState, Root, Volume, new_attachment_id, utc_now
+from snapshotter.core.model import Access, Birth, Hold, ImageState, Root, State, Volume, new_attachment_id, utc_now
 from snapshotter.host import btrfs, mounts
 from snapshotter.host.mounts import mount_of
+from snapshotter.provider import Settings
 from snapshotter.testing import describe, make_birth
 from snapshotter.testing.conformance import attach, content_of, seal, take
 from snapshotter.testing.harness import fill, ruin
-from tests.unit.btrfs_kit import BtrfsHarness, btrfs_harness, command
+from tests.unit.btrfs_kit import BtrfsHarness, OfSeveral, btrfs_harness, command
 
 pytestmark = pytest.mark.root
 SWAP = "w20261122t100630z-5f3a9c"
@@ -218,6 +220,28 @@ def test_several_disks(tmp_path: Path) -> None:
     finally:
         for loop in loops:
             subprocess.run(["losetup", "-d", loop], capture_output=True)
+
+
+def test_a_set_with_a_file_system_that_is_not_mounted_is_unknown(tmp_path: Path) -> None:
+    """Judged damaged, what is left of it would be deleted, on `status`'s own advice."""
+    with btrfs_harness(200) as here, btrfs_harness(200) as away:
+        provider = OfSeveral(Settings(str(tmp_path), floor=0.0))
+        provider.points = (here.point, away.point)
+        volumes = [here.volume(), away.volume()]
+        birth = make_birth(volumes)
+        provider.create(volumes, birth, Hold())
+        provider.mark(birth.set_id, {"sealed": "20261122t100630z", "grade": "filesystem"})
+        assert [found.state for found in catalog.read([provider]).sets] == [State.READY]
+        device = mount_of(str(away.point)).source
+        subprocess.run(["umount", str(away.point)], check=True)
+        try:
+            provider.points = (here.point,)
+            (found,) = catalog.read([provider]).sets
+            assert found.state is State.UNKNOWN and volumes[1].id in found.why
+        finally:
+            subprocess.run(["mount", device, str(away.point)], check=True)
+        provider.points = (here.point, away.point)
+        assert [each.state for each in catalog.read([provider]).sets] == [State.READY]
 
 
 def test_the_private_mount_is_in_nobodys_sight(harness: BtrfsHarness, volume: Volume) -> None:

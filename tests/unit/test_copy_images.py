@@ -172,6 +172,30 @@ def test_a_damaged_set_is_not_shared_with(place: Place) -> None:
     assert (place.image(place.take()) / "file").read_bytes() == b"x" * 10_000
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("case", ["the second", "the second, deleted", "the first", "the second, by an older version"])
+def test_what_rotted_is_in_no_later_set(tmp_path: Path, case: str) -> None:
+    """Where files are shared by hard links, one that rotted is in every set that has it, also in those not verified."""
+    with place_on("ext4", tmp_path, 64) as place:
+        (place.data / "file").write_bytes(b"x" * 10_000)
+        settle()
+        one, two = place.take(), place.take()
+        assert same_inode(place.image(one) / "file", place.image(two) / "file")
+        with open(place.image(one) / "file", "r+b") as file:  # same size: only a verify that reads all finds it
+            file.write(b"rotten")
+        corrupt = one if case == "the first" else two
+        place.provider().mark(corrupt.set_id, {"verify-outcome": "corrupt"})
+        if "older version" in case:
+            for mark in place.store.glob("sets/*/suspect"):
+                mark.unlink()
+        if "deleted" in case:
+            place.provider().delete(corrupt.set_id)
+        three = place.take()
+        assert (place.image(three) / "file").read_bytes() == b"x" * 10_000
+        four = place.take()
+        assert same_inode(place.image(three) / "file", place.image(four) / "file"), "what was copied anew is shared"
+
+
 # -- writers ---------------------------------------------------------------------------------------------------------
 
 MAPPER = """
@@ -436,6 +460,22 @@ def test_a_clone_that_does_not_fit(tmp_path: Path) -> None:
             place.provider().attach(place.snapshot(birth), attachment_id, Access.WRITABLE, str(small.top / "clone"))
         place.provider().detach(attachment_id)
         assert not (small.top / "clone").exists() and place.kept() == {f"sets/{birth.set_id}"}
+
+
+@pytest.mark.root
+def test_sparse_data_needs_no_room_for_its_holes(tmp_path: Path) -> None:
+    with place_on("ext4", tmp_path, 64) as place:
+        with open(place.data / "data.mdb", "wb") as file:
+            file.truncate(1 << 40)
+            file.seek(1 << 39)
+            file.write(os.urandom(5 << 20))
+        birth = place.take()
+        _, clone = place.clone(birth)
+        assert os.lstat(clone / "data.mdb").st_size == 1 << 40 and allocated(clone / "data.mdb") < 6 << 20
+        with open(place.data / "data.mdb", "rb") as origin, open(clone / "data.mdb", "rb") as copied:
+            origin.seek(1 << 39)
+            copied.seek(1 << 39)
+            assert origin.read(5 << 20) == copied.read(5 << 20)
 
 
 # -- without root ----------------------------------------------------------------------------------------------------
