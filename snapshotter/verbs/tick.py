@@ -125,15 +125,28 @@ def _everything(run: Run) -> tuple[list[str], dict[str, Any] | None]:
         if run.in_time(f"{provider.name}: advance"):
             try:
                 advanced += provider.advance()
-            except SnapshotterError as error:
-                run.fail(None, "advance", error)
+            except Exception as error:
+                run.fail(None, "advance", _told(error, provider.name))
     if not run.in_time("reap"):
         return advanced, None
     try:
         return advanced, reap(run.session, run.entries)
-    except SnapshotterError as error:
-        run.fail(None, "reap", error)
+    except Exception as error:
+        run.fail(None, "reap", _told(error, "reap"))
         return advanced, None
+
+
+def _told(error: Exception, what: str) -> SnapshotterError:
+    """A bug as a failure: it stops no other node, and whoever is told of failures is told of it."""
+    if isinstance(error, SnapshotterError):
+        return error
+    from traceback import extract_tb
+
+    at = extract_tb(error.__traceback__)[-1]
+    place = f"{at.filename.rpartition('/')[2]}:{at.lineno}"
+    return SnapshotterError(
+        f"met a bug of snapshotter: {type(error).__name__}: {error} ({place})", object=what, cure="report it"
+    )
 
 
 def _node(run: Run, node: Node, sets: list[SnapshotSet]) -> dict[str, Any]:
@@ -151,6 +164,15 @@ def _node(run: Run, node: Node, sets: list[SnapshotSet]) -> dict[str, Any]:
         "verified": None,
         "removed": [],
     }
+    try:
+        _serve(run, node, sets, entry)
+    except Exception as error:
+        run.fail(node.name, "tick", _told(error, node.name))
+    _tell(run, node, entry)
+    return entry
+
+
+def _serve(run: Run, node: Node, sets: list[SnapshotSet], entry: dict[str, Any]) -> None:
     if node.every is not None:
         now = utc_now()
         slot = compact_time(schedule.due(node.every, node.at, now))
@@ -161,8 +183,6 @@ def _node(run: Run, node: Node, sets: list[SnapshotSet]) -> dict[str, Any]:
             _take(run, node, slot, entry)
     _verify(run, node, sets, entry)
     _prune(run, node, [found for found in sets if found.birth.target == entry["target"]], entry)
-    _tell(run, node, entry)
-    return entry
 
 
 def _tell(run: Run, node: Node, entry: dict[str, Any]) -> None:

@@ -272,6 +272,28 @@ def test_one_nodes_failure_stops_no_other(tmp_path: Path) -> None:
         assert world.slots(0) and world.slots(2) and not world.slots(1)
 
 
+def test_a_bug_at_one_node_stops_no_other_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path, count=3)
+
+    class Buggy(Proxy):
+        def check(self, volumes: Any, birth: Birth) -> None:
+            if birth.node == "n1":
+                raise KeyError("of the driver's")
+            super().check(volumes, birth)
+
+        def advance(self) -> list[str]:
+            raise IndexError("no such thing")
+
+    told: list[str] = []
+    monkeypatch.setattr("snapshotter.verbs.notify.people", lambda node, title, text: told.append(text) or [])
+    with world.clock():
+        document = run(world, Buggy(world.provider()))
+    assert [(entry["node"], entry["exit"]) for entry in document["failed"]] == [("n1", 1), (None, 1)]
+    assert "KeyError" in document["errors"][0].line() and "test_tick.py:" in document["errors"][0].line()
+    assert world.slots(0) and world.slots(2) and not world.slots(1)
+    assert len(told) == 1 and "KeyError" in told[0]
+
+
 def test_a_newest_set_that_is_damaged_is_a_failure_and_stays(world: World) -> None:
     run(world)
     (found,) = world.sets()
