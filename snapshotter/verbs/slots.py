@@ -12,6 +12,7 @@ import time
 from snapshotter import catalog
 from snapshotter.core.errors import BusyError, StorageError
 from snapshotter.core.model import Grade, SnapshotSet, State, utc_now
+from snapshotter.verbs import plan_outside
 from snapshotter.verbs.plan import Plan, SlotTakenError
 from snapshotter.verbs.session import Session
 
@@ -71,4 +72,7 @@ def _rivals(session: Session, plan: Plan) -> list[SnapshotSet]:
                 object=entry.provider,
                 cure="the next tick tries again",
             )
-    return found.sets
+    if plan.node.select is None:
+        return found.sets
+    wanted = plan_outside.disks(plan.volumes)  # whoever has a node of this name: one target
+    return [each for each in found.sets if plan_outside.is_of(each, wanted)]

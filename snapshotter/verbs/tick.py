@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from msgspec import Struct
@@ -22,7 +23,7 @@ from snapshotter.nodes import schedule
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.target import target_of
 from snapshotter.provider import resume
-from snapshotter.verbs import notify, prune, slots, verify
+from snapshotter.verbs import notify, plan_outside, prune, slots, verify
 from snapshotter.verbs.documents import when
 from snapshotter.verbs.reap import reap
 from snapshotter.verbs.session import Session
@@ -79,7 +80,7 @@ def tick(
     by_target: dict[str, list[SnapshotSet]] = {}
     for found in run.entries.sets:
         by_target.setdefault(found.birth.target, []).append(found)
-    # A set of a node that is seen from outside may have been taken by the node itself.
+    # A set of a node that is seen from outside may have been taken by the node itself: as another target.
     by_name: dict[str, list[SnapshotSet]] = {}
     for found in run.entries.sets:
         by_name.setdefault(found.birth.node, []).append(found)
@@ -150,7 +151,8 @@ def _told(error: Exception, what: str) -> SnapshotterError:
 
 
 def _node(run: Run, node: Node, sets: list[SnapshotSet]) -> dict[str, Any]:
-    """All that is to be done for one node; `sets` are its own, oldest first."""
+    """All that is to be done for one node; `sets` are its own, or have its name where it is seen from outside. Oldest
+    first."""
     entry: dict[str, Any] = {
         "node": node.name,
         "target": target_of(node),
@@ -173,15 +175,21 @@ def _node(run: Run, node: Node, sets: list[SnapshotSet]) -> dict[str, Any]:
 
 
 def _serve(run: Run, node: Node, sets: list[SnapshotSet], entry: dict[str, Any]) -> None:
+    own = sets
+    if node.select is not None:
+        wanted: set[str] = set()
+        with suppress(SnapshotterError):  # the take, which is due then, tells why
+            wanted = plan_outside.disks_of(run.session, node)
+        own = [found for found in sets if plan_outside.is_of(found, wanted)]
     if node.every is not None:
         now = utc_now()
         slot = compact_time(schedule.due(node.every, node.at, now))
-        entry |= {"slot": slot, "due": is_due(sets, slot)}
+        entry |= {"slot": slot, "due": is_due(own, slot)}
         entry["next_at"] = when(schedule.next_after(node.every, node.at, now))
         if entry["due"]:
             run.notes += notify.ping(node, "start")
             _take(run, node, slot, entry)
-    _verify(run, node, sets, entry)
+    _verify(run, node, own, entry)
     _prune(run, node, [found for found in sets if found.birth.target == entry["target"]], entry)
 
 
