@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from snapshotter.verbs.status import status
 from tests.twins.ec2 import Twin
 from tests.unit.cloud_kit import QuickClock
 from tests.unit.ebs_kit import REGION, environment
+from tests.unit.upkeep_kit import CLOCKS
 
 DAY = 86400.0
 
@@ -133,3 +134,64 @@ def test_after_its_disk_was_replaced_the_new_one_is_due_and_the_old_sets_are_sti
     assert fleet.problems() == [], "what was taken from outside is its target's"
     (new,) = fleet.tick()
     assert new not in old and fleet.tick() == [] and fleet.problems() == []
+
+
+class Asked:
+    """An instance that hears every command, and does nothing of it."""
+
+    def __init__(self, fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.commands: list[list[str]] = []
+        self.now = datetime(2026, 11, 22, 0, 50, tzinfo=UTC)
+        for name in CLOCKS:
+            monkeypatch.setattr(name, lambda: self.now)
+        monkeypatch.setattr(EbsProvider, "ask", self.ask)
+        monkeypatch.setenv("SNAPSHOTTER_FREEZE_BY_COMMAND", "yes")
+        fleet.take(fleet.disk, taken_at=self.now - timedelta(days=1), slot="20261121t000000z")
+
+    def ask(self, instance: str, argv: list[str]) -> str:
+        self.commands.append(argv)
+        return "command-1"
+
+
+@pytest.fixture
+def asked(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> Asked:
+    return Asked(fleet, monkeypatch)
+
+
+def test_a_node_that_never_does_what_it_was_asked_is_taken_from_outside_and_told(fleet: Fleet, asked: Asked) -> None:
+    assert fleet.tick() == [] and len(asked.commands) == 1
+    asked.now += timedelta(hours=1)
+    with pytest.raises(functions.TickFailed, match="n0: took no set, due for 110 minutes; taken from outside: s2026"):
+        fleet.tick()
+    assert len(asked.commands) == 1 and fleet.tick() == [], "it has its slot"
+    asked.now += timedelta(hours=23)
+    assert fleet.tick() == [] and len(asked.commands) == 2, "and is asked for the next"
+
+
+def test_hourly_sets_too(fleet: Fleet, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hourly tick meets each slot once."""
+    monkeypatch.setenv("SNAPSHOTTER_CONFIG_TOML", fleet.config().replace("24h", "1h"))
+    fleet.take(fleet.disk, taken_at=asked.now, slot="20261122t000000z")
+    asked.now += timedelta(hours=1)
+    assert fleet.tick() == [] and len(asked.commands) == 1
+    asked.now += timedelta(hours=1)
+    with pytest.raises(functions.TickFailed, match="due for 110 minutes"):
+        fleet.tick()
+
+
+def test_where_only_the_node_reaches_the_grade_it_is_asked_again_and_told(
+    fleet: Fleet, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SNAPSHOTTER_CONFIG_TOML", fleet.config() + "require = 'filesystem'\n")
+    asked.now += timedelta(hours=1)
+    for _ in range(2):
+        with pytest.raises(functions.TickFailed, match="due for 110 minutes, and was asked by command command-1"):
+            fleet.tick()
+    assert len(asked.commands) == 2
+
+
+def test_a_new_node_is_taken_from_outside_at_once(fleet: Fleet, asked: Asked) -> None:
+    """Nobody knows yet whether it does what it is asked."""
+    fleet.twin.world.retag(fleet.other, {tags.NODE: "n1", tags.TYPE: "validator"})
+    (taken,) = fleet.tick()
+    assert [argv[2] for argv in asked.commands] == ["n0"] and taken

@@ -58,6 +58,18 @@ def test_takes_what_is_due_once_and_says_when_next(world: World) -> None:
     assert world.slots() == ["20261122t020000z", "20261123t020000z"]
 
 
+def test_a_slot_that_somebody_else_says_is_due_is_taken_and_the_nodes_own_policy_prunes(tmp_path: Path) -> None:
+    """A function asks a node so; on it nothing need be scheduled."""
+    world = World(tmp_path, nodes="keep = {daily = 2}")
+    with world.clock():
+        for _ in range(6):
+            slot = compact_time(world.now)
+            assert run(world, slot=slot)["nodes"][0]["taken"] and not run(world, slot=slot)["nodes"][0]["due"]
+            world.pass_by(days=1)
+        assert len(world.slots()) <= 3
+        assert not run(world)["nodes"][0]["due"]
+
+
 def test_a_month_of_ticks_keeps_what_the_policy_keeps(world: World) -> None:
     for _ in range(30):
         document = run(world)
