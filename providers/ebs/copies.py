@@ -32,7 +32,7 @@ def advance(api: Api, region: str, in_region: Callable[[str], Api]) -> list[str]
     failed: SnapshotterError | None = None
     full: set[str] = set()
     for set_id, source in _wanted(api):
-        for other in _missing(source):
+        for other in tags.uncopied(tags.read(source[0])):
             if other in full:
                 continue
             try:
@@ -94,14 +94,8 @@ def _wanted(api: Api) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         theirs = [member.volume for member in first.members if member.provider == tags.NAME]
         wanted = {part for volume in theirs for part in parts(volume)}
         sealed = all("sealed" in tags.marks_of(tags.read(item)) for item in source)
-        if sealed and have == wanted and _missing(source):
+        if sealed and have == wanted and tags.uncopied(tags.read(source[0])):
             yield set_id, source
-
-
-def _missing(source: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Regions where it is to be copied and isn't known to be whole."""
-    labels = tags.read(source[0])
-    return [region for region in labels.get(tags.COPY_TO, "").split() if tags.COPIED + region not in labels]
 
 
 def _copy(api: Api, region: str, there: Api, other: str, set_id: str, source: Sequence[dict[str, Any]]) -> list[str]:

@@ -45,6 +45,7 @@ def whole(cloud: Cloud, set_id: str, region: str = WEST) -> bool:
 def test_copied_in_its_own_time_and_by_whoever_asks(cloud: Cloud) -> None:
     set_id = cloud.take(cloud.provider(copy_to=f"{WEST},{EAST}"))
     assert cloud.provider().advance() == [] and not copies(cloud, WEST), "EC2 copies only what is whole"
+    assert [each.copying for each in catalog.read([cloud.provider()]).sets] == [[WEST, EAST]], "retention waits for it"
     cloud.twin.clock.advance(601)
     begun = cloud.provider().advance()  # another process, whose config needn't say so
     assert len(begun) == 4 and len(copies(cloud, WEST)) == len(copies(cloud, EAST)) == 2
@@ -54,6 +55,7 @@ def test_copied_in_its_own_time_and_by_whoever_asks(cloud: Cloud) -> None:
     assert len(cloud.provider().advance()) == 2
     assert whole(cloud, set_id, WEST) and whole(cloud, set_id, EAST)
     listed = [catalog.read([cloud.provider(**where)]).sets for where in ({}, {"region": WEST})]
+    assert [each.copying for (each,) in listed] == [[], []]
     assert [(each.replicas, each.replica_of) for (each,) in listed] == [([WEST, EAST], ""), ([], REGION)]
     assert {each.state for each in cloud.provider(region=WEST).snapshots(set_id)} == {ImageState.READY}
     assert all(each.encrypted for each in cloud.twin.world.snapshots.values() if each.region != REGION)
