@@ -12,11 +12,12 @@ from msgspec.structs import replace
 
 from providers.ebs import EbsProvider, api, tags
 from snapshotter import functions
-from snapshotter.core.model import Hold, Volume, compact_time, utc_now
+from snapshotter.core.model import Hold, SnapshotSet, State, Volume, compact_time, utc_now
 from snapshotter.nodes import config, schedule
 from snapshotter.nodes.target import target_of
 from snapshotter.provider import Settings
 from snapshotter.testing.harness import make_birth
+from snapshotter.verbs import plan_outside
 from snapshotter.verbs.session import Session
 from snapshotter.verbs.status import status
 from tests.twins.ec2 import Twin
@@ -195,3 +196,20 @@ def test_a_new_node_is_taken_from_outside_at_once(fleet: Fleet, asked: Asked) ->
     fleet.twin.world.retag(fleet.other, {tags.NODE: "n1", tags.TYPE: "validator"})
     (taken,) = fleet.tick()
     assert [argv[2] for argv in asked.commands] == ["n0"] and taken
+
+
+@pytest.mark.parametrize(
+    ("taken", "wanted", "its"),
+    [
+        ("ebs:vol-1+vol-2", {"ebs:vol-2", "ebs:vol-3"}, True),  # a file system over several disks
+        ("ebs:vol-1+vol-2", {"ebs:vol-12"}, False),
+        ("gce:europe-west3-a/data", {"gce:europe-west3-a/data"}, True),
+        ("gce:europe-west3-a/data", {"gce:data"}, True),  # as a config may say it
+        ("gce:europe-west3-a/data", {"gce:europe-west3-b/data"}, False),
+        ("lvm:group/data", {"gce:data"}, False),
+    ],
+)
+def test_disks_of_both_clouds(taken: str, wanted: set[str], its: bool) -> None:
+    provider, _, volume = taken.partition(":")
+    birth = make_birth([Volume(provider, volume)])
+    assert plan_outside.is_of(SnapshotSet(birth, (), {}, State.READY), wanted) is its
