@@ -3,7 +3,7 @@
 The config is in SNAPSHOTTER_CONFIG_TOML, as on a host and often empty: the fleet is what is tagged (`Provider.tagged`).
 Nothing is mounted and no writer is held here. With SNAPSHOTTER_FREEZE_BY_COMMAND=yes a due node that runs on an
 instance is asked, where the cloud can (SSM), to take its own set, frozen; it then has the slot, and a later tick sees
-it. All is told by an exception only when everything else was done.
+it, or takes it from outside and fails. All is told by an exception only when everything else was done.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, UsageError
+from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError, UsageError
 from snapshotter.core.model import Tagged
 from snapshotter.nodes import config
 from snapshotter.nodes.config import Node
@@ -25,6 +25,8 @@ _SOURCE = "SNAPSHOTTER_CONFIG_TOML"
 _STATE = "/tmp/snapshotter"  # noqa: S108 the one place that a function may write to
 _MARGIN_S = 30.0  # for what was begun last
 _USUAL_S = 840.0
+#: A node that was asked has this long. More than an hour: a tick that comes hourly asks once, and then it is over.
+_GRACE_S = 3900.0
 
 
 class TickFailed(Exception):
@@ -110,18 +112,33 @@ def _may_ask() -> bool:
 
 
 def _asking(instances: dict[str, str]) -> Take:
-    """Have the node take it, frozen; where it can't be asked, from outside."""
+    """Have the node take it, frozen, and prune what it took, which its own policy keeps; where it can't be asked, or
+    was and nothing came of it, from outside."""
 
-    def take(session: Session, node: Node, slot: str) -> dict[str, Any]:
-        if (instance := instances.get(node.name)) is not None and node.provider is not None:
-            argv = ["snapshotter", "take", node.name, "--slot", slot, "--no-wait", "--json"]
+    def take(session: Session, node: Node, slot: str, owed_s: float | None) -> dict[str, Any]:
+        instance = instances.get(node.name)
+        if instance is None or node.provider is None:
+            return take_here(session, node, slot)
+        # By this provider whatever lies above the disks: no other's snapshots are seen from here.
+        argv = ["snapshotter", "tick", node.name, "--slot", slot, "--provider", node.provider, "--json"]
+        if owed_s is not None and owed_s <= _GRACE_S:
             try:
                 command = session.provider(node.provider, node).ask(instance, argv)
             except PreconditionError as error:
                 document = take_here(session, node, slot)
                 return {**document, "warnings": [*document["warnings"], f"{error.line()}; taken from outside"]}
             raise BusyError(f"was asked to take it, by command {command}", object=instance)
-        return take_here(session, node, slot)
+        why = "has no set yet" if owed_s is None else f"took no set, due for {owed_s / 60:.0f} minutes"
+        cure = f"run `{' '.join(argv[:3])} --provider {node.provider}` on {instance}: it says why"
+        try:
+            document = take_here(session, node, slot)
+        except PreconditionError as error:  # a grade is required that only the node reaches
+            command = session.provider(node.provider, node).ask(instance, argv)
+            why += f", and was asked by command {command}, as from outside it can't be taken: {error.line()}"
+            raise StorageError(why, object=node.name, cure=cure) from None
+        if owed_s is None or document["existing"]:
+            return {**document, "warnings": [*document["warnings"], f"{why}; taken from outside"]}
+        raise StorageError(f"{why}; taken from outside: {document['set_id']}", object=node.name, cure=cure)
 
     return take
 

@@ -294,6 +294,7 @@ class EbsProvider(Cloud, Provider):
         settling = self._uncertain.get(set_id)
         while True:
             found = [item for item in self._items(set_id) if tags.read(item).get(tags.SET) == set_id]
+            self._drop_copies(api, set_id, found)
             sealed = [item["SnapshotId"] for item in found if "sealed" in tags.marks_of(tags.read(item))]
             if len(sealed) > 1:
                 volumes.tag(api, sealed, {tags.mark("sealed"): None})  # half of a set is no backup
@@ -303,6 +304,12 @@ class EbsProvider(Cloud, Provider):
                 break
             self.clock.sleep(min(5.0, settling.left()))
         self._uncertain.pop(set_id, None)
+
+    def _drop_copies(self, api: Api, set_id: str, found: Sequence[Mapping[str, Any]]) -> None:
+        from providers.ebs import copies
+
+        for other in copies.begun(found):
+            copies.drop(api, api.region, self._in_region(other), other, set_id, found)
 
     def _delete_one(self, api: Api, name: str, within: Deadline) -> None:
         def attempt() -> bool | None:
@@ -320,11 +327,14 @@ class EbsProvider(Cloud, Provider):
         if not self._used():
             return []
         from providers.ebs import copies
-        from providers.ebs.api import connect
 
         api = self._api()
-        profile, role = self._option("profile"), self._option("role_arn")
-        return copies.advance(api, api.region, lambda region: connect(region, profile, role, self.clock))
+        return copies.advance(api, api.region, self._in_region)
+
+    def _in_region(self, region: str) -> Api:
+        from providers.ebs.api import connect
+
+        return connect(region, self._option("profile"), self._option("role_arn"), self.clock)
 
     def _copy_to(self) -> str:
         """The regions that sets are copied to, a blank between two."""

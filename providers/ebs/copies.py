@@ -3,19 +3,21 @@
 Everything that is known of a copy is in tags, so whoever asks next goes on: the source says where it is to be copied,
 what was begun, and where it is whole; a copy says what it is a copy of, as EC2 gives it a VolumeId that means nothing.
 A copy that isn't sealed is in the making and is listed nowhere; it is sealed, with its source's marks, once all of it
-is there. From then on it is a set of its own in its region: nothing here deletes it.
+is there. From then on it is a set of its own in its region: nothing here deletes it. One in the making goes with its
+source (`drop`): nobody would find it afterwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any
 
 from providers.ebs import tags, volumes
 from providers.ebs.api import Api
-from snapshotter.core.errors import SnapshotterError, StorageError
+from snapshotter.core.errors import BusyError, NotFoundError, SnapshotterError, StorageError
 from snapshotter.core.remote import Deadline, Lost, operation_id
 from snapshotter.host.cloud import parts
 
@@ -30,7 +32,7 @@ def advance(api: Api, region: str, in_region: Callable[[str], Api]) -> list[str]
     failed: SnapshotterError | None = None
     full: set[str] = set()
     for set_id, source in _wanted(api):
-        for other in _missing(source):
+        for other in tags.uncopied(tags.read(source[0])):
             if other in full:
                 continue
             try:
@@ -43,6 +45,36 @@ def advance(api: Api, region: str, in_region: Callable[[str], Api]) -> list[str]
     if failed is not None:
         raise failed
     return done
+
+
+def begun(source: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Regions where a set's copies may be in the making: it is tagged so before the first is asked for."""
+    return sorted({key.removeprefix(tags.COPYING) for item in source for key in tags.read(item)
+                   if key.startswith(tags.COPYING)})  # fmt: skip
+
+
+def drop(api: Api, region: str, there: Api, other: str, set_id: str, source: Sequence[Mapping[str, Any]]) -> None:
+    """Remove a set's copies in the making in another region, before the set itself goes. Raises BusyError where one was
+    asked for a moment ago and isn't listed yet."""
+    within = there.deadline(f"{set_id} in {other}")
+    filters = [{"Name": f"tag:{tags.SET}", "Values": [set_id]}, {"Name": "tag-key", "Values": [tags.SOURCE]}]
+    listed = there.pages("describe_snapshots", "Snapshots", within, OwnerIds=["self"], Filters=filters)
+    found = {
+        str(item["SnapshotId"]): labels
+        for item in there.memory.over(listed, "SnapshotId", "snap-")
+        if (labels := tags.read(item)).get(tags.SET) == set_id
+        and labels.get(tags.MANAGED) == "true"
+        and tags.copy_of(labels) == region
+    }
+    copied = {labels[tags.SOURCE].partition("/")[2] for labels in found.values()}
+    for item in source:
+        if str(item["SnapshotId"]) not in copied and _begun_lately(api, item, other):
+            raise BusyError(f"is being copied to {other}", object=set_id, cure="try again in a minute")
+    for name, labels in found.items():
+        if "sealed" not in tags.marks_of(labels):
+            with suppress(NotFoundError):
+                there.call("delete_snapshot", within, SnapshotId=name)
+            there.memory.deleted(name)
 
 
 def _wanted(api: Api) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -62,14 +94,8 @@ def _wanted(api: Api) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         theirs = [member.volume for member in first.members if member.provider == tags.NAME]
         wanted = {part for volume in theirs for part in parts(volume)}
         sealed = all("sealed" in tags.marks_of(tags.read(item)) for item in source)
-        if sealed and have == wanted and _missing(source):
+        if sealed and have == wanted and tags.uncopied(tags.read(source[0])):
             yield set_id, source
-
-
-def _missing(source: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Regions where it is to be copied and isn't known to be whole."""
-    labels = tags.read(source[0])
-    return [region for region in labels.get(tags.COPY_TO, "").split() if tags.COPIED + region not in labels]
 
 
 def _copy(api: Api, region: str, there: Api, other: str, set_id: str, source: Sequence[dict[str, Any]]) -> list[str]:

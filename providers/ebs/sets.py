@@ -51,6 +51,7 @@ def _member(birth: Birth, have: Mapping[str, Mapping[str, Any]]) -> Snapshot:
         order=max(_order(birth, item) for item in items),
         why=why,
         replicas=tuple(sorted(set.intersection(*(set(tags.copied(each)) for each in labels)))),
+        copying=tuple(sorted({region for each in labels for region in tags.uncopied(each)})),
         replica_of=tags.copy_of(labels[0]),
     )
 

@@ -125,6 +125,11 @@ def copied(tags: Mapping[str, str]) -> list[str]:
     return [key.removeprefix(COPIED) for key in tags if key.startswith(COPIED)]
 
 
+def uncopied(tags: Mapping[str, str]) -> list[str]:
+    """Regions where a set's snapshot is to be copied to, and isn't wholly yet."""
+    return [region for region in tags.get(COPY_TO, "").split() if COPIED + region not in tags]
+
+
 def copy_of(tags: Mapping[str, str]) -> str:
     """The region of what a snapshot is a copy of; '' if it is none."""
     return tags.get(SOURCE, "").partition("/")[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from snapshotter.cli.call import Call, common, complain, complete_target, confirm, in_seconds
+from snapshotter.cli.call import Call, common, complain, complete_target, confirm, in_seconds, providing
 from snapshotter.core.errors import Exit, UsageError, worst
 
 
@@ -44,8 +44,12 @@ def prune(call: Call, target: str | None, dry_run: bool, yes: bool, confirm_many
 @click.command()
 @click.argument("target", metavar="[NODE]", required=False, shell_complete=complete_target)
 @click.option("--deadline", callback=in_seconds, metavar="DURATION", help="Begin nothing after so long (10m).")
+@click.option("--slot", default="", help="Name of the scheduled time that is due, instead of the node's own.")
+@providing
 @common
-def tick(call: Call, target: str | None, deadline: float | None) -> None:
+def tick(
+    call: Call, target: str | None, deadline: float | None, slot: str, provider: str | None, options: tuple[str, ...]
+) -> None:
     """Do what is due now: take, verify, prune, reap. What a timer calls.
 
     Of one node, or of all. May run as often as you like."""
@@ -53,10 +57,12 @@ def tick(call: Call, target: str | None, deadline: float | None) -> None:
     from snapshotter.verbs import tick as verb
     from snapshotter.verbs.prune import nodes_of
 
-    session = call.session()
+    if slot and target is None:
+        raise UsageError("is one node's", object=f"--slot {slot}", cure="name the node")
+    session = call.session(provider, options)
     if target is None and not session.config.nodes:
         raise UsageError("the config has no nodes", cure="`snapshotter init PATH --write` adds one")
-    document, errors = verb.tick(session, nodes_of(session, target), deadline_s=deadline)
+    document, errors = verb.tick(session, nodes_of(session, target), deadline_s=deadline, slot=slot)
     for error in errors:
         complain(f"error: {error.line()}")
     call.answer(document, lambda: human.ticked(document), int(worst(errors)))

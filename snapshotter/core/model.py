@@ -185,6 +185,7 @@ class Snapshot(Struct, frozen=True):
     #: False: there are marks, but they can't be read (damaged, of a newer schema): it may have been sealed, or pinned.
     marks_known: bool = True
     replicas: tuple[str, ...] = ()  # where the store has made whole copies of it: regions
+    copying: tuple[str, ...] = ()  # where it has still to make one
     replica_of: str = ""  # on such a copy: where its original was taken
     received: bool = False  # sent here by what keeps replicas (zfs receive): its sender's to remove
 
@@ -339,6 +340,11 @@ class SnapshotSet(Struct, frozen=True):
         """Where all of it was copied to. Whether it is there still, the list there tells."""
         each = [set(snapshot.replicas) for snapshot in self.snapshots]
         return sorted(set.intersection(*each)) if each else []
+
+    @property
+    def copying(self) -> list[str]:
+        """Where the store has still to copy it, or a part of it, to."""
+        return sorted({place for snapshot in self.snapshots for place in snapshot.copying})
 
     @property
     def replica_of(self) -> str:

@@ -20,6 +20,8 @@ from snapshotter.nodes.values import Seconds
 
 #: A set stamped so far ahead of the clock was taken under another one.
 FUTURE = timedelta(minutes=5)
+#: What goes before its copy in another region is whole is copied nowhere; for longer than this a copy doesn't take.
+_COPYING = timedelta(days=3)
 
 _HOUR, _DAY = 3600, 86400
 #: Field of `Keep`, which bucket a moment falls into, its name, and how long one is at most (seconds).
@@ -80,6 +82,8 @@ def decide(sets: Sequence[SnapshotSet], now: datetime, keep: Keep, host: str, *,
     candidates = set(plausible)
     for k, found in enumerate(sets):
         stays = _stays(found, ours[k], automatic) or ("stamped in the future" if future[k] else "")
+        if not stays and found.good and found.copying and newest is not None and newest - moments[k] <= _COPYING:
+            stays = f"to be copied to {', '.join(found.copying)}"
         if stays or k in rules:
             candidates.discard(k)
             verdicts.append(Verdict(found, True, stays or rules[k], future[k]))

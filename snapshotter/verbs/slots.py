@@ -12,6 +12,7 @@ import time
 from snapshotter import catalog
 from snapshotter.core.errors import BusyError, SnapshotterError, StorageError
 from snapshotter.core.model import Grade, SnapshotSet, State, utc_now
+from snapshotter.verbs import plan_outside
 from snapshotter.verbs.plan import Plan, SlotTakenError
 from snapshotter.verbs.session import Session
 
@@ -72,10 +73,14 @@ def _rivals(session: Session, plan: Plan) -> list[SnapshotSet]:
         for entry in gone:
             if entry.provider in unlisted:
                 raise StorageError(entry.reason, object=entry.provider)
-        return catalog.read(providers, gone, slot=slot, needed=needed).sets
+        found = catalog.read(providers, gone, slot=slot, needed=needed).sets
     except SnapshotterError as error:
         raise StorageError(
             f"can't be asked whether the slot {plan.birth.slot} was taken: {error.line()}",
             object=", ".join(mine),
             cure="the next tick tries again",
         ) from None
+    if plan.node.select is None:
+        return found
+    wanted = plan_outside.disks(plan.volumes)  # whoever has a node of this name: one target
+    return [each for each in found if plan_outside.is_of(each, wanted)]

@@ -20,7 +20,7 @@ from snapshotter.host import schedules
 from snapshotter.host.schedules import Installed
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.target import resolve, target_of
-from snapshotter.verbs import filling
+from snapshotter.verbs import filling, plan_outside
 from snapshotter.verbs.documents import when
 from snapshotter.verbs.filling import Room
 from snapshotter.verbs.session import Session
@@ -71,11 +71,17 @@ def status(session: Session, target: str | None = None) -> dict[str, Any]:
     samples = filling.load(session)
     documents = []
     for node in nodes:
+        problems, found = [], []
         if node.select is None:
             sets = entries.of_target(target_of(node))
         else:  # the node itself, or a function, may have taken it
-            sets = [found for found in entries.sets if found.birth.node == node.name]
-        problems, found = [], []
+            named = [found for found in entries.sets if found.birth.node == node.name]
+            wanted: set[str] = set()
+            try:
+                wanted = plan_outside.disks_of(session, node)
+            except SnapshotterError as error:
+                problems.append(Problem("unknown", error.line()))
+            sets = plan_outside.of_node(node, named, wanted)
         if node.select is None:  # off this host there is nothing to look at but the sets
             try:
                 spaces = filling.rooms(session, node)

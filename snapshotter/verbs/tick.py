@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from msgspec import Struct
@@ -22,7 +23,7 @@ from snapshotter.nodes import schedule
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.target import target_of
 from snapshotter.provider import resume
-from snapshotter.verbs import notify, prune, slots, verify
+from snapshotter.verbs import notify, plan_outside, prune, slots, verify
 from snapshotter.verbs.documents import when
 from snapshotter.verbs.reap import reap
 from snapshotter.verbs.session import Session
@@ -31,11 +32,12 @@ from snapshotter.verbs.take import take_node
 #: Nodes of a fleet at once: a store far away answers slowly, and its bucket isn't emptied faster by more (CLOUD.md).
 AT_ONCE = 16
 
-#: How a due node is taken: (session, node, slot) -> the document of `take`.
-Take = Callable[[Session, Node, str], dict[str, Any]]
+#: How a due node is taken: (session, node, slot, owed_s) -> the document of `take`. `owed_s`: for how long a set has
+#: been due, seconds since the first scheduled time after the newest; None where there is no set yet.
+Take = Callable[[Session, Node, str, float | None], dict[str, Any]]
 
 
-def take_here(session: Session, node: Node, slot: str) -> dict[str, Any]:
+def take_here(session: Session, node: Node, slot: str, owed_s: float | None = None) -> dict[str, Any]:
     """The usual way."""
     return take_node(session, node, slot=slot)
 
@@ -47,6 +49,7 @@ class Run(Struct):
     entries: Catalog
     end: float | None
     take: Take
+    slot: str = ""
     failed: list[dict[str, Any]] = []
     errors: list[SnapshotterError] = []
     left: list[str] = []
@@ -70,16 +73,18 @@ def tick(
     *,
     deadline_s: float | None = None,
     take: Take = take_here,
+    slot: str = "",
 ) -> tuple[dict[str, Any], list[SnapshotterError]]:
-    """Do what is due for these nodes. `deadline_s`: nothing is begun after so many seconds. Returns the document and
-    the errors behind its `failed`: one node's failure doesn't stop the others."""
-    run = Run(session, Catalog([], []), None if deadline_s is None else time.monotonic() + deadline_s, take)
+    """Do what is due for these nodes. `deadline_s`: nothing is begun after so many seconds. `slot`: the scheduled time
+    that is due, as whoever asks for it says, instead of the nodes' own. Returns the document and the errors behind its
+    `failed`: one node's failure doesn't stop the others."""
+    run = Run(session, Catalog([], []), None if deadline_s is None else time.monotonic() + deadline_s, take, slot)
     run.notes += resume()
     run.entries = session.catalog()
     by_target: dict[str, list[SnapshotSet]] = {}
     for found in run.entries.sets:
         by_target.setdefault(found.birth.target, []).append(found)
-    # A set of a node that is seen from outside may have been taken by the node itself.
+    # A set of a node that is seen from outside may have been taken by the node itself: as another target.
     by_name: dict[str, list[SnapshotSet]] = {}
     for found in run.entries.sets:
         by_name.setdefault(found.birth.node, []).append(found)
@@ -125,19 +130,33 @@ def _everything(run: Run) -> tuple[list[str], dict[str, Any] | None]:
         if run.in_time(f"{provider.name}: advance"):
             try:
                 advanced += provider.advance()
-            except SnapshotterError as error:
-                run.fail(None, "advance", error)
+            except Exception as error:
+                run.fail(None, "advance", _told(error, provider.name))
     if not run.in_time("reap"):
         return advanced, None
     try:
         return advanced, reap(run.session, run.entries)
-    except SnapshotterError as error:
-        run.fail(None, "reap", error)
+    except Exception as error:
+        run.fail(None, "reap", _told(error, "reap"))
         return advanced, None
 
 
+def _told(error: Exception, what: str) -> SnapshotterError:
+    """A bug as a failure: it stops no other node, and whoever is told of failures is told of it."""
+    if isinstance(error, SnapshotterError):
+        return error
+    from traceback import extract_tb
+
+    at = extract_tb(error.__traceback__)[-1]
+    place = f"{at.filename.rpartition('/')[2]}:{at.lineno}"
+    return SnapshotterError(
+        f"met a bug of snapshotter: {type(error).__name__}: {error} ({place})", object=what, cure="report it"
+    )
+
+
 def _node(run: Run, node: Node, sets: list[SnapshotSet]) -> dict[str, Any]:
-    """All that is to be done for one node; `sets` are its own, oldest first."""
+    """All that is to be done for one node; `sets` are its own, or have its name where it is seen from outside. Oldest
+    first."""
     entry: dict[str, Any] = {
         "node": node.name,
         "target": target_of(node),
@@ -151,18 +170,35 @@ def _node(run: Run, node: Node, sets: list[SnapshotSet]) -> dict[str, Any]:
         "verified": None,
         "removed": [],
     }
-    if node.every is not None:
-        now = utc_now()
-        slot = compact_time(schedule.due(node.every, node.at, now))
-        entry |= {"slot": slot, "due": is_due(sets, slot)}
-        entry["next_at"] = when(schedule.next_after(node.every, node.at, now))
-        if entry["due"]:
-            run.notes += notify.ping(node, "start")
-            _take(run, node, slot, entry)
-    _verify(run, node, sets, entry)
-    _prune(run, node, [found for found in sets if found.birth.target == entry["target"]], entry)
+    try:
+        _serve(run, node, sets, entry)
+    except Exception as error:
+        run.fail(node.name, "tick", _told(error, node.name))
     _tell(run, node, entry)
     return entry
+
+
+def _serve(run: Run, node: Node, sets: list[SnapshotSet], entry: dict[str, Any]) -> None:
+    own = sets
+    if node.select is not None:
+        wanted: set[str] = set()
+        with suppress(SnapshotterError):  # the take, which is due then, tells why
+            wanted = plan_outside.disks_of(run.session, node)
+        own = [found for found in sets if plan_outside.is_of(found, wanted)]
+    slot, owed_s = run.slot, None
+    if node.every is not None:
+        now = utc_now()
+        slot = slot or compact_time(schedule.due(node.every, node.at, now))
+        entry["next_at"] = when(schedule.next_after(node.every, node.at, now))
+        if (newest := next((found for found in reversed(own) if slots.counts(found)), None)) is not None:
+            owed_s = (now - schedule.next_after(node.every, node.at, newest.birth.taken_at)).total_seconds()
+    if slot:
+        entry |= {"slot": slot, "due": is_due(own, slot)}
+        if entry["due"]:
+            run.notes += notify.ping(node, "start")
+            _take(run, node, slot, owed_s, entry)
+    _verify(run, node, own, entry)
+    _prune(run, node, [found for found in sets if found.birth.target == entry["target"]], entry)
 
 
 def _tell(run: Run, node: Node, entry: dict[str, Any]) -> None:
@@ -181,13 +217,13 @@ def is_due(sets: Sequence[SnapshotSet], slot: str) -> bool:
     return not any(found.birth.slot == slot and (slots.counts(found) or slots.being_made(found)) for found in sets)
 
 
-def _take(run: Run, node: Node, slot: str, entry: dict[str, Any]) -> None:
+def _take(run: Run, node: Node, slot: str, owed_s: float | None, entry: dict[str, Any]) -> None:
     if not run.in_time(f"{node.name}: take {slot}"):
         error = StorageError("was due, and the deadline came first", object=node.name, cure="the next tick takes it")
         run.fail(node.name, "take", error)
         return
     try:
-        entry["taken"] = run.take(run.session, node, slot)
+        entry["taken"] = run.take(run.session, node, slot, owed_s)
         run.notes += [f"{node.name}: {warning}" for warning in entry["taken"]["warnings"]]
         if entry["taken"]["state"] == State.PENDING:
             entry["pending"].append(entry["taken"]["set_id"])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from snapshotter import catalog
-from snapshotter.core.errors import PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.model import ImageState
 from snapshotter.testing.conformance.steps import seal, take
 from tests.faults.test_ebs_faults import Cloud
@@ -45,6 +45,7 @@ def whole(cloud: Cloud, set_id: str, region: str = WEST) -> bool:
 def test_copied_in_its_own_time_and_by_whoever_asks(cloud: Cloud) -> None:
     set_id = cloud.take(cloud.provider(copy_to=f"{WEST},{EAST}"))
     assert cloud.provider().advance() == [] and not copies(cloud, WEST), "EC2 copies only what is whole"
+    assert [each.copying for each in catalog.read([cloud.provider()]).sets] == [[WEST, EAST]], "retention waits for it"
     cloud.twin.clock.advance(601)
     begun = cloud.provider().advance()  # another process, whose config needn't say so
     assert len(begun) == 4 and len(copies(cloud, WEST)) == len(copies(cloud, EAST)) == 2
@@ -54,6 +55,7 @@ def test_copied_in_its_own_time_and_by_whoever_asks(cloud: Cloud) -> None:
     assert len(cloud.provider().advance()) == 2
     assert whole(cloud, set_id, WEST) and whole(cloud, set_id, EAST)
     listed = [catalog.read([cloud.provider(**where)]).sets for where in ({}, {"region": WEST})]
+    assert [each.copying for (each,) in listed] == [[], []]
     assert [(each.replicas, each.replica_of) for (each,) in listed] == [([WEST, EAST], ""), ([], REGION)]
     assert {each.state for each in cloud.provider(region=WEST).snapshots(set_id)} == {ImageState.READY}
     assert all(each.encrypted for each in cloud.twin.world.snapshots.values() if each.region != REGION)
@@ -65,6 +67,36 @@ def test_copied_in_its_own_time_and_by_whoever_asks(cloud: Cloud) -> None:
     assert whole(cloud, set_id)
     cloud.provider(region=WEST).delete(set_id)
     assert not copies(cloud, WEST) and len(copies(cloud, EAST)) == 2
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_copy_in_the_making_goes_with_its_source(cloud: Cloud, whole: bool) -> None:
+    """Else it would be paid for, and nobody would ever list it."""
+    set_id = cloud.take(cloud.provider(copy_to=f"{WEST},{EAST}"))
+    cloud.twin.clock.advance(601)
+    cloud.provider().advance()
+    (others, *_) = [each for each in cloud.twin.world.snapshots.values() if each.region == EAST]
+    cloud.twin.world.retag(others, {**others.tags, "snapshotter:source": "ap-south-1/snap-1"})  # another region's
+    cloud.twin.clock.advance(601 if whole else LATER_S)
+    cloud.provider().delete(set_id)
+    assert not copies(cloud, WEST) and copies(cloud, EAST) == ["ap-south-1/snap-1"]
+    assert not list(cloud.provider().snapshots(set_id))
+
+
+def test_a_source_whose_copy_is_not_listed_yet_stays(cloud: Cloud) -> None:
+    set_id = cloud.take(cloud.provider(copy_to=WEST))
+    cloud.twin.clock.advance(601)
+    cloud.twin.limits.lag_s = 20.0
+    cloud.twin.fail("CopySnapshot", "lost")
+    with pytest.raises(StorageError, match="isn't known"):
+        cloud.provider().advance()
+    cloud.twin.clock.advance(5)
+    with pytest.raises(BusyError, match="is being copied"):
+        cloud.provider().delete(set_id)
+    assert len(list(cloud.provider().snapshots(set_id))) == len(cloud.ids)
+    cloud.twin.clock.advance(LATER_S)
+    cloud.provider().delete(set_id)
+    assert not copies(cloud, WEST) and not cloud.living()
 
 
 @pytest.mark.parametrize("lag", [0.0, 20.0])
@@ -180,3 +212,8 @@ def test_with_the_policies_of_the_manual(cloud: Cloud) -> None:
         cloud.twin.clock.advance(601)
     cloud.provider().advance()
     assert whole(cloud, set_id)
+    gone = cloud.take(cloud.provider(copy_to=WEST))
+    cloud.twin.clock.advance(601)
+    cloud.provider().advance()
+    cloud.provider().delete(gone)
+    assert whole(cloud, set_id), "and nothing of the other is left"

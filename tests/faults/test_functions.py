@@ -11,15 +11,22 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from providers.ebs import EbsProvider
+from snapshotter.core.model import Hold, Volume, compact_time, utc_now
+from snapshotter.provider import Settings
+from snapshotter.testing.harness import make_birth
 from tests.support import CHECKOUT
 from tests.twins import gce
 from tests.twins.ec2 import Twin
+from tests.unit.ebs_kit import REGION, environment
 from tests.unit.functions_kit import google_function, lambda_function
 
 DAILY = "[node.n0]\npath = '/data'\nevery = '24h'\nkeep = {daily = 1}\n"
@@ -143,19 +150,38 @@ def agent() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 def test_a_node_is_asked_to_take_it_frozen(twin: Twin, tmp_path: Path, agent: tuple[str, list[dict[str, Any]]]) -> None:
     url, asked = agent
     (instance,) = fleet(twin, 1)
-    given = {**twin.environment(), "AWS_ENDPOINT_URL_SSM": url, "SNAPSHOTTER_FREEZE_BY_COMMAND": "yes"}
+    at = datetime.now(UTC) - timedelta(minutes=5)
+    given = {
+        **twin.environment(),
+        "AWS_ENDPOINT_URL_SSM": url,
+        "SNAPSHOTTER_FREEZE_BY_COMMAND": "yes",
+        "SNAPSHOTTER_CONFIG_TOML": f"[node.n0]\npath = '/data'\nevery = '24h'\nat = '{at:%H:%M}'\n",
+    }
+    (disk,) = [each for each in twin.world.volumes.values() if "snapshotter:node" in each.tags]
+    before = taken_yesterday(twin, disk.id)
     with lambda_function(given, tmp_path / "log") as call:
         for _ in range(2):  # the second, as nothing came of the first
             kind, answer = call({})
             assert kind == "response" and answer["taken"] == [] and "was asked" in answer["busy"][0], answer
-        assert not alive(twin)
+        assert {tags["snapshotter:set"] for tags in alive(twin)} == {before}
         (command,) = asked[0]["Parameters"]["commands"]
         words = command.split()
-        assert words[:4] == ["snapshotter", "take", "n0", "--slot"] and words[5:] == ["--no-wait", "--json"]
+        assert words[:4] == ["snapshotter", "tick", "n0", "--slot"] and words[5:] == ["--provider", "ebs", "--json"]
         assert asked[0]["InstanceIds"] == [instance.id]
         kind, answer = call({})  # now there is no agent
         assert kind == "response" and len(answer["taken"]) == 1 and "from outside" in answer["warnings"][0], answer
         assert {tags["snapshotter:mark-grade"] for tags in alive(twin)} == {"crash"}
+
+
+def taken_yesterday(twin: Twin, disk: str) -> str:
+    with environment(**twin.environment()):
+        provider = EbsProvider(Settings("/nonexistent", options={"region": REGION}))
+        volumes = [Volume("ebs", disk)]
+        birth = replace(make_birth(volumes, node="n0"), taken_at=utc_now() - timedelta(days=1))
+        provider.check(volumes, birth)
+        provider.create(volumes, birth, Hold())
+        provider.mark(birth.set_id, {"sealed": compact_time(utc_now()), "grade": "crash"})
+    return birth.set_id
 
 
 @pytest.mark.alone

@@ -87,6 +87,17 @@ def test_the_tour(command: Command, data: Path, tmp_path: Path) -> None:
     command.error("delete", identity, "--yes", exit_code=4)
 
 
+def test_a_tick_that_a_function_asks_for(data: Path, tmp_path: Path) -> None:
+    """The slot and the provider are the function's, which finds the set by both; the config may say others."""
+    command = Command(tmp_path / "etc", config=f'[node.n]\npath = "{data}"\nprovider = "zfs"\n')
+    asked = ("tick", "n", "--slot", "20261122t020000z", "--provider", "copy", "-o", f"store={tmp_path}/place/store")
+    (entry,) = command.json(*asked)["nodes"]
+    assert entry["due"] and entry["slot"] == "20261122t020000z" and entry["next_at"] is None
+    assert {each["provider"] for each in entry["taken"]["snapshots"]} == {"copy"}
+    assert not command.json(*asked)["nodes"][0]["due"]
+    assert "node" in command.error("tick", "--slot", "20261122t020000z", exit_code=2)["cure"]
+
+
 def test_a_clone_not_written_to_is_released_without_a_word(command: Command, data: Path, tmp_path: Path) -> None:
     identity = command.json("take", str(data))["set_id"]
     command.json("restore", identity, "--to", str(tmp_path / "clone"))

@@ -266,6 +266,19 @@ def test_damaged_sets_are_a_persons() -> None:
     assert gone.found is sets[0] and "damaged" in gone.rule
 
 
+def test_what_is_still_to_be_copied_stays_for_three_days() -> None:
+    """Else a policy that keeps less than a copy takes would never have one."""
+
+    def copied(found: SnapshotSet, *regions: str) -> SnapshotSet:
+        return replace(found, snapshots=tuple(replace(each, copying=regions) for each in found.snapshots))
+
+    hours = [a_set(NOON - timedelta(hours=96 - k), k) for k in range(97)]
+    assert len(kept(decide(hours, NOON, Keep(hourly=2), HERE))) == 2
+    plan = decide([copied(each, "eu-west-1") for each in hours], NOON, Keep(hourly=2), HERE)
+    assert kept(plan) == [each.set_id for each in hours[-73:]]
+    assert plan.verdicts[-10].rule == "to be copied to eu-west-1"
+
+
 def test_replicas_are_nobodys_reason_to_let_go() -> None:
     """They are their senders': their space isn't ours to free, and their being there guards nothing."""
     away = [a_set(NOON + number * DAY, number + 1, received=True) for number in range(20)]

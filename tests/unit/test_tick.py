@@ -58,6 +58,18 @@ def test_takes_what_is_due_once_and_says_when_next(world: World) -> None:
     assert world.slots() == ["20261122t020000z", "20261123t020000z"]
 
 
+def test_a_slot_that_somebody_else_says_is_due_is_taken_and_the_nodes_own_policy_prunes(tmp_path: Path) -> None:
+    """A function asks a node so; on it nothing need be scheduled."""
+    world = World(tmp_path, nodes="keep = {daily = 2}")
+    with world.clock():
+        for _ in range(6):
+            slot = compact_time(world.now)
+            assert run(world, slot=slot)["nodes"][0]["taken"] and not run(world, slot=slot)["nodes"][0]["due"]
+            world.pass_by(days=1)
+        assert len(world.slots()) <= 3
+        assert not run(world)["nodes"][0]["due"]
+
+
 def test_a_month_of_ticks_keeps_what_the_policy_keeps(world: World) -> None:
     for _ in range(30):
         document = run(world)
@@ -270,6 +282,28 @@ def test_one_nodes_failure_stops_no_other(tmp_path: Path) -> None:
         document = run(world)  # an empty data path is refused
         assert [entry["node"] for entry in document["failed"]] == ["n1"]
         assert world.slots(0) and world.slots(2) and not world.slots(1)
+
+
+def test_a_bug_at_one_node_stops_no_other_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path, count=3)
+
+    class Buggy(Proxy):
+        def check(self, volumes: Any, birth: Birth) -> None:
+            if birth.node == "n1":
+                raise KeyError("of the driver's")
+            super().check(volumes, birth)
+
+        def advance(self) -> list[str]:
+            raise IndexError("no such thing")
+
+    told: list[str] = []
+    monkeypatch.setattr("snapshotter.verbs.notify.people", lambda node, title, text: told.append(text) or [])
+    with world.clock():
+        document = run(world, Buggy(world.provider()))
+    assert [(entry["node"], entry["exit"]) for entry in document["failed"]] == [("n1", 1), (None, 1)]
+    assert "KeyError" in document["errors"][0].line() and "test_tick.py:" in document["errors"][0].line()
+    assert world.slots(0) and world.slots(2) and not world.slots(1)
+    assert len(told) == 1 and "KeyError" in told[0]
 
 
 def test_a_newest_set_that_is_damaged_is_a_failure_and_stays(world: World) -> None:
