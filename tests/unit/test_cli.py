@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from snapshotter.host.mounts import is_mount_point
+from snapshotter.nodes import config
 from tests.support import CHECKOUT, NOBODY, Command, loop_file_system
 
 
@@ -317,6 +318,16 @@ def test_init_finds_and_writes(command: Command, data: Path) -> None:
     taken = command.json("take", "node")
     assert taken["path"] == str(data)
     assert "already" in command.error("init", str(data), "--write", exit_code=2)["line"]
+
+
+@pytest.mark.parametrize("kind", ["validator", "rpc", "archive"])
+def test_init_leaves_schedule_and_retention_to_the_type(command: Command, data: Path, kind: str) -> None:
+    command.config.unlink()
+    command.json("init", str(data), "--type", kind, "--write")
+    preset = config.make_node("node", {"path": str(data), "type": kind}, "")
+    written = config.load(str(command.config)).nodes["node"]
+    assert (written.every, written.keep) == (preset.every, preset.keep) and written.keep != config.Keep()
+    assert "keep" not in command.config.read_text()
 
 
 def test_init_keeps_what_the_config_says(command: Command, data: Path, tmp_path: Path) -> None:
