@@ -62,11 +62,14 @@ class Told(BaseException):
         self.left = tuple(left)
         self.undo_command = undo_command
 
+    def what(self) -> str:
+        """What, and which object: the line without its cure, for who shows that apart."""
+        named = not self.object or self.object in self.message
+        return self.message if named else f"{self.object}: {self.message}"
+
     def line(self) -> str:
         """The one line for a terminal or a log. Line breaks are folded, control characters (of a file's name) shown."""
-        text = self.message
-        if self.object and self.object not in text:
-            text = f"{self.object}: {text}"
+        text = self.what()
         if self.left:
             text += f" (left: {', '.join(self.left)})"
         if self.cure:

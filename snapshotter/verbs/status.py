@@ -20,7 +20,8 @@ from snapshotter.host import schedules
 from snapshotter.host.schedules import Installed
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.target import resolve, target_of
-from snapshotter.verbs import filling
+from snapshotter.verbs import filling, open_restores
+from snapshotter.verbs import plan as planning
 from snapshotter.verbs.documents import when
 from snapshotter.verbs.filling import Room
 from snapshotter.verbs.session import Session
@@ -78,10 +79,13 @@ def status(session: Session, target: str | None = None) -> dict[str, Any]:
         problems, found = [], []
         if node.select is None:  # off this host there is nothing to look at but the sets
             try:
-                spaces = filling.rooms(session, node)
+                open_restores.refuse(session, target_of(node))
+                seen = planning.survey(session, node)
+                spaces = filling.rooms(seen.claims)
                 found = [filling.judge(node, name, space, samples, time.time()) for name, space in spaces]
+                planning.held(node, seen)
             except SnapshotterError as error:
-                problems.append(Problem("no-take", error.line()))
+                problems.append(Problem("no-take", error.what(), error.cure))
         timer = timers.get(node.name)
         problems = [*of_sets(node, sets, now), *of_timer(node, sets, timer, now), *of_rooms(node, found), *problems]
         documents.append(_document(node, sets, found, timer, problems, now))

@@ -229,6 +229,22 @@ def test_a_path_that_is_gone_is_what_the_next_take_fails_of(command: Command) ->
     assert document["nodes"][0]["newest_good"] is not None, "its sets are found all the same"
 
 
+@pytest.mark.parametrize(
+    ("more", "emptied"), [('quiesce = "stop"\nunit = "no-such-thing-here.service"\n', False), ("", True)]
+)
+def test_what_the_next_take_is_refused_for(command: Command, more: str, emptied: bool) -> None:
+    command.json("take", "n")
+    with open(command.config, "a") as file:
+        file.write(more)
+    if emptied:  # as when its disk isn't mounted
+        os.unlink(command.home.parent / "node" / "file")
+    refused = command.error("take", "n", "--dry-run", exit_code=3)
+    document, problems = look(command, 8)
+    assert problems == {"no-take"} and document["nodes"][0]["room"], "how full it is, is said all the same"
+    assert refused["message"] in document["nodes"][0]["problems"][0]["message"]
+    assert command.error("take", "n", exit_code=3)["message"] == refused["message"]
+
+
 @pytest.mark.root
 @pytest.mark.parametrize("kind", ["btrfs", "ext4"])
 def test_a_full_file_system(tmp_path: Path, kind: str, measured: Any) -> None:
