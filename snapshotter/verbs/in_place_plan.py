@@ -83,6 +83,17 @@ class Plan(Struct, frozen=True, kw_only=True):
         return not self.resync and self.only != "database"
 
     @property
+    def wants_alone(self) -> bool:
+        """Whether a person must say that no other node runs with the key that will stand there."""
+        return self.brings_key and self.validator
+
+    @property
+    def whose_key(self) -> str:
+        """Of the key that will stand there: `the key of 0x...`."""
+        address = self.address if self.identity == "live" else self.set_address or self.address
+        return f"the key of {address}" if address else "its key"
+
+    @property
     def seconds(self) -> float | None:
         if self.way == "swap" or self.need_bytes == 0:
             return 1.0
