@@ -136,8 +136,10 @@ class Plan(Struct, frozen=True, kw_only=True):
 def load(facts: Any) -> Plan:
     """The plan of a journal's first record. Raises SnapshotterError if it isn't one."""
     try:
-        return msgspec.convert(facts["plan"], Plan, dec_hook=_decode)
-    except (KeyError, msgspec.ValidationError) as error:
+        # A key that the config had when it began, and has no more, must not bar the way back.
+        node = {key: value for key, value in facts["plan"]["node"].items() if key in Node.__struct_fields__}
+        return msgspec.convert({**facts["plan"], "node": node}, Plan, dec_hook=_decode)
+    except (KeyError, TypeError, AttributeError, msgspec.ValidationError) as error:
         raise SnapshotterError(f"the journal's plan can't be read: {error}") from None
 
 
