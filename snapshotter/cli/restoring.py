@@ -120,7 +120,7 @@ def _put_in_place(call: Call, session: Session, plan: Any, given: Mapping[str, A
         question = f"two nodes that run with one key equivocate: is every other node with {key} stopped?"
         unasked = f"two nodes that run with one key equivocate: every other node with {key} must be stopped"
         ask(given["alone"], question, unasked, plan.path, alone)
-    confirm(given["yes"], f"stop it and set its data aside: {human.what_is_restored(plan.document())} at", [plan.path])
+    confirm(given["yes"], human.question_in_place(plan.document()), [plan.path])
     document = verb.carry_out(session, plan)
     call.answer(document, lambda: human.in_place(document))
 
