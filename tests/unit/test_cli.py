@@ -189,6 +189,15 @@ def test_bad_input(command: Command, data: Path, tmp_path: Path, words: list[str
     assert inventory(tmp_path / "place") == before
 
 
+@pytest.mark.parametrize("words", [[], ["schedule"], ["identity"]])
+def test_a_group_alone_shows_its_help(words: list[str]) -> None:
+    run = [sys.executable, "-m", "snapshotter", *words]
+    done, asked = (
+        subprocess.run(argv, capture_output=True, text=True, cwd=CHECKOUT) for argv in (run, [*run, "--help"])
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", asked.stdout) and asked.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
