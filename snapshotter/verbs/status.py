@@ -154,6 +154,8 @@ def of_timer(node: Node, sets: Sequence[SnapshotSet], timer: Installed | None, n
         why = "nothing on this host would take the next set"
     else:
         why = f"its timer will not run: {timer.why}"
+        if timer.kind == "cron":  # its line is there
+            return [Problem("no-timer", why, "start a cron daemon, or install one")]
     return [Problem("no-timer", why, f"snapshotter schedule install {node.name}")]
 
 

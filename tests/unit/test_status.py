@@ -94,6 +94,8 @@ def test_a_timer_is_missed_unless_a_function_takes_the_sets() -> None:
     assert timer(None) == ["no-timer"]
     assert timer(Installed("n", "systemd", (), True)) == []
     assert timer(Installed("n", "systemd", (), False, "it is inactive")) == ["no-timer"]
+    (problem,) = status.of_timer(node(), [], Installed("n", "cron", (), False, "no cron daemon runs"), NOW)
+    assert "install" not in problem.cure.split(",")[0] and "cron daemon" in problem.cure
     assert timer(None, of=node("")) == []
     assert timer(None, made(1, slot="s")) == ["no-timer"], "copy can only be taken on this host"
     away = made(1, slot="s")
