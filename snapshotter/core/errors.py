@@ -6,6 +6,7 @@ Exit codes are part of the command-line contract (README, "Exit codes"). A trace
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, ClassVar
@@ -16,6 +17,12 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 def plain(text: str, *, keep: str = "") -> str:
     """`text` with control characters (but those in `keep`) shown, not sent: a file's name must not drive a terminal."""
     return _CONTROL.sub(lambda match: match[0] if match[0] in keep else f"\\x{ord(match[0]):02x}", text)
+
+
+def pip_install(extra: str) -> str:
+    """The cure for a missing library, one of our extras: by the pip of the environment that we are installed in, which
+    knows us. No index does."""
+    return f"{sys.prefix}/bin/pip install 'node-snapshotter[{extra}]'"
 
 
 class Exit(IntEnum):
