@@ -200,16 +200,28 @@ def restored_away(document: Document) -> str:
 
 def what_is_restored(document: Document) -> str:
     """`the database of s2026...`."""
-    if document["only"] == "resync":
-        return "no database, to sync anew,"
     part = {"database": "the database of ", "key": "the keys of "}.get(document["only"] or "", "")
     return f"{part}{document['set_id']}"
+
+
+def _is_put(document: Document) -> str:
+    path = document["path"]
+    if document["only"] == "resync":
+        return f"set the database at {path} aside, to sync anew"
+    return f"put {what_is_restored(document)} at {path}"
+
+
+def question_in_place(document: Document) -> str:
+    """What is about to be done, for the question: what it is done to is named after it."""
+    if document["only"] == "resync":
+        return "stop it, and set its database aside, to sync anew, at"
+    return f"stop it, set what is there aside, and put {what_is_restored(document)} at"
 
 
 def in_place_plan(document: Document) -> str:
     """What `restore --in-place --dry-run` and `resync --dry-run` say."""
     service = document["service"]
-    lines = [f"would put {what_is_restored(document)} at {document['path']} (node {document['node']})"]
+    lines = [f"would {_is_put(document)} (node {document['node']})"]
     if service is None:
         lines.append("  no service is configured: nothing is stopped or started")
     else:
@@ -244,7 +256,7 @@ def in_place(document: Document) -> str:
             "\n".join(f"removed {gone}" for gone in document["discarded"])
             or f"nothing is set aside for {path} any more"
         )
-    lines = [f"put {what_is_restored(document)} at {path}"]
+    lines = [_is_put(document)]
     lines += [f"  the old data is at {aside}" for aside in document["aside"]]
     seen = document["seen"]
     if seen and seen["height"] is not None:

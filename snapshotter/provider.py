@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from msgspec import Struct
 
-from snapshotter.core.errors import PreconditionError, SnapshotterError, UsageError
+from snapshotter.core.errors import PreconditionError, SnapshotterError, UsageError, pip_install
 from snapshotter.core.labels import LabelLimits
 from snapshotter.core.model import (
     Access,
@@ -361,7 +361,7 @@ def load(name: str) -> type[Provider]:
         try:
             loaded = getattr(import_module(module), attribute)
         except ImportError as error:
-            hint = f"pip install 'node-snapshotter[{extra}]'" if extra else "reinstall snapshotter"
+            hint = pip_install(extra) if extra else "reinstall snapshotter"
             raise PreconditionError(f"can't load: {error}", object=f"provider {name}", cure=hint) from None
     else:
         from importlib.metadata import entry_points

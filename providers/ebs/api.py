@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from providers.ebs.errors import THROTTLED, UNSURE, told
-from snapshotter.core.errors import PreconditionError, SnapshotterError, UsageError
+from snapshotter.core.errors import PreconditionError, SnapshotterError, UsageError, pip_install
 from snapshotter.core.remote import Clock, Deadline, Lost, Temporary, TokenBucket, persist
 
 #: Calls that EC2 takes of an API at once, and per second after that (measured and guides: 50 to 100, 5 to 20). A
@@ -149,9 +149,7 @@ class Api:
                 import boto3
                 from botocore import exceptions as boto
             except ImportError:
-                raise PreconditionError(
-                    "boto3 isn't installed", object="ebs", cure="pip install 'node-snapshotter[aws]'"
-                ) from None
+                raise PreconditionError("boto3 isn't installed", object="ebs", cure=pip_install("aws")) from None
             try:
                 session = boto3.Session(profile_name=self._profile, region_name=self._region)
             except boto.ProfileNotFound:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from providers.gce import errors
-from snapshotter.core.errors import PreconditionError, SnapshotterError, UsageError
+from snapshotter.core.errors import PreconditionError, SnapshotterError, UsageError, pip_install
 from snapshotter.core.model import Report, no_report
 from snapshotter.core.remote import Clock, Deadline, Lost, MinuteQuota, Temporary, operation_id, persist, poll
 
@@ -194,7 +194,7 @@ class Api:
                     import google.cloud.compute_v1
                 except ImportError:
                     raise PreconditionError(
-                        "google-cloud-compute isn't installed", object="gce", cure="pip install 'node-snapshotter[gcp]'"
+                        "google-cloud-compute isn't installed", object="gce", cure=pip_install("gcp")
                     ) from None
                 try:
                     scopes = _IMPERSONATING if self._impersonate else _SCOPES

@@ -9,6 +9,7 @@ from typing import Any
 
 from snapshotter.checks import CheckFailed, Outcome, corrupt
 from snapshotter.checks import rocksdb as lsm
+from snapshotter.core.errors import pip_install
 
 _MAGIC = 0xDB4775248B80FB57
 
@@ -58,7 +59,5 @@ def _open(directory: str) -> Any:
     try:
         import plyvel
     except ImportError:
-        raise CheckFailed(
-            Outcome.TOOL_MISSING, "plyvel isn't installed: pip install 'node-snapshotter[verify]'"
-        ) from None
+        raise CheckFailed(Outcome.TOOL_MISSING, f"plyvel isn't installed: {pip_install('verify')}") from None
     return lsm.judged(lambda: plyvel.DB(directory, create_if_missing=False, paranoid_checks=True))

@@ -10,6 +10,7 @@ from typing import Any
 from msgspec import Struct
 
 from snapshotter.checks import CheckFailed, Outcome, corrupt
+from snapshotter.core.errors import pip_install
 
 MAGIC = 0xBEEFC0DE
 MAGIC_AT = 16  # behind the first page's header
@@ -80,7 +81,7 @@ def _read(path: str, *, writable: bool) -> None:
     try:
         import lmdb
     except ImportError:
-        raise CheckFailed(Outcome.TOOL_MISSING, "lmdb isn't installed: pip install lmdb") from None
+        raise CheckFailed(Outcome.TOOL_MISSING, f"lmdb isn't installed: {pip_install('verify')}") from None
     try:
         inside = os.path.basename(path) == "data.mdb"
         with lmdb.open(

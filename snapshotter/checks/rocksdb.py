@@ -15,6 +15,7 @@ from typing import Any
 from snapshotter.checks import CheckFailed, Outcome, corrupt
 from snapshotter.checks.manifest import Manifest
 from snapshotter.checks.records import hole
+from snapshotter.core.errors import pip_install
 from snapshotter.nodes.repoint import newest_options, option_paths, read_options
 
 #: The last 8 bytes of a table: block-based, its predecessor, plain, cuckoo.
@@ -158,9 +159,7 @@ class Engine:
         try:
             from rocksdict import AccessType, Options, Rdict
         except ImportError:
-            raise CheckFailed(
-                Outcome.TOOL_MISSING, "rocksdict isn't installed: pip install 'node-snapshotter[verify]'"
-            ) from None
+            raise CheckFailed(Outcome.TOOL_MISSING, f"rocksdict isn't installed: {pip_install('verify')}") from None
 
         def options(_: str) -> Any:
             made = Options(raw_mode=True)

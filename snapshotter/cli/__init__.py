@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 import os
 import sys
+from contextlib import suppress
 
 import click
 
 from snapshotter import __version__
 from snapshotter.cli.call import complain, mute, print_json
-from snapshotter.core.errors import PreconditionError, SnapshotterError, Told, UsageError
+from snapshotter.core.errors import Exit, PreconditionError, SnapshotterError, Told, UsageError
 
 #: Command -> module of this package that has it, under its name (`list`: `list_command`), in the order of --help.
 COMMANDS = {
@@ -100,6 +101,10 @@ def run(argv: list[str]) -> int:
     except click.Abort:
         return _fail(UsageError("not confirmed: nothing was changed"), as_json)
     except click.ClickException as error:
+        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # since 8.2; its message is the help
+            with suppress(OSError):
+                error.show()
+            return int(Exit.USAGE)
         return _fail(UsageError(error.format_message().rstrip("."), cure="see --help"), as_json)
     except OSError as error:
         if verbose:

@@ -160,9 +160,15 @@ def as_budget(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 
 def confirm(yes: bool, act: str, objects: list[str], option: str = "--yes") -> None:
     """Ask on a terminal; without one, refuse unless `option` was given. Raises UsageError."""
+    named = ", ".join(objects)
+    ask(yes, f"{act} {named}?", f"{act} wants a confirmation", named, option)
+
+
+def ask(yes: bool, question: str, unasked: str, named: str, option: str) -> None:
+    """As `confirm`, in other words: `unasked` is the error of who can't be asked."""
     if yes:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise UsageError(f"{act} wants a confirmation", object=", ".join(objects), cure=option)
-    if not click.confirm(f"{act} {', '.join(objects)}?", err=True):
-        raise UsageError("not confirmed: nothing was changed", object=", ".join(objects))
+        raise UsageError(unasked, object=named, cure=option)
+    if not click.confirm(plain(question), err=True):
+        raise UsageError("not confirmed: nothing was changed", object=named)

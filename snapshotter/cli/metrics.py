@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from snapshotter.core.errors import PreconditionError
+from snapshotter.core.errors import PreconditionError, pip_install
 from snapshotter.host.places import replace_file
 from snapshotter.verbs.status import PROBLEMS
 
@@ -24,7 +24,7 @@ def text(document: Mapping[str, Any]) -> bytes:
     try:
         from prometheus_client import CollectorRegistry, Gauge, generate_latest
     except ImportError:
-        cure = "pip install 'node-snapshotter[metrics]'"
+        cure = pip_install("metrics")
         raise PreconditionError("the library prometheus-client is missing", object="--prometheus", cure=cure) from None
     registry = CollectorRegistry()
 

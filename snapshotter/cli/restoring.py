@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from snapshotter.cli.call import Call, common, complete_set, complete_target, confirm, from_host, provider_options
+from snapshotter.cli.call import Call, ask, common, complete_set, complete_target, confirm, from_host, provider_options
 from snapshotter.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -107,14 +107,20 @@ def _put_in_place(call: Call, session: Session, plan: Any, given: Mapping[str, A
     from snapshotter import human
     from snapshotter.verbs import in_place as verb
 
+    alone = "--yes-original-is-stopped"
     if given["dry_run"]:
         document = plan.document()
+        if plan.wants_alone:
+            asked = f"that every other node with {plan.whose_key} is stopped, by {alone}"
+            document["warnings"] += [f"it will want to be told {asked}: two that run equivocate"]
         call.answer(document, lambda: human.in_place_plan(document))
         return
-    if plan.brings_key and plan.validator:
-        key = "no other node runs with this key; restore"
-        confirm(given["alone"], key, [plan.path], "--yes-original-is-stopped")
-    confirm(given["yes"], f"stop it and set its data aside: {human.what_is_restored(plan.document())} at", [plan.path])
+    if plan.wants_alone:
+        key = plan.whose_key
+        question = f"two nodes that run with one key equivocate: is every other node with {key} stopped?"
+        unasked = f"two nodes that run with one key equivocate: every other node with {key} must be stopped"
+        ask(given["alone"], question, unasked, plan.path, alone)
+    confirm(given["yes"], human.question_in_place(plan.document()), [plan.path])
     document = verb.carry_out(session, plan)
     call.answer(document, lambda: human.in_place(document))
 

@@ -6,6 +6,7 @@ Exit codes are part of the command-line contract (README, "Exit codes"). A trace
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
@@ -17,6 +18,12 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 def plain(text: str, *, keep: str = "") -> str:
     """`text` with control characters (but those in `keep`) shown, not sent: a file's name must not drive a terminal."""
     return _CONTROL.sub(lambda match: match[0] if match[0] in keep else f"\\x{ord(match[0]):02x}", text)
+
+
+def pip_install(extra: str) -> str:
+    """The cure for a missing library, one of our extras: by the pip of the environment that we are installed in, which
+    knows us. No index does."""
+    return f"{sys.prefix}/bin/pip install 'node-snapshotter[{extra}]'"
 
 
 class Exit(IntEnum):
@@ -63,11 +70,14 @@ class Told(BaseException):
         self.left = tuple(left)
         self.undo_command = undo_command
 
+    def what(self) -> str:
+        """What, and which object: the line without its cure, for who shows that apart."""
+        named = not self.object or self.object in self.message
+        return self.message if named else f"{self.object}: {self.message}"
+
     def line(self) -> str:
         """The one line for a terminal or a log. Line breaks are folded, control characters (of a file's name) shown."""
-        text = self.message
-        if self.object and self.object not in text:
-            text = f"{self.object}: {text}"
+        text = self.what()
         if self.left:
             text += f" (left: {', '.join(self.left)})"
         if self.cure:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, ClassVar, Protocol
 
-from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, StorageError, pip_install
 from snapshotter.core.model import (
     Access,
     Attachment,
@@ -137,7 +137,7 @@ class Cloud(ABC):
 
     def availability(self) -> list[str]:
         if not self._installed():
-            return [f"{self.LIBRARY} isn't installed: pip install 'node-snapshotter[{self.section}]'"]
+            return [f"{self.LIBRARY} isn't installed: {pip_install(self.section)}"]
         if not self.settings.options and not self._on():
             return [f"this is no {self.MACHINE}: set `{self.ELSEWHERE}` in [{self.section}] to work from elsewhere"]
         try:

@@ -135,10 +135,12 @@ def _has_open(pid: int, directories: Sequence[str]) -> bool:
     return False
 
 
-def _must(argv: Sequence[str], what: str, name: str) -> None:
+def _must(argv: Sequence[str], what: str, name: str = "") -> None:
+    """Run a command of the unit `name`, or one of the operator's own. Raises StorageError."""
     outcome = run(argv, mutates=True, leaves_daemons=True)
     if not outcome.ok:
-        raise StorageError(f"can't {what}: {outcome.said}", object=name)
+        cure = f"`systemctl status {name}` shows why" if name else "run that by hand, and mend what it says"
+        raise StorageError(f"can't {what} it: {outcome.said}", object=name or " ".join(argv), cure=cure)
 
 
 def cgroup2() -> str | None:
@@ -246,7 +248,10 @@ class Commands(Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        return " ".join(self.start_argv)
+        """What its two commands have in common: `docker node` of `docker stop node` and `docker start node`; of a
+        shell's, which have only the shell in common, the whole one."""
+        common = [word for word in self.start_argv if word in self.stop_argv]
+        return " ".join(common if common and common[-1] != "-c" else self.start_argv)
 
     def running(self) -> bool:
         if not self.status_argv:
@@ -263,10 +268,10 @@ class Commands(Struct, frozen=True):
         return outcome.code == 0
 
     def stop(self) -> None:
-        _must(self.stop_argv, "stop", self.name)
+        _must(self.stop_argv, "stop")
 
     def start(self) -> None:
-        _must(self.start_argv, "start", self.name)
+        _must(self.start_argv, "start")
 
     def masked(self) -> bool:
         return False

@@ -94,8 +94,6 @@ class Node(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     status: Argv = ()  # exit code 0: runs, 3: stopped
     rpc: str | None = None
     extra_paths: tuple[str, ...] = ()
-    genesis: str | None = None
-    config_files: tuple[str, ...] = ()
     key_file: str | None = None
     owner: str | None = None  # user or user:group
     provider: str | None = None
@@ -273,13 +271,12 @@ def _check(node: Node, where: str, source: str) -> None:
     def refuse(why: str, cure: str = "") -> UsageError:
         return UsageError(f"{source}: {where}: {why}", object=where, cure=cure)
 
-    one_path = {key: getattr(node, key) for key in ("path", "genesis", "key_file", "store")}
+    one_path = {key: getattr(node, key) for key in ("path", "key_file", "store")}
     for key, path in one_path.items():
         if path is not None:
             _absolute(path, f"{where}.{key}", source)
-    for key in ("extra_paths", "config_files"):
-        for path in getattr(node, key):
-            _absolute(path, f"{where}.{key}", source)
+    for path in node.extra_paths:
+        _absolute(path, f"{where}.extra_paths", source)
     for key, (least, most) in _RANGES.items():
         value: Any = node
         for part in key.split("."):

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
-from snapshotter.core.errors import PreconditionError, SnapshotterError
+from snapshotter.core.errors import PreconditionError, SnapshotterError, pip_install
 from snapshotter.core.labels import loads
 from snapshotter.nodes import files
 from snapshotter.nodes.files import Places
@@ -331,7 +331,7 @@ def _no_library(path: str) -> PreconditionError:
     return PreconditionError(
         "the address can't be derived from the key: a library is missing",
         object=path,
-        cure="pip install 'node-snapshotter[identity]'",
+        cure=pip_install("identity"),
     )
 
 

@@ -70,10 +70,12 @@ def doctor(where: str | None, session: Session | SnapshotterError, target: str |
         findings += _leftovers(session)
         if nodes:
             seen = status(session, target)
+            said = {found.message for found in findings}  # an interrupted restore is among the leftovers
             for entry in seen["nodes"]:
                 findings += [
                     Finding(entry["node"], found["problem"], found["message"], found["cure"] or "", found["severity"])
                     for found in entry["problems"]
+                    if found["message"] not in said
                 ]
         for node in nodes:
             findings += _node(session, node)
@@ -143,7 +145,7 @@ def _open_restore(where: str) -> Iterator[Finding]:
     try:
         journal = Journal.load(where)
     except SnapshotterError as error:
-        yield Finding(None, "restore", error.line(), error.cure)
+        yield Finding(None, "restore", error.what(), error.cure)
         return
     if journal is None:
         return
@@ -162,7 +164,7 @@ def _node(session: Session, node: Node) -> Iterator[Finding]:
     try:
         plan = planning.make(session, node, now=utc_now())
     except SnapshotterError as error:
-        yield Finding(node.name, "no-take", error.line(), error.cure)
+        yield Finding(node.name, "no-take", error.what(), error.cure)
     else:
         yield from (Finding(node.name, "take", note, "", "advice") for note in plan.layout.warnings)
     try:
@@ -174,7 +176,7 @@ def _node(session: Session, node: Node) -> Iterator[Finding]:
         try:
             service.SystemdUnit(node.unit).running()
         except SnapshotterError as error:
-            yield Finding(node.name, "unit", error.line(), error.cure or "mend `unit` in the config")
+            yield Finding(node.name, "unit", error.what(), error.cure or "mend `unit` in the config")
     yield from _same_disk(node)
     if node.name in session.config.nodes and scheduling.show(session, node.name)["schedules"][0]["current"] is False:
         why = "its timer is not what the config says now"

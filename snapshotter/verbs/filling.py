@@ -7,7 +7,7 @@ place, there is no rate until there are two looks an hour apart; nothing else is
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -17,9 +17,8 @@ from snapshotter.core.errors import SnapshotterError
 from snapshotter.core.model import Space, Volume
 from snapshotter.host.places import private_directory, replace_file
 from snapshotter.nodes.config import Node
-from snapshotter.nodes.roots import roots
 from snapshotter.provider import Provider
-from snapshotter.verbs import plan as planning
+from snapshotter.verbs.plan import Claim
 from snapshotter.verbs.session import Session
 
 #: Samples: not closer than this, kept for so long, and a rate wants this much time between the first and the last.
@@ -66,12 +65,10 @@ class Room(Struct, frozen=True):
         }
 
 
-def rooms(session: Session, node: Node) -> list[tuple[str, Space]]:
-    """(provider, space) of the storage that a node's data lies on now. Raises any of core.errors: also what would keep
-    the next take from being made."""
-    layout = roots(node, planning.profile_of(session, node)[0])
+def rooms(claims: Sequence[Claim]) -> list[tuple[str, Space]]:
+    """(provider, space) of the storage that a node's data lies on now. Raises any of core.errors."""
     volumes: dict[int, tuple[Provider, dict[str, Volume]]] = {}
-    for claim in planning.claimed(session, node, layout):
+    for claim in claims:
         volumes.setdefault(id(claim.provider), (claim.provider, {}))[1][claim.volume.key] = claim.volume
     return [(provider.name, provider.space(list(theirs.values()))) for provider, theirs in volumes.values()]
 

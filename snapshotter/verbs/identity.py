@@ -23,6 +23,7 @@ from snapshotter.core.errors import (
     PreconditionError,
     SnapshotterError,
     UsageError,
+    pip_install,
 )
 from snapshotter.core.model import compact_time, utc_now
 from snapshotter.host import processes
@@ -203,7 +204,7 @@ def _age() -> Any:
         from pyrage import passphrase
     except ImportError:
         raise PreconditionError(
-            "the encryption library is missing", object="pyrage", cure="pip install 'node-snapshotter[identity]'"
+            "the encryption library is missing", object="pyrage", cure=pip_install("identity")
         ) from None
     return passphrase
 

@@ -263,6 +263,7 @@ def _document(work: Work, outcome: str) -> dict[str, Any]:
     plan, found = work.plan, work.health
     document = plan.document()
     aside = [root["aside"] for root in document["roots"]] if outcome == "restored" else []
+    planned = document["warnings"] if outcome == "restored" else []  # what was foreseen of it is past
     return {
         **document,
         "outcome": outcome,
@@ -273,5 +274,5 @@ def _document(work: Work, outcome: str) -> dict[str, Any]:
         else None,
         "undo_command": f"snapshotter restore --undo {plan.path}" if outcome == "restored" else None,
         "discard_command": f"snapshotter restore --discard {plan.path}" if outcome == "restored" else None,
-        "warnings": [*document["warnings"], *work.notes],
+        "warnings": [*planned, *work.notes],
     }

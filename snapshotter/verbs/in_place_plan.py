@@ -83,6 +83,17 @@ class Plan(Struct, frozen=True, kw_only=True):
         return not self.resync and self.only != "database"
 
     @property
+    def wants_alone(self) -> bool:
+        """Whether a person must say that no other node runs with the key that will stand there."""
+        return self.brings_key and self.validator
+
+    @property
+    def whose_key(self) -> str:
+        """Of the key that will stand there: `the key of 0x...`."""
+        address = self.address if self.identity == "live" else self.set_address or self.address
+        return f"the key of {address}" if address else "its key"
+
+    @property
     def seconds(self) -> float | None:
         if self.way == "swap" or self.need_bytes == 0:
             return 1.0
@@ -125,8 +136,10 @@ class Plan(Struct, frozen=True, kw_only=True):
 def load(facts: Any) -> Plan:
     """The plan of a journal's first record. Raises SnapshotterError if it isn't one."""
     try:
-        return msgspec.convert(facts["plan"], Plan, dec_hook=_decode)
-    except (KeyError, msgspec.ValidationError) as error:
+        # A key that the config had when it began, and has no more, must not bar the way back.
+        node = {key: value for key, value in facts["plan"]["node"].items() if key in Node.__struct_fields__}
+        return msgspec.convert({**facts["plan"], "node": node}, Plan, dec_hook=_decode)
+    except (KeyError, TypeError, AttributeError, msgspec.ValidationError) as error:
         raise SnapshotterError(f"the journal's plan can't be read: {error}") from None
 
 

@@ -41,7 +41,7 @@ def init(session: Session, path: str, *, kind: str | None = None, write: str | N
     owner = _user(os.stat(data).st_uid)
     if owner and owner != "root":
         found["owner"] = owner
-    toml = config.to_toml(config.Node(name=node.name, **found))
+    toml = config.to_toml(config.make_node(node.name, found, data))
     if not kind:
         toml += '# type = "validator"    # or "rpc", "archive": presets schedule and retention\n'
     toml += f"# provider: {provider.name} serves this path now (found at each take unless named here)\n"
@@ -75,7 +75,7 @@ def recall(session: Session, selector: str, *, kind: str | None = None, write: s
     if kind:
         known["type"] = kind
     outside = [root.path for root in birth.roots[1:] if not mounts.is_under(root.path, birth.path)]
-    toml = config.to_toml(config.Node(name=birth.node, **known))
+    toml = config.to_toml(config.make_node(birth.node, known, found.set_id))
     command = f"snapshotter restore {found.set_id} --in-place"
     command += "" if same_host(birth.host, host_name()) else " --from-host"
     toml += f"# as {found.set_id} of {birth.host} says; to bring it back: {command}\n"

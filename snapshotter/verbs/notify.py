@@ -4,7 +4,7 @@ here fails what it tells of, and no URL is ever shown: it is a secret.
 
 from __future__ import annotations
 
-from snapshotter.core.errors import PreconditionError, SnapshotterError
+from snapshotter.core.errors import PreconditionError, SnapshotterError, pip_install
 from snapshotter.host.secrets import reveal
 from snapshotter.nodes.config import Node
 
@@ -39,7 +39,7 @@ def people(node: Node, title: str, text: str) -> list[str]:
     try:
         import apprise
     except ImportError:
-        return [f"{node.name}: nobody was told: pip install 'node-snapshotter[notify]'"]
+        return [f"{node.name}: nobody was told: {pip_install('notify')}"]
     wrong = []
     for where in node.notify:
         try:

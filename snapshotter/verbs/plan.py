@@ -141,6 +141,61 @@ def claimed(session: Session, node: Node, layout: Layout) -> list[Claim]:
     return claims
 
 
+class Survey(Struct, frozen=True):
+    """What lies below a node's data path, and who snapshots it. `volumes` are in member order."""
+
+    profile: Profile
+    layout: Layout
+    claims: tuple[Claim, ...]
+    volumes: tuple[Volume, ...]
+    providers: tuple[Provider, ...]  # one per volume
+
+
+def survey(session: Session, node: Node) -> Survey:
+    """Look at the node's storage. Raises as `nearest`, and PreconditionError for a disk that isn't mounted."""
+    profile = profile_of(session, node)[0]
+    layout = roots(node, profile)
+    _refuse_unmounted(layout)
+    claims = claimed(session, node, layout)
+    found: dict[str, Claim] = {}
+    for claim in claims:
+        found.setdefault(claim.volume.key, claim)
+    return Survey(
+        profile=profile,
+        layout=layout,
+        claims=tuple(claims),
+        volumes=tuple(claim.volume for claim in found.values()),
+        providers=tuple(claim.provider for claim in found.values()),
+    )
+
+
+def held(
+    node: Node, seen: Survey, *, quiesce: str | None = None, require: str | None = None, allow_skew: bool = False
+) -> tuple[Quiesce, Grade]:
+    """How the writers would be held, and what comes of it. Raises PreconditionError, UsageError where a take would be
+    refused for what is quick to see: `status` asks too."""
+    if not any(_has_anything(claim.root) for claim in seen.claims):
+        raise PreconditionError(
+            "is empty: an image of nothing is no backup", object=node.path, cure="is its disk mounted?"
+        )
+    chosen = _quiesce(node, quiesce, seen.providers, seen.volumes)
+    grade = _grade(chosen, seen.providers, seen.volumes)
+    refuse_grade(node, grade, seen.volumes, require, allow_skew)
+    if chosen is Quiesce.STOP or (chosen is Quiesce.PAUSE and node.unit):
+        _ask_service(node, chosen)
+    return chosen, grade
+
+
+def _ask_service(node: Node, chosen: Quiesce) -> None:
+    """Raise PreconditionError where what a take asks the node's service can't be told."""
+    from snapshotter.host import service  # most takes have none
+
+    if chosen is Quiesce.PAUSE and node.unit:
+        service.SystemdUnit(node.unit).control_group()
+    elif found := service.of(node.unit, node.stop, node.start, node.status):
+        found.running()
+
+
 def make(
     session: Session,
     node: Node,
@@ -157,16 +212,9 @@ def make(
         from snapshotter.verbs import plan_outside
 
         return plan_outside.make(session, node, now=now, require=require, allow_skew=allow_skew, slot=slot)
-    profile = profile_of(session, node)[0]
-    layout = roots(node, profile)
-    _refuse_unmounted(layout)
-    claims = claimed(session, node, layout)
-    volumes: list[Volume] = []
-    owners: list[Provider] = []
-    for claim in claims:
-        if claim.volume.key not in [volume.key for volume in volumes]:
-            volumes.append(claim.volume)
-            owners.append(claim.provider)
+    seen = survey(session, node)
+    profile, layout, claims, volumes = seen.profile, seen.layout, seen.claims, seen.volumes
+    chosen, grade = held(node, seen, quiesce=quiesce, require=require, allow_skew=allow_skew)
     keys = [volume.key for volume in volumes]
     set_id = new_set_id(now)
 
@@ -198,13 +246,6 @@ def make(
             object=node.path,
             cure="give it a shorter path (a bind mount will do)",
         )
-    if not any(_has_anything(root.path) for root in birth.roots):
-        raise PreconditionError(
-            "is empty: an image of nothing is no backup", object=node.path, cure="is its disk mounted?"
-        )
-    chosen = _quiesce(node, quiesce, owners, volumes)
-    grade = _grade(chosen, owners, volumes)
-    refuse_grade(node, grade, volumes, require, allow_skew)
     if chosen not in (Quiesce.STOP, Quiesce.HOOKS):
         _heed_safety(node, profile, layout)
     plan = Plan(
@@ -212,8 +253,8 @@ def make(
         profile=profile,
         layout=layout,
         birth=birth,
-        volumes=tuple(volumes),
-        providers=tuple(owners),
+        volumes=volumes,
+        providers=seen.providers,
         quiesce=chosen,
         grade=grade,
         # A service takes its time to stop, and is held as long as the copy lasts.

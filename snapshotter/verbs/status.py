@@ -20,7 +20,8 @@ from snapshotter.host import schedules
 from snapshotter.host.schedules import Installed
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.target import resolve, target_of
-from snapshotter.verbs import filling, plan_outside
+from snapshotter.verbs import filling, open_restores, plan_outside
+from snapshotter.verbs import plan as planning
 from snapshotter.verbs.documents import when
 from snapshotter.verbs.filling import Room
 from snapshotter.verbs.session import Session
@@ -84,10 +85,13 @@ def status(session: Session, target: str | None = None) -> dict[str, Any]:
             sets = plan_outside.of_node(node, named, wanted)
         if node.select is None:  # off this host there is nothing to look at but the sets
             try:
-                spaces = filling.rooms(session, node)
+                open_restores.refuse(session, target_of(node))
+                seen = planning.survey(session, node)
+                spaces = filling.rooms(seen.claims)
                 found = [filling.judge(node, name, space, samples, time.time()) for name, space in spaces]
+                planning.held(node, seen)
             except SnapshotterError as error:
-                problems.append(Problem("no-take", error.line()))
+                problems.append(Problem("no-take", error.what(), error.cure))
         timer = timers.get(node.name)
         problems = [*of_sets(node, sets, now), *of_timer(node, sets, timer, now), *of_rooms(node, found), *problems]
         documents.append(_document(node, sets, found, timer, problems, now))
@@ -156,6 +160,8 @@ def of_timer(node: Node, sets: Sequence[SnapshotSet], timer: Installed | None, n
         why = "nothing on this host would take the next set"
     else:
         why = f"its timer will not run: {timer.why}"
+        if timer.kind == "cron":  # its line is there
+            return [Problem("no-timer", why, "start a cron daemon, or install one")]
     return [Problem("no-timer", why, f"snapshotter schedule install {node.name}")]
 
 

@@ -80,6 +80,7 @@ def take_node(
         slot=slot,
     )
     if dry_run:
+        open_restores.refuse(session, plan.birth.target)
         return plan.document()
     notes = list(plan.layout.warnings)
     left_out = list(plan.layout.links_outside)

@@ -42,7 +42,8 @@ def verify(
     """Prove a set (an id, a prefix, `latest...`), or the newest good set of a target (a node's name or a path; the only
     node if None), up to `level` (default: the node's policy). Returns the `verify` document; its `outcome` is the
     verdict. Raises NotFoundError, PreconditionError (pending, no room, no permission), StorageError."""
-    if selector is None or selector in session.config.nodes or "/" in selector:
+    latest = selector is not None and selector.startswith(("latest:", "latest-verified:"))
+    if selector is None or selector in session.config.nodes or ("/" in selector and not latest):
         selector = f"latest:{selector}" if selector else "latest"
     found = session.select(selector, from_host=from_host)
     node = session.node_of(found.birth.target)

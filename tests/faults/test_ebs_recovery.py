@@ -44,7 +44,8 @@ def test_the_whole_recovery(world: World) -> None:
 
     assert "no good set" in command.error("init", "--from", "latest:another", exit_code=4)["line"]
     assert command.error("init", exit_code=2)["cure"]
-    said = command.json("init", "--from", f"latest:{name}", "--write")
+    said = command.json("init", "--from", f"latest:{name}", "--type", "rpc", "--write")
+    assert "keep" not in command.config.read_text(), "the type's own retention"
     assert (said["set_id"], said["found"]["path"], said["written"]) == (taken, path, str(command.config))
     assert said["restore"] == f"snapshotter restore {taken} --in-place --from-host"
     assert "already" in command.error("init", "--from", taken, exit_code=2)["line"]

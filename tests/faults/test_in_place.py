@@ -98,7 +98,10 @@ def test_resync_sets_the_database_aside_and_keeps_the_key(tmp_path: Path) -> Non
         node.run_and_damage()
         plan = ok(node, "resync", "ours", "--dry-run")
         assert plan["only"] == "resync" and node.as_it_was()
-        ok(node, "resync", "ours", code=2)
+        planned = node.command.run("resync", "ours", "--dry-run").stdout
+        assert planned.startswith(f"would set the database at {node.data} aside, to sync anew")
+        assert f"manager.py {node.service.home}" in planned.splitlines()[1], "its service, not one of its commands"
+        assert "set its database aside" in ok(node, "resync", "ours", code=2)["message"]
         done = ok(node, "resync", "ours", "--yes")
         # The node began a new one, with the same key.
         assert os.listdir(node.data / "database") == ["node.log"]
@@ -166,10 +169,11 @@ def test_a_database_on_another_disk(tmp_path: Path) -> None:
         assert len(done["aside"]) == 2
         ok(node, "restore", "--undo", "ours")
         assert node.as_it_was() and picture(fast / "db") == broken
-        ok(node, "restore", "latest", "--in-place", "--only", "database", "--yes")
+        done = ok(node, "restore", "latest", "--in-place", "--only", "database", "--yes")
         assert not difference(picture(fast / "db", {"node.log"}), of_database)
         assert os.readlink(node.data / "database") == str(fast / "db")
-        ok(node, "restore", "--undo", "ours")
+        several = lambda document: [said for said in document["warnings"] if "several steps" in said]  # noqa: E731
+        assert several(done) and not several(ok(node, "restore", "--undo", "ours")), "that is past"
         assert node.as_it_was() and picture(fast / "db") == broken
         assert sorted(os.listdir(fast)) == ["db", "lost+found"]
 

@@ -28,6 +28,14 @@ def node(tmp_path: Path) -> Iterator[Story]:
         yield made
 
 
+def test_a_restore_by_a_version_whose_config_had_another_key_can_be_undone(node: Story) -> None:
+    ok(node, *IN_PLACE)
+    (journal,) = journals(node)
+    journal.write_text(journal.read_text().replace('"node":{', '"node":{"genesis":null,', 1))
+    ok(node, "restore", "--undo", "ours")
+    assert node.as_it_was() and node.service.running()
+
+
 # ---------------------------------------------------------------------------------------------- volumes, discarded
 
 

@@ -206,7 +206,24 @@ def test_a_validator_is_asked_whether_it_is_alone(tmp_path: Path) -> None:
     with story("copy", tmp_path, extra='type = "validator"\n') as node:
         node.begin()
         node.run_and_damage()
-        assert ok(node, *IN_PLACE, code=2)["cure"] == "--yes-original-is-stopped"
+        planned = node.command.json("restore", node.set_id, "--in-place", "--dry-run")
+        address = planned["address"]
+        assert any("--yes-original-is-stopped" in warning and address in warning for warning in planned["warnings"])
+        error = ok(node, *IN_PLACE, code=2)
+        assert error["cure"] == "--yes-original-is-stopped"
+        assert f"every other node with the key of {address} must be stopped" in error["message"]
+        master, slave = os.openpty()
+        process = subprocess.Popen(
+            node.command.argv(*IN_PLACE), stdin=slave, stderr=slave, env=node.command.environment(), cwd="/"
+        )
+        os.close(slave)
+        said = ""
+        while "[y/N]" not in said:
+            said += os.read(master, 1000).decode()
+        assert f"is every other node with the key of {address} stopped?" in said
+        os.write(master, b"n\n")
+        assert process.wait(60) == 2
+        os.close(master)
         nothing_changed(node)
         ok(node, *IN_PLACE, "--yes-original-is-stopped")
         assert node.restored()

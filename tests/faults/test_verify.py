@@ -118,6 +118,8 @@ def image(node: Node, set_id: str) -> Path:
 def test_a_target_means_its_newest_good_set(taken: tuple[Command, Node, str]) -> None:
     command, node, set_id = taken
     document = verified(command, str(node.data))
+    for selector in (f"latest:{node.data}", f"latest-verified:{node.data}"):
+        assert verified(command, selector)["set_id"] == document["set_id"]
     assert (document["set_id"], document["level"], document["wanted"]) == (set_id, 2, 2)
     assert command.json("show", f"latest-verified:{node.data}")["set_id"] == set_id
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from snapshotter.host.mounts import is_mount_point
+from snapshotter.nodes import config
 from tests.support import CHECKOUT, NOBODY, Command, loop_file_system
 
 
@@ -199,6 +200,15 @@ def test_bad_input(command: Command, data: Path, tmp_path: Path, words: list[str
     assert inventory(tmp_path / "place") == before
 
 
+@pytest.mark.parametrize("words", [[], ["schedule"], ["identity"]])
+def test_a_group_alone_shows_its_help(words: list[str]) -> None:
+    run = [sys.executable, "-m", "snapshotter", *words]
+    done, asked = (
+        subprocess.run(argv, capture_output=True, text=True, cwd=CHECKOUT) for argv in (run, [*run, "--help"])
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", asked.stdout) and asked.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -328,6 +338,16 @@ def test_init_finds_and_writes(command: Command, data: Path) -> None:
     taken = command.json("take", "node")
     assert taken["path"] == str(data)
     assert "already" in command.error("init", str(data), "--write", exit_code=2)["line"]
+
+
+@pytest.mark.parametrize("kind", ["validator", "rpc", "archive"])
+def test_init_leaves_schedule_and_retention_to_the_type(command: Command, data: Path, kind: str) -> None:
+    command.config.unlink()
+    command.json("init", str(data), "--type", kind, "--write")
+    preset = config.make_node("node", {"path": str(data), "type": kind}, "")
+    written = config.load(str(command.config)).nodes["node"]
+    assert (written.every, written.keep) == (preset.every, preset.keep) and written.keep != config.Keep()
+    assert "keep" not in command.config.read_text()
 
 
 def test_init_keeps_what_the_config_says(command: Command, data: Path, tmp_path: Path) -> None:

@@ -36,8 +36,6 @@ type = "validator"
 unit = "kalychain.service"
 rpc = "http://127.0.0.1:8545"
 extra_paths = ["/fast/wal"]
-genesis = "/etc/besu/genesis.json"
-config_files = ["/etc/besu/config.toml"]
 key_file = "/etc/besu/key"
 owner = "besu:besu"
 provider = "copy"
@@ -117,6 +115,8 @@ def test_defaults_and_presets() -> None:
     ("body", "words"),
     [
         ("pth = 1", ["node.a.pth", "path"]),
+        ('genesis = "/etc/besu/genesis.json"', ["unknown key node.a.genesis"]),
+        ('config_files = ["/etc/besu.toml"]', ["unknown key node.a.config_files"]),
         ("dayly = 1", ["node.a.dayly", "keep.daily"]),
         ("keep = {dayly = 1}", ["node.a.keep.dayly", "daily"]),
         ('hooks = {before_tak = ["x"]}', ["node.a.hooks.before_tak", "before_take"]),
@@ -308,8 +308,6 @@ _KEYS: dict[str, st.SearchStrategy[Any]] = {
     "unit": st.sampled_from(["a.service", "a@b\\x2d.service"]),
     "rpc": st.just("http://127.0.0.1:8545/a?b"),
     "extra_paths": st.lists(_PATH, max_size=2),
-    "genesis": _PATH,
-    "config_files": st.lists(_PATH, max_size=2),
     "key_file": _PATH,
     "owner": st.sampled_from(["besu", "besu:besu", "1000:1000"]),
     "provider": _TEXT,

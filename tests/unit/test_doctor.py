@@ -115,6 +115,10 @@ def test_a_restore_in_place_that_was_killed(command: Command, event: str, checks
     killed, said, _ = run_here(command, *restore, kill_at=point(calls, event))
     assert killed == -signal.SIGKILL, said
     assert "--undo" in found(command, *checks)[-1]["cure"]
+    refused = command.error("take", "n", "--dry-run", exit_code=5)
+    assert "--undo" in refused["cure"] and refused == command.error("take", "n", exit_code=5)
+    (problem,) = json.loads(command.run("status", "--json").stdout)["nodes"][0]["problems"]
+    assert (problem["problem"], problem["severity"], problem["cure"]) == ("no-take", "critical", refused["cure"])
     assert command.run("restore", "--undo", "n").returncode == 0
     found(command)
 

@@ -120,7 +120,7 @@ def test_a_swap_keeps_the_node_in_its_fleet() -> None:
         assert volume.path is not None
         fill(volume.path)
         theirs = {"team": "nodes", "snapshotter:node": "validator-1", "snapshotter:type": "validator"}
-        harness.twin.world.volumes[volume.id].set_tags(theirs)
+        harness.twin.world.volumes[volume.id].tagged.append((0.0, theirs))
         birth = take(harness.provider(), harness, [volume])
         (found,) = ready(harness.provider(), harness, birth.set_id)
         harness.provider().swap(swap_id, found, volume)

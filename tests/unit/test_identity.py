@@ -258,7 +258,7 @@ from snapshotter.nodes import identity, profiles
 try:
     identity.read({str(data)!r}, profiles.get("besu"))
 except PreconditionError as error:
-    assert "node-snapshotter[identity]" in error.cure
+    assert error.cure == f"{{sys.prefix}}/bin/pip install 'node-snapshotter[identity]'"
     print(identity.for_record({str(data)!r}, profiles.get("besu")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

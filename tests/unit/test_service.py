@@ -266,6 +266,17 @@ def test_a_stop_that_fails_is_an_error() -> None:
     assert "no" in caught.value.message
 
 
+def test_an_error_names_the_command_that_ran() -> None:
+    made = service.Commands(stop_argv=("false", "stop", "node"), start_argv=("false", "start", "node"), status_argv=())
+    assert made.name == "false node"
+    for act, command in ((made.stop, "false stop node"), (made.start, "false start node")):
+        with pytest.raises(StorageError) as caught:
+            act()
+        assert caught.value.object == command and caught.value.cure
+    apart = service.Commands(stop_argv=("sh", "-c", "off"), start_argv=("sh", "-c", "on"), status_argv=())
+    assert apart.name == "sh -c on"
+
+
 def test_no_service() -> None:
     assert service.of(None) is None
     assert service.of("kalychain.service") == service.SystemdUnit("kalychain.service")

@@ -94,6 +94,8 @@ def test_a_timer_is_missed_unless_a_function_takes_the_sets() -> None:
     assert timer(None) == ["no-timer"]
     assert timer(Installed("n", "systemd", (), True)) == []
     assert timer(Installed("n", "systemd", (), False, "it is inactive")) == ["no-timer"]
+    (problem,) = status.of_timer(node(), [], Installed("n", "cron", (), False, "no cron daemon runs"), NOW)
+    assert "install" not in problem.cure.split(",")[0] and "cron daemon" in problem.cure
     assert timer(None, of=node("")) == []
     assert timer(None, made(1, slot="s")) == ["no-timer"], "copy can only be taken on this host"
     away = made(1, slot="s")
@@ -227,6 +229,22 @@ def test_a_path_that_is_gone_is_what_the_next_take_fails_of(command: Command) ->
     document, problems = look(command, 8)
     assert problems == {"no-take"}
     assert document["nodes"][0]["newest_good"] is not None, "its sets are found all the same"
+
+
+@pytest.mark.parametrize(
+    ("more", "emptied"), [('quiesce = "stop"\nunit = "no-such-thing-here.service"\n', False), ("", True)]
+)
+def test_what_the_next_take_is_refused_for(command: Command, more: str, emptied: bool) -> None:
+    command.json("take", "n")
+    with open(command.config, "a") as file:
+        file.write(more)
+    if emptied:  # as when its disk isn't mounted
+        os.unlink(command.home.parent / "node" / "file")
+    refused = command.error("take", "n", "--dry-run", exit_code=3)
+    document, problems = look(command, 8)
+    assert problems == {"no-take"} and document["nodes"][0]["room"], "how full it is, is said all the same"
+    assert refused["message"] in document["nodes"][0]["problems"][0]["message"]
+    assert command.error("take", "n", exit_code=3)["message"] == refused["message"]
 
 
 @pytest.mark.root
