@@ -469,6 +469,7 @@ class CopyProvider(Provider):
                     continue
                 if found.state is not ImageState.READY:
                     raise StorageError(f"has no valid image: {found.why}", object=set_id)
+                self._cache.add(store.path)  # a copy of a store that -o names: `release` finds it without
                 name = f"attachments/{attachment_id}.{number}.json"
                 if store.has(name):
                     raise BusyError("this attachment exists already", object=attachment_id)

@@ -14,6 +14,7 @@ from snapshotter.host import mounts, processes
 from snapshotter.host.places import host_name, same_host
 from snapshotter.nodes import config, profiles, rpc
 from snapshotter.nodes.target import canonical, resolve
+from snapshotter.provider import load
 from snapshotter.verbs import plan as planning
 from snapshotter.verbs.session import Session
 
@@ -74,6 +75,9 @@ def recall(session: Session, selector: str, *, kind: str | None = None, write: s
     known: dict[str, Any] = {"path": birth.path, "profile": birth.profile}
     if kind:
         known["type"] = kind
+    providers = sorted({member.provider for member in birth.members})
+    if (store := session.options.get("store")) and "store" in load(providers[0]).OPTIONS:
+        known["store"] = os.path.abspath(str(store))  # where it was found: its restore must find it too
     outside = [root.path for root in birth.roots[1:] if not mounts.is_under(root.path, birth.path)]
     toml = config.to_toml(config.make_node(birth.node, known, found.set_id))
     command = f"snapshotter restore {found.set_id} --in-place"
@@ -83,7 +87,6 @@ def recall(session: Session, selector: str, *, kind: str | None = None, write: s
         toml += f"# it had other directories too: {', '.join(outside)}\n"
     if write:
         _append(write, toml)
-    providers = sorted({member.provider for member in birth.members})
     return {
         "node": birth.node,
         "found": {**known, "provider": ", ".join(providers)},

@@ -15,6 +15,7 @@ import pytest
 
 from snapshotter.host.mounts import is_mount_point
 from snapshotter.nodes import config
+from tests.faults.in_place_kit import picture
 from tests.support import CHECKOUT, NOBODY, Command, loop_file_system
 
 
@@ -427,6 +428,28 @@ def test_an_empty_data_path_is_no_backup(command: Command, data: Path) -> None:
     (data / "lost+found").mkdir()
     assert "mounted" in command.error("take", str(data), exit_code=3)["line"]
     assert command.json("show", f"latest:{data}")["set_id"] == good
+
+
+def test_from_a_copy_of_a_store(command: Command, data: Path, tmp_path: Path) -> None:
+    """The disk is gone, its store was copied elsewhere: what docs/copy.md says, with nothing remembered."""
+    shutil.rmtree(data / "database")
+    (data / "DATABASE_METADATA.json").unlink()
+    set_id = command.json("take", str(data))["set_id"]
+    copy, clone, content = tmp_path / "backup/store", tmp_path / "clone", picture(data)
+    copy.parent.mkdir()
+    shutil.copytree(data.parent / ".snapshotter", copy, symlinks=True)
+    shutil.rmtree(data.parent / ".snapshotter")
+    shutil.rmtree(data)
+    new = Command(tmp_path / "new-etc")
+    store = ("-o", f"store={copy}")
+    made = new.json("restore", set_id, "--to", str(clone), *store, "--with-identity")
+    assert made["set_id"] == set_id and picture(clone) == content
+    new.json("release", str(clone))
+    assert not clone.exists()
+    said = new.json("init", "--from", set_id, *store, "--write")
+    words = said["restore"].split()[1:]
+    new.json(*words, "--yes")
+    assert picture(data) == content
 
 
 def test_a_path_that_could_not_be_recorded_is_refused(command: Command, tmp_path: Path) -> None:
