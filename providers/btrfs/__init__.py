@@ -198,6 +198,8 @@ class BtrfsProvider(Provider):
                     self._writable(store)
                     store.check_place()
                     self._check_subvolume(store, volume, birth)
+                    if birth.slot:  # whether it was taken must be told from all sets here: see `of_slot`
+                        list(images.snapshots(store))
                     total, free = _room(store.top)
             if free < total * self.settings.floor:
                 raise PreconditionError(

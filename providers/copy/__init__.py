@@ -103,6 +103,9 @@ class CopyProvider(Provider):
         super().__init__(settings)
         self._used: list[str] = []
         self._cache = KnownStores(os.path.join(settings.state, "copy-stores"))
+        #: Where clones came from, so that `release` finds them. No more of these: a copy of a store, which -o named, is
+        #: somebody's archive, and none of its sets are this host's to prune.
+        self._attached = KnownStores(os.path.join(settings.state, "copy-attached"))
 
     def availability(self) -> list[str]:
         return []
@@ -142,10 +145,10 @@ class CopyProvider(Provider):
         check_place(store, list(dict.fromkeys([*tops, *(r.path for r in birth.roots if r.path.startswith("/"))])))
         return store
 
-    def _known(self, failed: list[SnapshotterError]) -> Iterator[Sets]:
-        """Every store that we know of, open for the time of the loop's body. One that can't be opened hides no other:
-        its error goes to `failed`."""
-        for path in self._where():
+    def _known(self, failed: list[SnapshotterError], *, attached: bool = False) -> Iterator[Sets]:
+        """Every store that we know of (with `attached`, also those that only clones came from), open for the time of
+        the loop's body. One that can't be opened hides no other: its error goes to `failed`."""
+        for path in self._where(attached):
             store = None
             with put_off(failed):
                 store = Sets.open(path)
@@ -155,12 +158,12 @@ class CopyProvider(Provider):
                     if store_around(os.path.dirname(path)) is None:
                         yield store
 
-    def _holding(self, holds: Callable[[Sets], bool]) -> Iterator[Sets]:
+    def _holding(self, holds: Callable[[Sets], bool], *, attached: bool = False) -> Iterator[Sets]:
         """As `_known`, those of which `holds` is true. All of a set is in one store, so the others may fail: only where
         none holds it, one of those might, and its error comes last."""
         failed: list[SnapshotterError] = []
         found = False
-        for store in self._known(failed):
+        for store in self._known(failed, attached=attached):
             held = False
             with put_off(failed), told(store.path):
                 held = holds(store)
@@ -170,11 +173,12 @@ class CopyProvider(Provider):
         if failed and not found:
             raise failed[0]
 
-    def _where(self) -> list[str]:
+    def _where(self, attached: bool = False) -> list[str]:
         """Where a store that we know of is or was, each path once."""
         named = self._named()
         found: dict[str, None] = {}
         paths = [named] if named else [*self._used, *self._cache.read(), *map(default_store, self.settings.paths)]
+        paths += self._attached.read() if attached else []
         for path in paths:
             try:
                 found[canonical(path)] = None
@@ -198,8 +202,13 @@ class CopyProvider(Provider):
                 f"needs {readable(needed)} on the store's file system, where {readable(free)} are free and "
                 f"{readable(reserve)} ({self.settings.floor:.0%}) must stay so",
                 object=place,
-                cure="free some space, lower `floor`, or " + STORE_CURE,
+                cure=f"{_of_corrupt(birth, place)}free some space, lower `floor`, or {STORE_CURE}",
             )
+        if birth.slot:  # whether it was taken must be told from all of the store's sets: see `of_slot`
+            store = Sets.open(place)
+            if store is not None:
+                with store, told(place):
+                    list(store.snapshots())
 
     def space(self, volumes: Sequence[Volume]) -> Space:
         named = self._named()
@@ -469,7 +478,7 @@ class CopyProvider(Provider):
                     continue
                 if found.state is not ImageState.READY:
                     raise StorageError(f"has no valid image: {found.why}", object=set_id)
-                self._cache.add(store.path)  # a copy of a store that -o names: `release` finds it without
+                self._attached.add(store.path)
                 name = f"attachments/{attachment_id}.{number}.json"
                 if store.has(name):
                     raise BusyError("this attachment exists already", object=attachment_id)
@@ -508,7 +517,7 @@ class CopyProvider(Provider):
 
     def attachments(self) -> Iterator[Attachment]:
         failed: list[SnapshotterError] = []
-        for store in self._known(failed):
+        for store in self._known(failed, attached=True):
             records: list[tuple[str, dict[str, Any]]] = []
             with put_off(failed), told(store.path):
                 records = list(store.records())
@@ -536,7 +545,7 @@ class CopyProvider(Provider):
     def detach(self, attachment_id: str) -> None:
         if not ATTACHMENT_ID.fullmatch(attachment_id):
             raise ValueError(f"{attachment_id!r} is no attachment id")
-        for store in self._holding(lambda store: _has_parts(store, attachment_id)):
+        for store in self._holding(lambda store: _has_parts(store, attachment_id), attached=True):
             with told(store.path):
                 parts = [each for each in store.records() if each[1]["id"] == attachment_id]
                 # A member's place may lie inside another's.
@@ -553,6 +562,17 @@ class CopyProvider(Provider):
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def _of_corrupt(birth: Birth, place: str) -> str:
+    """What to say first where a full copy has no room because of a verdict: see `foreseeing.previous`."""
+    store = Sets.open(place)
+    if store is None:
+        return ""
+    with store:
+        of_target = [each for each in store.snapshots() if each.birth.target == birth.target]
+    bad = {each.birth.set_id for each in of_target if each.marks.get("verify-outcome") == "corrupt"}
+    return f"delete what was found corrupt ({min(bad)}), so nothing is shared with older sets; " if bad else ""
 
 
 def _has_parts(store: Sets, attachment_id: str) -> bool:

@@ -26,6 +26,8 @@ def tagged(api: Api, seen: Seen) -> list[Tagged]:
         labels = tags.read(item)
         if {tags.ATTACHMENT, tags.ASIDE} & set(labels) or not labels.get(tags.NODE):
             continue
+        if tags.SWAP in labels and not attached_to(item)[0]:  # on its way in or out: the origin is the node's
+            continue
         name = str(item["VolumeId"])
         seen[name] = (api.clock.now(), item)
         node = labels[tags.NODE], attached_to(item)[0]

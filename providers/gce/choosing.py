@@ -96,6 +96,8 @@ def tagged(api: Api) -> list[Tagged]:
         found = disk_of(item.self_link)
         if found is None or {labels.ATTACHMENT, labels.ASIDE} & set(item.labels):
             continue
+        if labels.SWAP in item.labels and not item.users:  # on its way in or out: the origin is the node's
+            continue
         user = path_of(next(iter(item.users), "")).split("/")
         node = item.labels[labels.NODE], f"{user[3]}/{user[5]}" if len(user) == 6 else ""
         disks.setdefault(node, []).append(found.id)

@@ -177,8 +177,8 @@ def is_mount_point(path: str) -> bool:
 
 def awaited(path: str, table: list[Mount]) -> list[str]:
     """The mount points of /etc/fstab at, above and below the canonical `path` where nothing is mounted though a disk
-    should be (it failed at boot): what is there now isn't that disk's. One below with `noauto` (fstab(5)) isn't
-    awaited. None if fstab can't be read."""
+    should be (it failed at boot): what is there now isn't that disk's. With `noauto` (fstab(5)) only `path` itself is
+    awaited: who has the data there means that disk. None if fstab can't be read."""
     try:
         with open(FSTAB, "rb") as file:
             lines = [line.split() for line in file if not line.lstrip().startswith(b"#")]
@@ -188,13 +188,13 @@ def awaited(path: str, table: list[Mount]) -> list[str]:
     mounted = {mount.path for mount in table}
     found = set()
     for words in lines:
-        if len(words) < 4 or not words[1].startswith(b"/"):
+        if len(words) < 3 or not words[1].startswith(b"/"):
             continue
         point = os.path.normpath(unescape(words[1]))
-        below = is_under(point, path) and point != path
-        if not is_under(point, here) or not (below or is_under(path, point)):
+        if not is_under(point, here) or not (is_under(point, path) or is_under(path, point)):
             continue
-        if not (below and b"noauto" in words[3].split(b",")) and not {point, os.path.realpath(point)} & mounted:
+        by_hand = len(words) > 3 and b"noauto" in words[3].split(b",") and point != path
+        if not by_hand and not {point, os.path.realpath(point)} & mounted:
             found.add(point)
     return sorted(found)
 

@@ -250,8 +250,13 @@ def with_preset(table: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+#: Keys that once were, and that nothing ever read: a config with them stays good.
+_NO_MORE = ("genesis", "config_files")
+
+
 def _node(name: str, table: dict[str, Any], source: str) -> Node:
     where = f"node.{name}"
+    table = {key: value for key, value in table.items() if key not in _NO_MORE}
     if not NODE_NAME.fullmatch(name):
         raise UsageError(
             f"{source}: {where}: {name!r} can't be a node's name",

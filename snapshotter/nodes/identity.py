@@ -168,7 +168,7 @@ def carry(
     for name in wanted:
         path, place = files.locate(theirs, name), _place_of(ours, name)
         if files.locate(ours, name) != path:  # else both lead to one file, outside what is moved
-            moves.append((path, place, *_read(theirs, path)))
+            moves.append((path, place, *_read(theirs, path, name, key_file)))
     if key is not None and key not in [(path, place) for path, place, _, _ in moves]:
         moves.append((*key, *files.read(key[0], _LARGEST_KEY)))
         secret.add(key[0])
@@ -203,21 +203,32 @@ def collect(top: str, profile: Profile, key_file: str | None = None) -> dict[str
     found = {}
     for name, path in paths.items():
         try:
-            content, seen = _read(places, path) if path != outside else files.read(path, _LARGEST_FILE)
+            content, seen = _read(places, path, name, key_file)
         except FileNotFoundError:
             continue
         found[name] = (content, stat.S_IMODE(seen.st_mode))
     return found
 
 
-def _read(places: Places, path: str) -> tuple[bytes, os.stat_result]:
-    """An identity file. The node's user may make a link of any name to any file, and has what we make of it: where one
-    leads out of the data, only his own is read. Raises FileNotFoundError, PreconditionError."""
+def _read(places: Places, path: str, name: str, key_file: str | None) -> tuple[bytes, os.stat_result]:
+    """The identity file `name`, which is at `path`. The node's user may make a link to any file, and has what we make
+    of it: where one leads out of the data, it must be to his own, root's link, or the config's `key_file`. Raises
+    FileNotFoundError, PreconditionError."""
     content, found = files.read(path, _LARGEST_FILE)
-    if os.geteuid() == 0 and not files.held(places, path) and found.st_uid != os.stat(places[0][1]).st_uid:
+    if os.geteuid() != 0 or files.held(places, path) or found.st_uid == os.stat(places[0][1]).st_uid:
+        return content, found
+    if not (key_file and path == os.path.realpath(key_file)) and not _is_roots_link(files.itself(places, name), path):
         cure = "put the file itself there; or name it as key_file in the config, if it is the node's key"
         raise PreconditionError("belongs to another user than the data, and a link leads there", object=path, cure=cure)
     return content, found
+
+
+def _is_roots_link(link: str, path: str) -> bool:
+    """Whether root made this link, and straight to `path`. (A relative one means another place once it is moved.)"""
+    try:
+        return os.lstat(link).st_uid == 0 and os.lstat(link).st_nlink == 1 and os.readlink(link) == path
+    except OSError:
+        return False
 
 
 def is_withheld(content: bytes) -> bool:

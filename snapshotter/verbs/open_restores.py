@@ -43,7 +43,7 @@ def refuse(session: Session, target: str, *, finished: bool = False) -> None:
             )
         return
     raise BusyError(
-        "a restore in place was interrupted",
+        "a restore in place is under way, or was interrupted",
         object=path,
         cure=f"snapshotter restore --continue {path}, or snapshotter restore --undo {path}",
     )

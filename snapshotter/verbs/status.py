@@ -78,17 +78,18 @@ def status(session: Session, target: str | None = None) -> dict[str, Any]:
         else:  # the node itself, or a function, may have taken it
             named = [found for found in entries.sets if found.birth.node == node.name]
             wanted: set[str] = set()
-            try:
-                wanted = plan_outside.disks_of(session, node)
-            except SnapshotterError as error:
-                problems.append(Problem("unknown", error.line()))
+            if any(found.birth.target != target_of(node) for found in named) and not entries.unavailable:
+                try:
+                    wanted = plan_outside.disks_of(session, node)
+                except SnapshotterError as error:
+                    problems.append(Problem("unknown", error.line()))
             sets = plan_outside.of_node(node, named, wanted)
         if node.select is None:  # off this host there is nothing to look at but the sets
             try:
-                open_restores.refuse(session, target_of(node))
                 seen = planning.survey(session, node)
                 spaces = filling.rooms(seen.claims)
                 found = [filling.judge(node, name, space, samples, time.time()) for name, space in spaces]
+                open_restores.refuse(session, target_of(node))
                 planning.held(node, seen)
             except SnapshotterError as error:
                 problems.append(Problem("no-take", error.what(), error.cure))

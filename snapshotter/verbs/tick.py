@@ -183,7 +183,7 @@ def _serve(run: Run, node: Node, sets: list[SnapshotSet], entry: dict[str, Any])
     if node.select is not None:
         wanted: set[str] = set()
         with suppress(SnapshotterError):  # the take, which is due then, tells why
-            wanted = plan_outside.disks_of(run.session, node)
+            wanted = plan_outside.disks_of(run.session, node) if sets else wanted
         own = [found for found in sets if plan_outside.is_of(found, wanted)]
     slot, owed_s = run.slot, None
     if node.every is not None:

@@ -116,7 +116,7 @@ def test_a_btrfs_over_two_devices_is_one_volume() -> None:
 def test_a_swap_keeps_the_node_in_its_fleet() -> None:
     """What runs the fleet's schedule finds its nodes by these tags."""
     with ebs_harness() as harness:
-        volume, swap_id = harness.volume(), "w20261122t100630z-5f3a9c"
+        volume, swap_id, again = harness.volume(), "w20261122t100630z-5f3a9c", "w20261122t100640z-5f3a9c"
         assert volume.path is not None
         fill(volume.path)
         theirs = {"team": "nodes", "snapshotter:node": "validator-1", "snapshotter:type": "validator"}
@@ -129,8 +129,8 @@ def test_a_swap_keeps_the_node_in_its_fleet() -> None:
         assert [each.id for each in node.volumes] != [volume.id]
         harness.provider().swap_back(swap_id)
         assert [each.volumes for each in harness.provider().tagged()] == [(Volume("ebs", volume.id),)]
-        harness.provider().swap(swap_id, found, volume)
-        harness.provider().swap_commit(swap_id)
+        harness.provider().swap(again, found, volume)
+        harness.provider().swap_commit(again)
         (new,) = [each for each in harness.twin.world.volumes.values() if each.tags.get("team")]
         assert new.id != volume.id and new.tags == theirs
 

@@ -188,6 +188,10 @@ def test_the_nodes_user_gets_nobody_elses_file_as_his_identity(tmp_path: Path, l
     (tmp_path / "shadow").chmod(0o600)
     (data / link).unlink(missing_ok=True)
     (data / link).symlink_to(tmp_path / "shadow")
+    assert identity.collect(str(data), BESU)[link][0] == b"root's", "a link that root made means what it says"
+    os.lchown(data / link, NOBODY, NOBODY)
+    if link == "key":
+        assert identity.collect(str(data), BESU, str(tmp_path / "shadow"))[link][0] == b"root's"
     before = files_below(other)
     for refused in (lambda: identity.carry(str(data), str(other), BESU), lambda: identity.collect(str(data), BESU)):
         with pytest.raises(PreconditionError, match="another user") as told:

@@ -118,12 +118,15 @@ def test_disks_of_fstab_that_are_not_mounted(tmp_path: Path, monkeypatch: pytest
         ("/srv/node/an\\040old", "defaults", True),
         ("/srv/node/usb", "noauto", False),
         ("none", "sw", False),
+        ("/srv/node/ancient", "", True),
     ):
-        fstab.write_text(f"# /dev/x /srv/node ext4 defaults 0 0\n\n/dev/x {point} ext4 {options} 0 2\n")
+        fstab.write_text(f"# /dev/x /srv/node ext4 defaults 0 0\n\n/dev/x {point} ext4 {options}\n")
         assert bool(awaited("/srv/node", table)) is expected, (point, options)
     fstab.write_text("/dev/x /mnt ext4 defaults 0 2\n")
     assert awaited("/srv/node", table) == []
     assert awaited("/mnt/node", table) == ["/mnt"]
+    fstab.write_text("/dev/sdb1 /mnt auto noauto,user 0 0\n")  # a place for disks that come and go
+    assert awaited("/mnt/node", table) == []
 
 
 def test_what_zfs_mounts_of_itself() -> None:
