@@ -131,7 +131,7 @@ def test_a_swap_keeps_the_node_in_its_fleet() -> None:
         assert [each.volumes for each in harness.provider().tagged()] == [(Volume("ebs", volume.id),)]
         harness.provider().swap(again, found, volume)
         harness.provider().swap_commit(again)
-        (new,) = [each for each in harness.twin.world.volumes.values() if each.tags.get("team")]
+        (new,) = [each for each in harness.twin.world.volumes.values() if each.gone is None and each.tags.get("team")]
         assert new.id != volume.id and new.tags == theirs
 
 
