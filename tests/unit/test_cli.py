@@ -446,6 +446,7 @@ def test_from_a_copy_of_a_store(command: Command, data: Path, tmp_path: Path) ->
     assert made["set_id"] == set_id and picture(clone) == content
     new.json("release", str(clone))
     assert not clone.exists()
+    assert new.json("list")["sets"] == [], "it is an archive: none of its sets are this host's to prune"
     said = new.json("init", "--from", set_id, *store, "--write")
     words = said["restore"].split()[1:]
     new.json(*words, "--yes")
