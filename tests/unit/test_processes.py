@@ -129,7 +129,7 @@ def test_a_name_that_looks_like_the_end_of_it(data: Path, children: Children) ->
     code = "import ctypes, os, sys; ctypes.CDLL(None).prctl(15, b') Z 1 (x) 9'); os.open(sys.argv[1], os.O_WRONLY)"
     pid = children.python(code, data / "file")
     (found,) = processes.scan([str(data)]).writers
-    assert found.pid == pid and found.name == ") Z 1 (x) 9" and found.state == "S"
+    assert found.pid == pid and found.name == ") Z 1 (x) 9" and found.state in "RS"
 
 
 def test_a_process_whose_first_thread_has_ended(data: Path, children: Children) -> None:
@@ -154,7 +154,8 @@ def test_settled_ones_are_not_looked_at_again(data: Path, children: Children) ->
     scanner = processes.Scanner([str(data)])
     (found,) = scanner.scan().writers
     assert scanner.scan(settled={found.identity}).writers == ()
-    assert scanner.scan(settled={(found.pid, found.starttime + 1)}).writers == (found,)
+    (again,) = scanner.scan(settled={(found.pid, found.starttime + 1)}).writers
+    assert again.identity == found.identity
 
 
 def test_stopped_means_all_threads_of_that_very_process(children: Children) -> None:
