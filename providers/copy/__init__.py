@@ -103,8 +103,8 @@ class CopyProvider(Provider):
         super().__init__(settings)
         self._used: list[str] = []
         self._cache = KnownStores(os.path.join(settings.state, "copy-stores"))
-        #: Where clones came from, so that `release` finds them. No more of these: a copy of a store, which -o named, is
-        #: somebody's archive, and none of its sets are this host's to prune.
+        #: Where the clones came from that there are, so that `release` finds them. Nothing else is looked for there: a
+        #: copy of a store, which -o named, is somebody's archive, and none of its sets are this host's to prune.
         self._attached = KnownStores(os.path.join(settings.state, "copy-attached"))
 
     def availability(self) -> list[str]:
@@ -148,9 +148,10 @@ class CopyProvider(Provider):
     def _known(self, failed: list[SnapshotterError], *, attached: bool = False) -> Iterator[Sets]:
         """Every store that we know of (with `attached`, also those that only clones came from), open for the time of
         the loop's body. One that can't be opened hides no other: its error goes to `failed`."""
+        usual = self._where()
         for path in self._where(attached):
             store = None
-            with put_off(failed):
+            with put_off(failed if path in usual else []):
                 store = Sets.open(path)
             # A copy of a store that lies in an image isn't one more.
             if store is not None:
@@ -478,7 +479,7 @@ class CopyProvider(Provider):
                     continue
                 if found.state is not ImageState.READY:
                     raise StorageError(f"has no valid image: {found.why}", object=set_id)
-                self._attached.add(store.path)
+                unknown = self._attached.add(store.path) if self._named() else ""
                 name = f"attachments/{attachment_id}.{number}.json"
                 if store.has(name):
                     raise BusyError("this attachment exists already", object=attachment_id)
@@ -491,6 +492,7 @@ class CopyProvider(Provider):
                     "purpose": str(purpose),
                     "since": None,
                     "maker": processes.identity(os.getpid()),
+                    "store": store.path,
                     "made": False,
                     "inode": None,
                 }
@@ -498,6 +500,8 @@ class CopyProvider(Provider):
                     self.notes = clones.view(store, name, record)
                     return MountSpec(f"{store.path}/{at}/{number}/tree", "bind", ("ro", "nosuid", "nodev"))
                 self.notes = clones.clone(store, name, record, found.size_bytes or 0, self.settings.report)
+                if unknown:
+                    self.notes.append(f"{self._attached.file}: {unknown}: `release` may not find {store.path}")
                 # More than a tick of the kernel's clock: what is written to it from now on has a later ctime.
                 time.sleep(0.02)
                 return Tree(destination)
@@ -520,7 +524,7 @@ class CopyProvider(Provider):
         for store in self._known(failed, attached=True):
             records: list[tuple[str, dict[str, Any]]] = []
             with put_off(failed), told(store.path):
-                records = list(store.records())
+                records = self._records(store)
             self.notes += [note for note in store.damaged if note not in self.notes]
             for _, record in records:
                 try:
@@ -545,9 +549,13 @@ class CopyProvider(Provider):
     def detach(self, attachment_id: str) -> None:
         if not ATTACHMENT_ID.fullmatch(attachment_id):
             raise ValueError(f"{attachment_id!r} is no attachment id")
-        for store in self._holding(lambda store: _has_parts(store, attachment_id), attached=True):
+
+        def holds(store: Sets) -> bool:
+            return _has_parts(store, attachment_id) and (store.path in self._where() or bool(self._records(store)))
+
+        for store in self._holding(holds, attached=True):
             with told(store.path):
-                parts = [each for each in store.records() if each[1]["id"] == attachment_id]
+                parts = [each for each in self._records(store) if each[1]["id"] == attachment_id]
                 # A member's place may lie inside another's.
                 for name, record in sorted(parts, key=lambda each: -len(str(each[1].get("path")))):
                     if record.get("access") == Access.WRITABLE:
@@ -559,6 +567,14 @@ class CopyProvider(Provider):
                         store.unlink(f"attachments/{name}")
                 if parts:
                     sync_directory("attachments", store.fd)
+                if not self._records(store):
+                    self._attached.remove(store.path)
+
+    def _records(self, store: Sets) -> list[tuple[str, dict[str, Any]]]:
+        """Its attachments. A copy of a store has the other's records too, as they were: where only clones lead here,
+        those are nobody's."""
+        usual = store.path in self._where()
+        return [each for each in store.records() if usual or each[1].get("store") == store.path]
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers

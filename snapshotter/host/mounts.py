@@ -177,8 +177,8 @@ def is_mount_point(path: str) -> bool:
 
 def awaited(path: str, table: list[Mount]) -> list[str]:
     """The mount points of /etc/fstab at, above and below the canonical `path` where nothing is mounted though a disk
-    should be (it failed at boot): what is there now isn't that disk's. With `noauto` (fstab(5)) only `path` itself is
-    awaited: who has the data there means that disk. None if fstab can't be read."""
+    should be (it failed at boot): what is there now isn't that disk's. One with `noauto` (fstab(5)) below isn't
+    awaited, nor one above where disks come and go (type `auto`, option `user`). None if fstab can't be read."""
     try:
         with open(FSTAB, "rb") as file:
             lines = [line.split() for line in file if not line.lstrip().startswith(b"#")]
@@ -193,8 +193,10 @@ def awaited(path: str, table: list[Mount]) -> list[str]:
         point = os.path.normpath(unescape(words[1]))
         if not is_under(point, here) or not (is_under(point, path) or is_under(path, point)):
             continue
-        by_hand = len(words) > 3 and b"noauto" in words[3].split(b",") and point != path
-        if not by_hand and not {point, os.path.realpath(point)} & mounted:
+        options = set(words[3].split(b",")) if len(words) > 3 else set()
+        comes_and_goes = words[2] == b"auto" or bool(options & {b"user", b"users"})
+        by_hand = b"noauto" in options and (is_under(point, path) or comes_and_goes)
+        if (point == path or not by_hand) and not {point, os.path.realpath(point)} & mounted:
             found.add(point)
     return sorted(found)
 

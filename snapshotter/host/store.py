@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -424,6 +424,11 @@ class KnownStores:
             return None
         return point
 
+    def remove(self, path: str) -> None:
+        """Absent is done. What can't be written stays: it is looked at once more, and no harm."""
+        if path in self.read():
+            self._write(lambda known: {each: at for each, at in known.items() if each != path})
+
     def add(self, path: str) -> str:
         """Returns why it could not be noted, '' if it is."""
         try:
@@ -432,15 +437,21 @@ class KnownStores:
             point = ""
         if self.read().get(path) == point:
             return ""
+
+        def added(known: dict[str, str]) -> dict[str, str]:
+            if len(known) >= 50:  # those whose disk isn't mounted stay: nothing else tells of them
+                known = {each: at for each, at in known.items() if os.path.isdir(each) or self.away(each)}
+            return {**known, path: point}
+
+        return self._write(added)
+
+    def _write(self, change: Callable[[dict[str, str]], dict[str, str]]) -> str:
         try:
             os.makedirs(os.path.dirname(self.file), 0o700, exist_ok=True)
             above = os.open(os.path.dirname(self.file), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 fcntl.flock(above, fcntl.LOCK_EX)  # another take may be noting its own
-                known = self.read()
-                if len(known) >= 50:  # those whose disk isn't mounted stay: nothing else tells of them
-                    known = {each: at for each, at in known.items() if os.path.isdir(each) or self.away(each)}
-                lines = [_escape(each) + b"\t" + _escape(at) + b"\n" for each, at in {**known, path: point}.items()]
+                lines = [_escape(each) + b"\t" + _escape(at) + b"\n" for each, at in change(self.read()).items()]
                 replace_file(self.file, b"".join(lines), 0o600)
             finally:
                 os.close(above)

@@ -217,7 +217,9 @@ def _read(places: Places, path: str, name: str, key_file: str | None) -> tuple[b
     content, found = files.read(path, _LARGEST_FILE)
     if os.geteuid() != 0 or files.held(places, path) or found.st_uid == os.stat(places[0][1]).st_uid:
         return content, found
-    if not (key_file and path == os.path.realpath(key_file)) and not _is_roots_link(files.itself(places, name), path):
+    link = files.itself(places, name)
+    by_root = files.held(places, link) and _is_roots_link(link, path)
+    if not by_root and not (key_file and path == os.path.realpath(key_file)):
         cure = "put the file itself there; or name it as key_file in the config, if it is the node's key"
         raise PreconditionError("belongs to another user than the data, and a link leads there", object=path, cure=cure)
     return content, found

@@ -78,7 +78,7 @@ def status(session: Session, target: str | None = None) -> dict[str, Any]:
         else:  # the node itself, or a function, may have taken it
             named = [found for found in entries.sets if found.birth.node == node.name]
             wanted: set[str] = set()
-            if any(found.birth.target != target_of(node) for found in named) and not entries.unavailable:
+            if any(found.birth.target != target_of(node) for found in named):
                 try:
                     wanted = plan_outside.disks_of(session, node)
                 except SnapshotterError as error:

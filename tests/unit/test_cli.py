@@ -447,6 +447,7 @@ def test_from_a_copy_of_a_store(command: Command, data: Path, tmp_path: Path) ->
     new.json("release", str(clone))
     assert not clone.exists()
     assert new.json("list")["sets"] == [], "it is an archive: none of its sets are this host's to prune"
+    assert (new.home / "state/copy-attached").read_bytes() == b""
     said = new.json("init", "--from", set_id, *store, "--write")
     words = said["restore"].split()[1:]
     new.json(*words, "--yes")

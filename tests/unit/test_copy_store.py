@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -20,7 +21,7 @@ from snapshotter.host import mounts
 from snapshotter.host.store import KnownStores
 from snapshotter.provider import Settings
 from snapshotter.testing.harness import describe, fill, make_birth
-from tests.support import loop_file_system
+from tests.support import Command, loop_file_system
 from tests.unit.copy_kit import SEAL, Place, reachable
 
 __all__ = ["reachable"]  # a fixture
@@ -463,3 +464,25 @@ def test_a_store_that_cannot_be_noted_is_said(place: Place) -> None:
     birth = make_birth([volume])
     provider.create([volume], birth, Hold())
     assert "can't be noted" in provider.notes[0] and str(place.store) in provider.notes[0]
+
+
+def test_a_copied_stores_records_speak_of_no_clone_of_this_one(tmp_path: Path) -> None:
+    """The store was copied while a restore went on; after a drill from that copy nothing reaps the clone."""
+    data, clone, drill = tmp_path / "data", tmp_path / "clone", tmp_path / "drill"
+    data.mkdir()
+    (data / "file").write_text("x")
+    command = Command(tmp_path / "etc")
+    set_id = command.json("take", str(data))["set_id"]
+    attachment = command.json("restore", set_id, "--to", str(clone))["attachment_id"]
+    archive = tmp_path / "archive"
+    shutil.copytree(tmp_path / ".snapshotter", archive, symlinks=True)
+    (record,) = (archive / "attachments").glob(f"{attachment}.*.json")
+    record.write_text(re.sub(r'"since": ?"[^"]*"', '"since":null', record.read_text()))
+    (clone / "work").write_text("a person's")
+    store = ("-o", f"store={archive}")
+    command.json("restore", set_id, "--to", str(drill), *store)
+    command.json("reap")
+    assert (clone / "work").exists() and drill.exists()
+    command.json("release", str(drill))
+    command.json("reap")
+    assert (clone / "work").exists() and not drill.exists()

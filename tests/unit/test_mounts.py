@@ -127,6 +127,8 @@ def test_disks_of_fstab_that_are_not_mounted(tmp_path: Path, monkeypatch: pytest
     assert awaited("/mnt/node", table) == ["/mnt"]
     fstab.write_text("/dev/sdb1 /mnt auto noauto,user 0 0\n")  # a place for disks that come and go
     assert awaited("/mnt/node", table) == []
+    fstab.write_text("/dev/mapper/c /mnt ext4 noauto,nofail 0 0\n")  # opened by hand
+    assert awaited("/mnt/node", table) == ["/mnt"]
 
 
 def test_what_zfs_mounts_of_itself() -> None:
