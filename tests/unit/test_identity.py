@@ -203,6 +203,21 @@ def test_the_nodes_user_gets_nobody_elses_file_as_his_identity(tmp_path: Path, l
 
 
 @pytest.mark.root
+def test_another_nodes_key_is_not_to_be_had_by_way_of_its_directory(tmp_path: Path) -> None:
+    """Root linked the other node's key to where it is; this node's user links to the directory of that link."""
+    other, data = tmp_path / "other", tmp_path / "data"
+    for top in (other, data):
+        top.mkdir()
+    (tmp_path / "secret").write_text("the other's")
+    (other / "node_key.json").symlink_to(tmp_path / "secret")
+    (data / "config").symlink_to(other)
+    for path in (data, data / "config"):
+        os.lchown(path, NOBODY, NOBODY)
+    with pytest.raises(PreconditionError, match="another user"):
+        identity.collect(str(data), COMETBFT)
+
+
+@pytest.mark.root
 def test_a_key_that_may_not_be_read_costs_the_address_not_the_take(tmp_path: Path) -> None:
     for path in [tmp_path, *tmp_path.parents]:
         if not path.stat().st_mode & 1:
