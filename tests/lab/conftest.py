@@ -39,7 +39,7 @@ SAMPLED: dict[str, set[str]] = {
     "test_gce_attach": set(),
     # Pass, two cuts of each kind; minutes. The bar's twenty are still to be run.
     "test_power_cuts": set(),
-    # Minutes each. Thin, classic and ZFS pass; of the kills see RESULTS.md.
+    # Minutes each. Thin, classic and ZFS pass; the kills of thin and ZFS are whole, see RESULTS.md.
     "test_in_place_lab": set(),
     "test_schedule": {"test_the_timer_fires_and_a_good_set_appears"},
     "test_status_here": {"test_lvm[thin]", "test_zfs"},
