@@ -198,7 +198,7 @@ class BtrfsProvider(Provider):
                     self._writable(store)
                     store.check_place()
                     self._check_subvolume(store, volume, birth)
-                    if birth.slot:  # whether it was taken must be told from all sets here: see `of_slot`
+                    if birth.slot and store.fd >= 0:  # taken? That must be told from all sets here: see `of_slot`
                         list(images.snapshots(store))
                     total, free = _room(store.top)
             if free < total * self.settings.floor:
