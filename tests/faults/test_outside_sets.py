@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from providers.ebs import EbsProvider, api, tags
 from snapshotter import functions
 from snapshotter.core.model import Hold, SnapshotSet, State, Volume, compact_time, utc_now
+from snapshotter.host.places import host_name
 from snapshotter.nodes import config, schedule
 from snapshotter.nodes.target import target_of
 from snapshotter.provider import Settings
@@ -83,7 +84,9 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
             "SNAPSHOTTER_CONFIG_TOML": made.config(),
         }
         with environment(**given):
+            host_name.cache_clear()  # a function is a host of its own
             yield made
+    host_name.cache_clear()
 
 
 def of_another_host(fleet: Fleet) -> None:
