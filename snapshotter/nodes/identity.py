@@ -197,9 +197,8 @@ def collect(top: str, profile: Profile, key_file: str | None = None) -> dict[str
     comes under the name that it has by default. {} if there are none. For `install`. Raises PreconditionError."""
     places = _places(top, "", ())
     paths = {name: files.locate(places, name) for name in _names(places, profile.identity)}
-    outside = os.path.realpath(key_file) if key_file and profile.node_key else ""
-    if outside and profile.node_key:
-        paths[profile.node_key.path] = outside
+    if key_file and profile.node_key:
+        paths[profile.node_key.path] = os.path.realpath(key_file)
     found = {}
     for name, path in paths.items():
         try:
@@ -228,7 +227,8 @@ def _read(places: Places, path: str, name: str, key_file: str | None) -> tuple[b
 def _is_roots_link(link: str, path: str) -> bool:
     """Whether root made this link, and straight to `path`. (A relative one means another place once it is moved.)"""
     try:
-        return os.lstat(link).st_uid == 0 and os.lstat(link).st_nlink == 1 and os.readlink(link) == path
+        found = os.lstat(link)
+        return (found.st_uid, found.st_nlink) == (0, 1) and os.readlink(link) == path
     except OSError:
         return False
 

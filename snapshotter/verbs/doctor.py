@@ -155,7 +155,7 @@ def _open_restore(where: str) -> Iterator[Finding]:
         yield Finding(None, "restore", f"{path}: what a restore set aside still takes room", cure, "advice")
     else:
         cure = f"snapshotter restore --continue {path}, or --undo {path}"
-        yield Finding(None, "restore", f"{path}: a restore in place is under way, or was interrupted", cure)
+        yield Finding(None, "restore", f"{path}: {open_restores.OPEN}", cure)
 
 
 def _node(session: Session, node: Node) -> Iterator[Finding]:

@@ -9,6 +9,9 @@ import os
 from snapshotter.core.errors import BusyError, SnapshotterError
 from snapshotter.verbs.session import Session
 
+#: What `refuse` says; doctor lists it among the leftovers, in the same words, so that it is said once.
+OPEN = "a restore in place is under way, or was interrupted"
+
 
 def directory(session: Session) -> str:
     """Where the journals are."""
@@ -43,7 +46,7 @@ def refuse(session: Session, target: str, *, finished: bool = False) -> None:
             )
         return
     raise BusyError(
-        "a restore in place is under way, or was interrupted",
+        OPEN,
         object=path,
         cure=f"snapshotter restore --continue {path}, or snapshotter restore --undo {path}",
     )
