@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Sequence
 
 from msgspec import Struct
 
@@ -27,6 +27,8 @@ _SHARED_MAP = re.compile(rb"^([0-9a-f]+-[0-9a-f]+) .w.s [0-9a-f]+ ([0-9a-f]+):([
 _ANY_MAP = re.compile(rb"^([0-9a-f]+-[0-9a-f]+) .... [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) (\d+) +(/.*)$", re.M)
 #: Every daemon has some of these.
 _NEVER_DATA = ("/dev/null", "/dev/pts/", "/memfd:")
+#: At the descriptors of a process that closes some while we look.
+_LOOKS = 5
 #: Stands for all that a /proc with `hidepid` doesn't show.
 _HIDDEN = (0, 0)
 
@@ -164,10 +166,10 @@ class Scanner:
             try:
                 if who not in self._judged:
                     base = proc.readable_base(pid, seen)
+                    # Maps last: a file is opened, mapped and closed, in that order.
+                    reason = next((found for found, _ in self._open_files(base, pid, writable=True)), "")
                     maps = self._maps(base, pid)
-                    reason = next(
-                        (found for found, _ in self._open_files(base, pid, writable=True)), maps[0][1] if maps else ""
-                    )
+                    reason = reason or (maps[0][1] if maps else "")
                     mapped.update(file for file, _ in maps)
                     if reason:
                         writers.append(Process(pid, seen.starttime, seen.name, proc.owner(pid), seen.state, reason))
@@ -229,8 +231,19 @@ class Scanner:
     def _open_files(self, base: str, pid: int, *, writable: bool) -> Iterator[tuple[str, str]]:
         """Descriptors whose file is below the paths: its path, and the descriptor's own in /proc.
 
+        One that was closed while we looked may have been followed by another that the list doesn't have: a process
+        that always has one open would be missed. So the list is read again, a few times."""
+        for _ in range(_LOOKS):
+            closed = yield from self._listed_files(base, pid, writable=writable)
+            if not closed:
+                return
+
+    def _listed_files(self, base: str, pid: int, *, writable: bool) -> Generator[tuple[str, str], None, bool]:
+        """One look; whether a descriptor was closed meanwhile.
+
         A descriptor's link has its owner's write bit if the file is open for writing (and no bits with O_PATH), which
         spares reading fdinfo for most."""
+        closed = False
         with os.scandir(f"{base}/fd") as entries:
             for entry in entries:
                 try:
@@ -241,6 +254,7 @@ class Scanner:
                         continue  # a socket, a pipe
                     info = proc.read(f"{base}/fdinfo/{entry.name}")
                 except (FileNotFoundError, ProcessLookupError):
+                    closed = True
                     continue
                 if link == proc.TOO_LONG:
                     if os.stat(entry.path).st_dev in self._devices:  # where it is can't be told, so it counts
@@ -249,6 +263,7 @@ class Scanner:
                 mount_id = int(info.partition(b"mnt_id:")[2].split(None, 1)[0])
                 if self._descriptor_is_ours(pid, link, mount_id, entry.path):
                     yield link, entry.path
+        return closed
 
     def _descriptor_is_ours(self, pid: int, link: str, mount_id: int, entry: str) -> bool:
         mount = self._by_id.get(mount_id)

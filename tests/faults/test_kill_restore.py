@@ -77,7 +77,7 @@ def test_killed_once_the_directory_of_other_roots_is_made(tmp_path: Path) -> Non
         (top / "file").write_text("content")
     (data / "database").symlink_to(fast)
     command = Command(tmp_path / "etc")
-    command.json("take", str(data))
+    identity = command.json("take", str(data))["set_id"]
     clone = tmp_path / "clone"
     program = """
         import os, signal, sys
@@ -90,7 +90,7 @@ def test_killed_once_the_directory_of_other_roots_is_made(tmp_path: Path) -> Non
         from snapshotter.__main__ import main
         main()
     """
-    words = command.argv("restore", "latest", "--to", str(clone))
+    words = command.argv("restore", identity, "--to", str(clone))
     argv = [words[0], "-c", textwrap.dedent(program), *words[3:]]
     assert subprocess.run(argv, env=command.environment(), cwd="/").returncode == -signal.SIGKILL
     assert (tmp_path / "clone.roots").is_dir()

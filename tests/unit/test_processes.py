@@ -103,6 +103,37 @@ def test_a_shared_map_alone_makes_a_writer(data: Path, children: Children) -> No
     assert found.mapped == {(real.st_dev, real.st_ino)}
 
 
+def test_one_that_closes_its_file_once_it_has_another_is_never_missed(
+    data: Path, children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It always has one open for writing, but no longer the one that was listed."""
+    code = """
+import os, signal, sys
+held = os.open(sys.argv[1], os.O_WRONLY)
+def change(*_):
+    global held
+    new = os.open(sys.argv[1], os.O_WRONLY); os.close(held); held = new
+    print("changed", flush=True)
+signal.signal(signal.SIGUSR1, change)"""
+    pid = children.python(code, data / "file")
+    listed = os.scandir
+
+    @contextlib.contextmanager
+    def scandir(path: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+        with listed(path) as entries:
+            found = list(entries)
+        if path == f"/proc/{pid}/fd":
+            monkeypatch.setattr(os, "scandir", listed)
+            os.kill(pid, signal.SIGUSR1)
+            said = children.all[0].stdout
+            assert said is not None and said.readline() == b"changed\n"
+        yield iter(found)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert writers(data) == [pid]
+    assert os.scandir is listed
+
+
 @pytest.mark.parametrize("name", ["plain", "with blank", "line\nbreak", "ünï", "x" * 255, "ends (deleted)", "a\\b"])
 def test_odd_names(data: Path, children: Children, name: str) -> None:
     code = "import mmap, os, sys; f = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT); os.truncate(f, 4096); "

@@ -212,7 +212,7 @@ def test_a_time_that_was_slept_through_is_made_up_for(inside: Inside) -> None:
     """`Persistent=true`: the machine was off when it was due."""
     systemd = inside.systemd
     inside.json("schedule", "install")
-    assert inside.json("list")["sets"] == []
+    assert inside.json("list", "validator-1")["sets"] == []
     stamp = f"/var/lib/systemd/timers/stamp-{TIMER}"
     # The fixed delay of up to six minutes holds then too: cut it, by what an operator would do.
     systemd.enter("mkdir", "-p", f"/etc/systemd/system/{TIMER}.d")
@@ -221,10 +221,9 @@ def test_a_time_that_was_slept_through_is_made_up_for(inside: Inside) -> None:
     systemd.enter("touch", "-d", "2 days ago", stamp)
     systemd.enter("systemctl", "start", TIMER)
     give_up = time.monotonic() + 60
-    while not (sets := inside.json("list")["sets"]):
+    while not any(found["good"] for found in inside.json("list", "validator-1")["sets"]):  # one being taken is none yet
         assert time.monotonic() < give_up
         time.sleep(0.5)
-    assert sets[0]["good"]
     systemd.enter("rm", "-rf", f"/etc/systemd/system/{TIMER}.d")
 
 
