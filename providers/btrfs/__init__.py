@@ -6,7 +6,7 @@ ioctls need no child and no parsing, and give an errno instead of prose. A take 
 
 A *volume* is a subvolume: `<first 13 characters of the file system's UUID>:<path from the top level>`. The path and not
 the kernel's number is its identity: a swap puts another subvolume in that place, and it is still the same target. Not
-the whole UUID, because a birth record has 400 bytes for all the volumes of its set.
+the whole UUID, because a birth record has 560 bytes for all the volumes of its set.
 
 Ours are (`host.btrfs_store`), in the subvolume .snapshotter-btrfs at the top level:
 

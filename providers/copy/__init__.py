@@ -113,7 +113,7 @@ class CopyProvider(Provider):
     def claim(self, mount: Mount, path: str) -> Volume | None:
         if refused(mount.fstype):
             return None
-        # The path itself, unless it would take the birth record's room (400 bytes for everything).
+        # The path itself, unless it would take the birth record's room (560 bytes for everything).
         short = len(os.fsencode(path)) <= 64 and path.isascii()
         return Volume(provider=self.name, id=path if short else path_hash(path), path=path, fstype=mount.fstype)
 

@@ -3,7 +3,7 @@
 The labels of all members together are the catalog; there is no other database. Must know no store: a driver
 declares its store's limits (`LabelLimits`) and calls `pack` and `unpack`.
 
-The record is compact JSON of at most 400 bytes, so that it fits every store known (an LVM tag takes 1024 characters,
+The record is compact JSON of at most 560 bytes, so that it fits every store known (an LVM tag takes 1024 characters,
 an EC2 tag value 256, a GCE description 2048). A path that has no room is replaced by a hash, `paths_known` is
 then False, and a restore in place must be told the path.
 """
@@ -25,7 +25,10 @@ from snapshotter.core.errors import PreconditionError
 from snapshotter.core.model import SET_ID, Birth, Member, Root
 
 SCHEMA = 1
-MAX_RECORD_BYTES = 400
+#: Names and paths that begin as the first one does are written as `[characters in common, the rest]`: in use only for
+#: a record that would be too long otherwise, as a snapshotter that knows nothing of it must not misread it.
+FOLDED = 2
+MAX_RECORD_BYTES = 560
 PREFIX = "snapshotter"
 
 #: The only mutable labels. Values are of `[a-z0-9_-]`, at most 63 (a GCE label takes no more).
@@ -58,7 +61,8 @@ class LabelLimits(Struct, frozen=True):
 
 
 def encode_birth(birth: Birth) -> str:
-    """The record as compact JSON. Paths that would make it longer than 400 bytes become hashes, longest first
+    """The record as compact JSON. One that would be longer than 560 bytes has volumes and paths told by what they don't
+    have in common with the first (datasets of one pool do); if that isn't enough, paths become hashes, longest first
     and the data path last. Raises PreconditionError if even that is too long."""
     roots = [_fold(root, birth.members[root.member].volume) for root in birth.roots]
     record: dict[str, Any] = {
@@ -82,6 +86,8 @@ def encode_birth(birth: Birth) -> str:
         record["x"] = 1
     # Always shorten as if it were the last member, so that every member's record says the same.
     widest = len(str(max(0, len(birth.members) - 1))) - len(str(birth.member))
+    if len(_dump(record)) + widest > MAX_RECORD_BYTES:
+        _fold_names(record, birth)
     while len(text := _dump(record)) + widest > MAX_RECORD_BYTES:
         longest = max(range(len(roots)), key=lambda k: (k > 0 and _weight(roots[k]) > 0, _weight(roots[k]), k))
         if _weight(roots[longest]) == 0:
@@ -90,7 +96,9 @@ def encode_birth(birth: Birth) -> str:
                 object=birth.node,
                 cure="give the node a shorter name, or fewer volumes",
             )
-        roots[longest][1:] = [_hashed(birth.roots[longest].path), birth.roots[longest].inside]
+        # Without the data path nothing tells what begins as it does.
+        for k in range(len(roots)) if longest == 0 else [longest]:
+            roots[k][1:] = [_hashed(birth.roots[k].path), birth.roots[k].inside]
         record["x"] = 1
     return text
 
@@ -119,16 +127,16 @@ def decode_birth(text: str) -> Birth | None:
     """Inverse of `encode_birth`; None if it isn't a record of ours (another tool's, damaged, of a newer schema)."""
     try:
         record = loads(text)
-        if not isinstance(record, dict) or record.get("v") != SCHEMA or not SET_ID.fullmatch(record["s"]):
+        if not isinstance(record, dict) or record.get("v") not in (SCHEMA, FOLDED) or not SET_ID.fullmatch(record["s"]):
             return None
-        members = tuple(Member(provider=str(p), volume=str(v)) for p, v in record["m"])
+        members = _members(record["m"])
         birth = Birth(
             set_id=record["s"],
             target=str(record["t"]),
             node=str(record["n"]),
             host=str(record["h"]),
             profile=str(record["p"]),
-            roots=tuple(_unfold(entry, members) for entry in record["r"]),
+            roots=tuple(_unfold(entry, members, record["r"][0][1]) for entry in record["r"]),
             members=members,
             taken_at=datetime.fromtimestamp(record["at"], UTC),
             deadline=datetime.fromtimestamp(record["dl"], UTC),
@@ -275,8 +283,37 @@ def _fold(root: Root, volume: str) -> list[Any]:
     return [root.member, "=" if root.path == volume else root.path, inside]
 
 
-def _unfold(entry: list[Any], members: tuple[Member, ...]) -> Root:
-    member, path, inside = int(entry[0]), str(entry[1]), entry[2]
+def _fold_names(record: dict[str, Any], birth: Birth) -> None:
+    """Write the record's volumes and paths by what they don't have in common with the first."""
+    record["v"] = FOLDED
+    first, members = birth.members[0], record["m"]
+    for entry, member in zip(members[1:], birth.members[1:], strict=True):
+        if member.provider == first.provider:
+            entry[:] = _apart(first.volume, member.volume)
+    for entry, root in zip(record["r"][1:], birth.roots[1:], strict=True):
+        if entry[1] != "=" and birth.roots[0].path != birth.members[birth.roots[0].member].volume:
+            entry[1] = min(root.path, _apart(birth.roots[0].path, root.path), key=lambda way: len(_dump({"": way})))
+
+
+def _apart(first: str, name: str) -> list[Any]:
+    pairs = enumerate(zip(first, name, strict=False))
+    common = next((k for k, (one, other) in pairs if one != other), min(len(first), len(name)))
+    return [common, name[common:]]
+
+
+def _members(entries: list[list[Any]]) -> tuple[Member, ...]:
+    provider, volume = str(entries[0][0]), str(entries[0][1])
+    return tuple(
+        Member(provider=provider, volume=volume[:one] + str(two))
+        if isinstance(one, int)
+        else Member(provider=str(one), volume=str(two))
+        for one, two in entries
+    )
+
+
+def _unfold(entry: list[Any], members: tuple[Member, ...], first: Any) -> Root:
+    member, inside = int(entry[0]), entry[2]
+    path = str(first)[: entry[1][0]] + str(entry[1][1]) if isinstance(entry[1], list) else str(entry[1])
     if not 0 <= member < len(members):
         raise ValueError("no such member")
     if path == "=":
@@ -288,5 +325,7 @@ def _unfold(entry: list[Any], members: tuple[Member, ...]) -> Root:
 
 def _weight(root: list[Any]) -> int:
     """How many bytes hashing this root's path would save; 0 if none."""
-    path = str(root[1])
-    return 0 if path.startswith("#") else max(0, len(_dump({"": path})) - len(_dump({"": _hashed(path)})))
+    path = root[1]
+    if isinstance(path, str) and path.startswith("#"):
+        return 0
+    return max(0, len(_dump({"": path})) - len(_dump({"": _hashed(str(path))})))

@@ -25,7 +25,7 @@ SKELETON = {"", "snapshotter.store", "sets", "attachments", "trash", "order"}
 
 
 class CopyHarness(Harness):
-    """Everything in one short directory: ids of volumes are paths here, and a record has 400 bytes."""
+    """Everything in one short directory: ids of volumes are paths here, and a record has 560 bytes."""
 
     def __init__(self, base: str, store: str | None = None) -> None:
         self.base = base

@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from snapshotter.core.errors import PreconditionError, QuiesceError, StorageError
-from snapshotter.core.labels import encode_birth, pack
+from snapshotter.core.labels import MAX_RECORD_BYTES, encode_birth, pack
 from snapshotter.core.model import Access, Hold, ImageState, Snapshot, Volume, new_attachment_id, utc_now
 from snapshotter.host.mounts import mount_of
 from snapshotter.provider import Provider, Settings
@@ -56,7 +56,7 @@ class MemoryHarness(Harness):
             f"{ours}-{self.made}": {"owner": "another-tool", "birth": "1970-01-01"},
             f"s20261122t100630z-5f3a9c-{self.made}": {},
             f"cut-{self.made}": {key: value for key, value in record.items() if key != "birth0"},
-            f"newer-{self.made}": {"birth": encode_birth(make_birth([volume])).replace('"v":1', '"v":2')},
+            f"newer-{self.made}": {"birth": encode_birth(make_birth([volume])).replace('"v":1', '"v":9')},
         }
         for name, labels in mine.items():
             self.store.add_foreign(name, labels)
@@ -122,8 +122,8 @@ def test_a_pending_snapshot_cannot_be_attached(harness: MemoryHarness, volume: V
 
 def test_the_strict_store_takes_the_longest_record_in_chunks(harness: MemoryHarness, volume: Volume) -> None:
     birth = make_birth([volume], node="n")
-    birth = replace(birth, node="n" * (1 + 400 - len(encode_birth(birth))))
-    assert len(encode_birth(birth)) == 400
+    birth = replace(birth, node="n" * (1 + MAX_RECORD_BYTES - len(encode_birth(birth))))
+    assert len(encode_birth(birth)) == MAX_RECORD_BYTES
     take(harness.provider(), harness, [volume], birth)
     (stored,) = harness.store.objects.values()
     assert len(stored.labels) > 1 and all(len(value) <= 256 for value in stored.labels.values())

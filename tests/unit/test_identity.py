@@ -325,11 +325,13 @@ def test_a_take_of_a_clone_has_no_address(tmp_path: Path) -> None:
 
 
 def test_paths_count_more_than_the_address(tmp_path: Path) -> None:
-    """A birth record has 400 bytes: a data path that just fits must still be taken."""
+    """A birth record has 560 bytes: a data path that just fits must still be taken."""
     command = Command(tmp_path / "etc")
+    above = tmp_path / ("a" * 160)
+    above.mkdir()
     seen = []
     for length in range(10, 255, 30):  # the address takes 49 bytes
-        done = command.run("take", str(besu(tmp_path / ("d" * length))), "--dry-run", "--json")
+        done = command.run("take", str(besu(above / ("d" * length))), "--dry-run", "--json")
         if done.returncode != 0:
             assert "too long" in done.stdout
             break

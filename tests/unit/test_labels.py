@@ -1,4 +1,4 @@
-"""The one codec for every store: what goes in comes back, 400 bytes always, and garbage is never an error."""
+"""The one codec for every store: what goes in comes back, 560 bytes at most, and garbage is never an error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from snapshotter.core.model import Birth, Member, Root
 STORES = {
     "lvm": LabelLimits(max_value=900, value_pattern=r"[A-Za-z0-9_+.\-/=!:#&]*"),
     "ec2": LabelLimits(max_value=256, max_chunks=4),
-    "narrow": LabelLimits(max_value=63, max_chunks=10, value_pattern=r"[A-Za-z0-9_-]*"),
+    "narrow": LabelLimits(max_value=63, max_chunks=12, value_pattern=r"[A-Za-z0-9_-]*"),
     "zfs": LabelLimits(),
 }
 
@@ -78,7 +78,7 @@ def test_a_record_comes_back_and_is_never_too_long(birth: Birth) -> None:
     text = encoded(birth)
     if text is None:
         return
-    assert len(text.encode("ascii")) <= 400
+    assert len(text.encode("ascii")) <= labels.MAX_RECORD_BYTES
     back = decode_birth(text)
     assert back is not None
     if back.paths_known:
@@ -188,8 +188,8 @@ def plain(**changes: object) -> Birth:
 
 
 def test_the_data_path_is_the_last_to_be_hashed() -> None:
-    data = Root("/data/" + "p" * 100, 0)
-    other = Root("/other/" + "q" * 100, 0, "inside")
+    data = Root("/data/" + "p" * 230, 0)
+    other = Root("/other/" + "q" * 230, 0, "inside")
     back = decode_birth(encode_birth(plain(roots=(data, other))))
     assert back is not None
     assert back.roots[0] == data
@@ -198,20 +198,40 @@ def test_the_data_path_is_the_last_to_be_hashed() -> None:
 
 
 def test_a_short_path_is_kept_beside_a_long_one() -> None:
-    back = decode_birth(encode_birth(plain(roots=(Root("/d", 0), Root("/" + "x" * 400, 0)))))
+    back = decode_birth(encode_birth(plain(roots=(Root("/d", 0), Root("/" + "x" * 560, 0)))))
     assert back is not None
     assert back.path == "/d"
 
 
+def test_datasets_of_one_pool_below_one_data_path_have_room_with_their_paths() -> None:
+    """As an operator lays them out; a restore in place needs the paths."""
+    names = ["", "/database", "/database/ancient", "/keystore", "/logs", "/caches"]
+    members = tuple(Member("zfs", f"rpool/data/kalychain{name}") for name in names)
+    roots = tuple(Root(f"/var/lib/kalychain{name}", number) for number, name in enumerate(names))
+    birth = plain(
+        node="validator-kalychain-1",
+        host="a" * 32,
+        roots=roots,
+        members=members,
+        slot="daily-20261128",
+        address="0x" + "ab" * 20,
+    )
+    text = encode_birth(birth)
+    assert len(text) <= labels.MAX_RECORD_BYTES
+    assert decode_birth(text) == birth
+    fewer = replace(birth, roots=roots[:1], members=members[:1])
+    assert json.loads(encode_birth(fewer))["v"] == labels.SCHEMA, "what fits is written so that all can read it"
+
+
 def test_what_is_too_long_without_any_path_is_refused() -> None:
     with pytest.raises(PreconditionError) as refused:
-        encode_birth(plain(node="n" * 400))
+        encode_birth(plain(node="n" * 560))
     assert refused.value.cure
 
 
 def test_an_older_or_newer_schema_is_not_ours() -> None:
     record = json.loads(encode_birth(plain()))
-    for version in (0, 2, None, "1"):
+    for version in (0, 3, None, "1"):
         assert decode_birth(json.dumps({**record, "v": version})) is None
 
 
@@ -252,6 +272,10 @@ def test_garbage_chunks_are_no_record(pairs: dict[str, str]) -> None:
 @example("m", [])
 @example("m", [["zfs"]])
 @example("s", None)
+@example("m", [[1, "x"]])
+@example("m", [["zfs", "p"], [-1, None]])
+@example("r", [[0, [1, 2, 3], ""]])
+@example("r", [[0, [5, "/x"], ""]])
 def test_a_damaged_field_never_raises(key: str, value: object) -> None:
     record = {**json.loads(encode_birth(plain())), key: value}
     back = decode_birth(json.dumps(record))
