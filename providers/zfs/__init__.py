@@ -252,11 +252,7 @@ class ZfsProvider(Provider):
         members = self._members(set_id)
         ours = [each for each in members if not each.replica]
         if members and not ours:
-            raise PreconditionError(
-                "is a replica that was received here, which is its sender's to delete",
-                object=f"{set_id} ({members[0].name})",
-                cure=f"zfs destroy {members[0].name}",
-            )
+            raise _replica(members[0], set_id)
         if not members:
             tool.refuse_blind()
         if ours:
@@ -374,6 +370,17 @@ def _check_id(pattern: re.Pattern[str], given: str) -> None:
 def _refuse_without_root(what: str) -> None:
     if os.geteuid() != 0:
         raise PreconditionError("only root can mount on Linux", object=what, cure="run as root")
+
+
+def _replica(found: Object, set_id: str) -> PreconditionError:
+    """Why this snapshot isn't ours to delete."""
+    here, cure = tool.pool_of(found.name), f"zfs destroy {found.name}"
+    if found.of_pool == here or BIRTH not in found.ours:
+        why = "is a replica that was received here, which is its sender's to delete"
+    else:
+        why = f"was taken in pool {found.of_pool}, and {here} is a copy of that, or has a new name"
+        cure += f"; or, if it is renamed: zpool export {here}, zpool import {here} {found.of_pool}"
+    return PreconditionError(why, object=f"{set_id} ({found.name})", cure=cure)
 
 
 def _member(birth: Birth, volume: Volume) -> int:

@@ -39,6 +39,7 @@ def attach(
         "purpose": str(purpose),
         "since": None,
         "maker": processes.identity(os.getpid()),
+        "pool": tool.pool_of(source.name),
     }
     if access is Access.READ_ONLY:
         with Locks([lock(source.name)], wait_s=PATIENCE_S):
@@ -116,8 +117,10 @@ def lock(snapshot: str) -> str:
 
 
 def mounts_of(found: Object) -> dict[str, dict[str, Any]]:
-    """The read-only attachments that are recorded on a snapshot, by id."""
-    return {key: value for key, value in (found.record(MOUNTS) or {}).items() if isinstance(value, dict)}
+    """The read-only attachments that are recorded on a snapshot, by id; none that came with a copy of its pool."""
+    recorded = {key: value for key, value in (found.record(MOUNTS) or {}).items() if isinstance(value, dict)}
+    here = tool.pool_of(found.name)
+    return {key: value for key, value in recorded.items() if value.get("pool", here) == here}
 
 
 def _read_mounts(snapshot: str) -> dict[str, dict[str, Any]]:

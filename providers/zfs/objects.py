@@ -4,6 +4,10 @@ Properties of a dataset are inherited by all below it, its snapshots too: anothe
 shows our properties. So only those with the source `local` count; `received` ones came with a replica. And the names of
 sets (on snapshots) and of attachments and swaps (on datasets) differ.
 
+In a copy of a whole pool (`zpool split`, a copied LUN imported under another name) all of them are local, too. But they
+speak of another pool than the one they lie in: so a set is a replica there, and the rest is nobody's here. A pool that
+was renamed looks the same, until a person gives it its name again.
+
     snapshotter:birth    snapshot   the birth record, written in the call that makes it
     snapshotter:marks    snapshot   the marks, as one JSON object: they change in one write
     snapshotter:mounts   snapshot   read-only attachments, by id
@@ -16,7 +20,7 @@ sets (on snapshots) and of attachments and swaps (on datasets) differ.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -59,17 +63,26 @@ class Object(msgspec.Struct, frozen=True):
     def dataset(self) -> str:
         return self.name.partition("@")[0]
 
-    def record(self, prop: str) -> dict[str, Any] | None:
-        """The JSON object that is set here, or None."""
+    def record(self, prop: str, *, anywhere: bool = False) -> dict[str, Any] | None:
+        """The JSON object that is set here, or None; unless `anywhere`, only one that was made in this pool."""
         try:
             found = loads(self.ours.get(prop, ""))
         except (ValueError, RecursionError):
             return None
-        return found if isinstance(found, dict) else None
+        if not isinstance(found, dict):
+            return None
+        return found if anywhere or _made_in(found) in ("", tool.pool_of(self.name)) else None
 
     @property
     def replica(self) -> bool:
-        return BIRTH not in self.ours
+        """Whether what was taken is, or may be, another: this one was received, or came here with its whole pool."""
+        return BIRTH not in self.ours or self.of_pool not in ("", tool.pool_of(self.name))
+
+    @property
+    def of_pool(self) -> str:
+        """The pool that the record says it was taken in; '' if it is no snapshot of ours."""
+        birth = self.birth
+        return "" if birth is None else tool.pool_of(birth.members[birth.member].volume)
 
     @property
     def birth(self) -> Birth | None:
@@ -83,6 +96,12 @@ class Object(msgspec.Struct, frozen=True):
     @property
     def clones(self) -> list[str]:
         return [name for name in self.native.get("clones", "").split(",") if name not in ("", "-")]
+
+
+def _made_in(record: Mapping[str, Any]) -> str:
+    """The pool that a record was made in; '' if it doesn't tell."""
+    named = record.get("pool") or record.get("volume")
+    return tool.pool_of(named) if isinstance(named, str) else ""
 
 
 def snapshot_name(dataset: str, set_id: str, member: int) -> str:
@@ -176,7 +195,7 @@ def marks_of(found: Object) -> dict[str, str] | None:
 
 def others(found: Object) -> dict[str, Any]:
     """What a newer version has marked, to be kept."""
-    there = found.record(MARKS) or {}
+    there = found.record(MARKS, anywhere=True) or {}
     return {name: value for name, value in there.items() if name not in MARK_NAMES}
 
 

@@ -47,10 +47,17 @@ def open_swaps(found: Sequence[Object]) -> Iterator[tuple[str, Object | None, Ob
 
 
 def _find(swap_id: str) -> tuple[Object | None, Object | None]:
-    for found, clone, aside in open_swaps(objects.sure(SWAP, ASIDE)):
+    labelled = objects.sure(SWAP, ASIDE)
+    for found, clone, aside in open_swaps(labelled):
         if found == swap_id:
             return clone, aside
     tool.refuse_blind()
+    for each in labelled:
+        for record in (each.record(prop, anywhere=True) or {} for prop in (SWAP, ASIDE)):
+            pool, here = tool.pool_of(str(record.get("volume"))), tool.pool_of(each.name)
+            if record.get("id") == swap_id and pool not in tool.pools():  # else this is only a copy
+                cure = f"zpool export {here}, zpool import {here} {pool}; then again"
+                raise StorageError(f"was made in pool {pool}, and is in {here} now", object=swap_id, cure=cure)
     return None, None
 
 
@@ -161,7 +168,8 @@ def _retire(name: str, swap_id: str) -> None:
             if not tool.snapshots_of(name):  # else one was taken meanwhile
                 raise
     kept = ["canmount=noauto", "mountpoint=none", "reservation=none", "refreservation=none"]
-    tool.change("set", *kept, f"{KEPT}={objects.dump({'id': swap_id})}", name, object=name)
+    record = {"id": swap_id, "pool": tool.pool_of(name)}
+    tool.change("set", *kept, f"{KEPT}={objects.dump(record)}", name, object=name)
     tool.change("inherit", SWAP, name, object=name)
 
 

@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from providers.zfs import ZfsProvider, library, objects, tool
+from providers.zfs import ZfsProvider, attaching, library, objects, tool
 from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.labels import encode_birth
 from snapshotter.core.model import Birth, ImageState, Volume
@@ -165,3 +165,27 @@ def test_one_pool_is_one_instant() -> None:
     assert provider.claim(mount("ext4", "/dev/sda"), "/data") is None
     assert provider.one_instant([claimed, Volume("zfs", "tank", "/tank")])
     assert not provider.one_instant([claimed, Volume("zfs", "tank2/a", "/tank2")])
+
+
+def test_what_lies_in_another_pool_than_it_was_made_in_is_a_replica() -> None:
+    """As in a split mirror, or in a copied LUN: there all that is ours is local as well."""
+    copied = found(f"copy/a@{SET}-0")
+    assert copied.replica and copied.of_pool == "tank"
+    snapshot = objects.as_snapshot(copied)
+    assert snapshot is not None and snapshot.received and snapshot.state is ImageState.READY
+    moved = found(f"tank/other@{SET}-2")  # by a promotion: the pool stays
+    assert not moved.replica
+
+
+@pytest.mark.parametrize("told", [{"pool": "tank"}, {"volume": "tank/a"}])
+def test_a_record_that_came_with_a_copy_of_its_pool_is_nobodys(told: dict[str, str]) -> None:
+    for prop in (objects.CLONE, objects.SWAP, objects.ASIDE, objects.KEPT):
+        text = objects.dump({"id": "w1", **told})
+        here, copied = (objects._object(f"{pool}/a", {prop: (text, "local")}) for pool in ("tank", "copy"))
+        assert here.record(prop) and copied.record(prop) is None and copied.record(prop, anywhere=True)
+
+
+def test_a_read_only_mount_that_came_with_a_copy_of_its_pool_is_nobodys() -> None:
+    text = objects.dump({"a1": {"id": "a1", "pool": "tank"}})
+    here, copied = (objects._object(f"{pool}/a@x", {objects.MOUNTS: (text, "local")}) for pool in ("tank", "copy"))
+    assert list(attaching.mounts_of(here)) == ["a1"] and not attaching.mounts_of(copied)
