@@ -240,9 +240,9 @@ class Provider(ABC):
         name while any depends on the set-aside."""
         raise NotImplementedError
 
-    def swappable(self, volume: Volume) -> bool:
-        """Whether `swap` could ever do it for this volume: some drivers have several kinds, and not all can. Only asked
-        where `traits.swaps`. Default: yes."""
+    def swappable(self, volume: Volume, snapshot: Snapshot) -> bool:
+        """Whether `swap` could ever do it for this volume and this snapshot of it: some drivers have several kinds, and
+        not all can; the snapshot may be a copy that lies elsewhere. Only asked where `traits.swaps`. Default: yes."""
         return True
 
     def source_of(self, volume: str, known: str) -> str:

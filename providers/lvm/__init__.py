@@ -394,7 +394,7 @@ class LvmProvider(Provider):
 
     # -- taking the origin's place --------------------------------------------------------------------------------
 
-    def swappable(self, volume: Volume) -> bool:
+    def swappable(self, volume: Volume, snapshot: Snapshot) -> bool:
         # An open LUKS device would go on to lie on what a swap sets aside.
         return volume.id not in self._covered and find(self._report(_groups([volume])), volume.id).thin
 

@@ -343,6 +343,10 @@ class ZfsProvider(Provider):
 
     # -- taking the origin's place --------------------------------------------------------------------------------
 
+    def swappable(self, volume: Volume, snapshot: Snapshot) -> bool:
+        # Nothing can take the place of a pool's own dataset, and a clone is always in its origin's pool.
+        return "/" in volume.id and tool.pool_of(snapshot.id) == tool.pool_of(volume.id)
+
     def swap(self, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:
         _check_id(_SWAP_ID, swap_id)
         _refuse_without_root(volume.id)

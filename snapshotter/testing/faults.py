@@ -145,8 +145,8 @@ class Proxy(Provider):
     def swap_commit(self, swap_id: str) -> None:
         self.mutate("swap_commit", lambda: self.inner.swap_commit(swap_id))
 
-    def swappable(self, volume: Volume) -> bool:
-        return self.inner.swappable(volume)
+    def swappable(self, volume: Volume, snapshot: Snapshot) -> bool:
+        return self.inner.swappable(volume, snapshot)
 
     def sees(self, volume: str) -> bool:
         return self.inner.sees(volume)

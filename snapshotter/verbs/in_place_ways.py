@@ -92,7 +92,8 @@ def swaps(
         volume = provider.claim(mount, root.path)
         if volume is None or volume.id != member.volume or volume.path != root.path:
             return []
-        if not provider.swappable(volume):
+        snapshot = next((each for each in found.snapshots if each.birth.member == root.member), None)
+        if snapshot is None or not provider.swappable(volume, snapshot):
             return []
         below = [mount.path for mount in mounts.mounts_below(root.path, table) if mounts.by_hand(mount)]
         if any(path not in known for path in below):

@@ -18,6 +18,7 @@ from snapshotter.core.model import Access, Hold, ImageState, new_attachment_id, 
 from snapshotter.testing.harness import make_birth
 from tests.lab import zfs_kit
 from tests.lab.zfs_kit import ZfsHarness, content_at, holds, image, names, path_of, read, run, take, write, zfs
+from tests.support import Command
 
 pytestmark = [pytest.mark.root, pytest.mark.zfs, pytest.mark.skipif(bool(zfs_kit.here()), reason=zfs_kit.here())]
 
@@ -269,6 +270,19 @@ def test_what_cannot_be_swapped_is_refused_by_name(harness: ZfsHarness) -> None:
         refused("in use")
     assert read(volume) == "older"
     assert harness.objects() - {f"{volume.id} canmount=on"} == before
+
+
+def test_a_pools_own_dataset_is_copied_in_place(harness: ZfsHarness) -> None:
+    """Nothing can take its place, which is known before a node is stopped for it."""
+    with zfs_kit.pool(128) as own:
+        point = next(mount.path for mount in zfs_kit.table() if mount.source == own)
+        write(zfs_kit.claimed(point), "older")
+        command = Command(harness.scratch / "etc")
+        set_id = command.json("take", point)["set_id"]
+        write(zfs_kit.claimed(point), "newer")
+        assert command.json("restore", set_id, "--in-place", "--dry-run")["way"] == "copy"
+        assert command.json("restore", set_id, "--in-place", "--yes")["outcome"] == "restored"
+        assert read(zfs_kit.claimed(point)) == "older"
 
 
 # ------------------------------------------------------------------------------------------------ any order of these

@@ -189,3 +189,17 @@ def test_a_read_only_mount_that_came_with_a_copy_of_its_pool_is_nobodys() -> Non
     text = objects.dump({"a1": {"id": "a1", "pool": "tank"}})
     here, copied = (objects._object(f"{pool}/a@x", {objects.MOUNTS: (text, "local")}) for pool in ("tank", "copy"))
     assert list(attaching.mounts_of(here)) == ["a1"] and not attaching.mounts_of(copied)
+
+
+def test_what_nothing_can_take_the_place_of_is_not_swappable() -> None:
+    """So that a restore in place copies, rather than to be refused when the node is stopped already."""
+    provider = ZfsProvider(Settings("/nonexistent"))
+
+    def swappable(volume: str, snapshot: str) -> bool:
+        image = objects.as_snapshot(found(snapshot))
+        assert image is not None
+        return provider.swappable(Volume("zfs", volume, "/data", "zfs"), image)
+
+    assert swappable("tank/a", f"tank/a@{SET}-0") and swappable("tank/a", f"tank/a.aside-w1@{SET}-0")
+    assert not swappable("tank", f"tank@{SET}-0")
+    assert not swappable("tank/a", f"backup/a@{SET}-0")
