@@ -64,6 +64,16 @@ class Option(Struct, frozen=True):
     help: str
 
 
+class OpenSwap(Struct, frozen=True):
+    """A swap neither taken back nor committed, of this volume's place (its id), '' where the driver can't tell.
+    `by_hand`: what a person types, the node stopped and nothing of it mounted, to have what was set aside again; ''
+    where the driver can't tell, or was asked for one volume."""
+
+    id: str
+    volume: str = ""
+    by_hand: str = ""
+
+
 class Settings(Struct, frozen=True):
     """What an instance is made from. `state` is snapshotter's own directory (caches may live there, truth may
     not). `paths` are data paths that the config or the command names: where a store may be found."""
@@ -253,6 +263,11 @@ class Provider(ABC):
     def swaps(self) -> Iterator[str]:
         """Ids of swaps neither taken back nor committed."""
         return iter(())
+
+    def open_swaps(self, volume: str | None = None) -> Iterator[OpenSwap]:
+        """The same, and what a person must know of them. With a volume (its id) at least those of that one: then what
+        has nothing to do with it (another pool) need not be able to answer. Default: the ids alone, of all."""
+        return (OpenSwap(swap_id) for swap_id in self.swaps())
 
     def reap(self) -> list[str]:
         """Remove what only this driver can see of dead runs (half-deleted objects, scratch), or of ended ones that

@@ -66,7 +66,7 @@ from snapshotter.core.model import (
 )
 from snapshotter.host import block
 from snapshotter.host.mounts import Mount
-from snapshotter.provider import Option, Provider, Settings, Traits
+from snapshotter.provider import OpenSwap, Option, Provider, Settings, Traits
 
 _FRESH_S = 10.0  # `prepare` believes what `check` has just read: a report costs half of a snapshot
 
@@ -423,6 +423,13 @@ class LvmProvider(Provider):
 
         yield from open_swaps(self._report())
         self._refuse_blind()
+
+    def open_swaps(self, volume: str | None = None) -> Iterator[OpenSwap]:
+        from providers.lvm import swaps
+
+        yield from (OpenSwap(each.id, each.volume) for each in swaps.found(self._report()) if each.open)
+        if volume is None or not self.sees(volume):
+            self._refuse_blind()
 
 
 # ------------------------------------------------------------------------------------------------------- small parts

@@ -48,7 +48,7 @@ from snapshotter.core.model import (
 from snapshotter.host import mounts
 from snapshotter.host.locks import Locks
 from snapshotter.host.mounts import Mount
-from snapshotter.provider import Provider, Settings, Traits
+from snapshotter.provider import OpenSwap, Provider, Settings, Traits
 
 _LONGEST_NAME = 255  # ZFS_MAX_DATASET_NAME_LEN, less its end
 _SWAP_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
@@ -69,7 +69,7 @@ class ZfsProvider(Provider):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        #: set id -> (its snapshots, the marks they were born with) of what this instance made.
+        #: set id -> (its snapshots, the marks they were born with) of what this instance made, or was to make.
         self._made: dict[str, tuple[list[str], Mapping[str, str]]] = {}
         self._pools: list[str] = []
 
@@ -148,6 +148,12 @@ class ZfsProvider(Provider):
 
     # -- making ---------------------------------------------------------------------------------------------------
 
+    def prepare(self, volumes: Sequence[Volume], birth: Birth, budget: float) -> None:
+        # `delete` is the inverse from now on: it need not look beyond these names, whatever other pools do.
+        _check_id(SET_ID, birth.set_id)
+        names = [objects.snapshot_name(volume.id, birth.set_id, _member(birth, volume)) for volume in volumes]
+        self._made[birth.set_id] = names, {}
+
     def create(self, volumes: Sequence[Volume], birth: Birth, hold: Hold) -> tuple[Snapshot, ...]:
         """One call for each pool. Its snapshots' `order` isn't known yet (0): listing asks for it."""
         _check_id(SET_ID, birth.set_id)
@@ -165,6 +171,7 @@ class ZfsProvider(Provider):
             name = objects.snapshot_name(volume.id, birth.set_id, number)
             by_pool.setdefault(tool.pool_of(name), []).append(name)
             made.append(Snapshot(self.name, name, birth.of_member(number), ImageState.READY, born))
+        self._made[birth.set_id] = [each.id for each in made], {}
         done: list[str] = []
         try:
             for names in by_pool.values():
@@ -253,7 +260,9 @@ class ZfsProvider(Provider):
         ours = [each for each in members if not each.replica]
         if members and not ours:
             raise _replica(members[0], set_id)
-        if not members:
+        if not members and set_id in self._made:
+            tool.refuse_suspended(self._made[set_id][0])
+        elif not members:
             tool.refuse_blind()
         if ours:
             with Locks([attaching.lock(each.name) for each in ours], wait_s=attaching.PATIENCE_S):
@@ -361,9 +370,17 @@ class ZfsProvider(Provider):
         swaps.commit(swap_id)
 
     def swaps(self) -> Iterator[str]:
-        for swap_id, _, _ in swaps.open_swaps(objects.sure(objects.SWAP, objects.ASIDE)):
-            yield swap_id
-        tool.refuse_blind()
+        return (each.id for each in self.open_swaps())
+
+    def open_swaps(self, volume: str | None = None) -> Iterator[OpenSwap]:
+        if volume is not None:
+            tool.refuse_suspended([volume])
+        pool = tool.pool_of(volume) if volume is not None else None
+        for swap_id, clone, aside in swaps.open_swaps(objects.sure(objects.SWAP, objects.ASIDE, pool=pool)):
+            steps = swaps.by_hand(swap_id, clone, aside) if volume is None else ""
+            yield OpenSwap(swap_id, swaps.volume_of(clone, aside), steps)
+        if volume is None:
+            tool.refuse_blind()  # a person, or who doesn't know where to look, must know that it isn't all
 
 
 def _check_id(pattern: re.Pattern[str], given: str) -> None:

@@ -129,18 +129,19 @@ def read(names: Sequence[str]) -> list[Object]:
     return [_object(name, found[name]) for name in names if name in found]
 
 
-def labelled(properties: Sequence[str], *, native: bool = False) -> list[Object]:
-    """Every object here that has one of these set on itself; with ZFS's own properties only if asked for."""
-    found = tool.get_set(properties)
+def labelled(properties: Sequence[str], *, native: bool = False, pool: str | None = None) -> list[Object]:
+    """Every object here (or in one pool) that has one of these set on itself; with ZFS's own properties only if asked
+    for."""
+    found = tool.get_set(properties, pool)
     return read(list(found)) if native else [_object(name, found[name]) for name in found]
 
 
-def sure(*properties: str) -> list[Object]:
+def sure(*properties: str, pool: str | None = None) -> list[Object]:
     """As `labelled`, for what is to be changed: only what each has set on itself for certain. `zfs get` prints a value
     of many lines as it is, also an inherited one, and these may look like any object's properties: so each is asked
     for alone."""
     found = []
-    for each in labelled(properties):
+    for each in labelled(properties, pool=pool):
         ours = {key: value for key in each.ours if (value := tool.local_value(each.name, key))}
         if ours:
             found.append(msgspec.structs.replace(each, ours=ours))

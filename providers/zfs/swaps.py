@@ -46,6 +46,34 @@ def open_swaps(found: Sequence[Object]) -> Iterator[tuple[str, Object | None, Ob
         yield swap_id, clones.get(swap_id), asides.get(swap_id)
 
 
+def volume_of(clone: Object | None, aside: Object | None) -> str:
+    """Whose place was taken; '' if no record tells."""
+    record = (aside.record(ASIDE) if aside else None) or (clone.record(SWAP) if clone else None) or {}
+    return str(record.get("volume", ""))
+
+
+def by_hand(swap_id: str, clone: Object | None, aside: Object | None) -> str:
+    """`back` in a person's commands, for a swap of which nothing but the storage knows. What they destroy is the clone,
+    which `zfs destroy` refuses where something was taken of it."""
+    volume = volume_of(clone, aside)
+    if not volume:
+        return ""
+    there = clone is not None and clone.name == volume
+    away = _beside(volume, swap_id)[0] if there or clone is None else clone.name
+    if aside is None:  # destroyed: what is there can only stay
+        return f"zfs inherit {SWAP} {volume}" if there else f"zfs destroy {away}"
+    record = aside.record(ASIDE) or {}
+    steps = [f"zfs rename -u {volume} {away}"] if there else []
+    steps += [f"zfs rename -u {aside.name} {volume}"] if aside.name != volume else []
+    below = [child.rpartition("/")[2] for child, _ in tool.children(volume)] if there else []
+    steps += [f"zfs rename {away}/{name} {volume}/{name}" for name in below]
+    steps += [f"zfs destroy {away}"] if clone is not None else []
+    reserved = [f"{key}={value}" for key, value in record.get("reserved", {}).items()]
+    steps.append(" ".join(["zfs set", f"canmount={record.get('canmount') or 'on'}", *reserved, volume]))
+    steps.append(f"zfs inherit {ASIDE} {volume}")
+    return "; ".join(steps)
+
+
 def _find(swap_id: str) -> tuple[Object | None, Object | None]:
     labelled = objects.sure(SWAP, ASIDE)
     for found, clone, aside in open_swaps(labelled):

@@ -209,12 +209,14 @@ def get(properties: Sequence[str], names: Sequence[str]) -> dict[str, Properties
     return {name: found[name] for name in names if name in found}
 
 
-def get_set(properties: Sequence[str]) -> dict[str, Properties]:
-    """As `get`, of every object here that has one of these properties set on itself (local or received)."""
+def get_set(properties: Sequence[str], pool: str | None = None) -> dict[str, Properties]:
+    """As `get`, of every object here (or in one pool) that has one of these properties set on itself (local or
+    received)."""
     found: dict[str, Properties] = {}
     if pools():
         kinds = ["-t", "filesystem,volume,snapshot", "-s", "local,received"]
-        _read([*kinds, "-o", "name,property,value,source", ",".join(properties)], found, "zfs")
+        where = ["-r", pool] if pool else []
+        _read([*kinds, "-o", "name,property,value,source", *where[:1], ",".join(properties), *where[1:]], found, "zfs")
     return found
 
 

@@ -27,7 +27,7 @@ from snapshotter.core.model import (
     Volume,
 )
 from snapshotter.host.mounts import Mount
-from snapshotter.provider import Provider
+from snapshotter.provider import OpenSwap, Provider
 
 T = TypeVar("T")
 When = Literal["before", "after"]
@@ -156,6 +156,9 @@ class Proxy(Provider):
 
     def swaps(self) -> Iterator[str]:
         return self.inner.swaps()
+
+    def open_swaps(self, volume: str | None = None) -> Iterator[OpenSwap]:
+        return self.inner.open_swaps(volume)
 
     def reap(self) -> list[str]:
         return self.inner.reap()

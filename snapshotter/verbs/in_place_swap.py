@@ -12,6 +12,7 @@ from snapshotter.core.model import MountSpec, SnapshotSet, Volume
 from snapshotter.host import mounts
 from snapshotter.host.places import private_directory
 from snapshotter.verbs.in_place_plan import Plan
+from snapshotter.verbs.in_place_ways import is_open
 from snapshotter.verbs.restore import staging_directory
 from snapshotter.verbs.session import Session
 
@@ -23,7 +24,7 @@ def swap(session: Session, plan: Plan, found: SnapshotSet) -> None:
         for one in plan.swaps:
             provider = session.provider(one.provider, plan.node, chosen=False)
             snapshot = next(m for m in found.snapshots if m.birth.member == one.member)
-            if one.swap_id in provider.swaps():
+            if is_open(provider, one):
                 provider.swap_back(one.swap_id)
             provider.swap(one.swap_id, snapshot, Volume(one.provider, one.volume, one.path, one.fstype))
 

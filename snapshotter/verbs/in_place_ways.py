@@ -22,6 +22,7 @@ from snapshotter.nodes.config import Node
 from snapshotter.nodes.profiles import Profile
 from snapshotter.nodes.roots import mount_at
 from snapshotter.nodes.target import canonical
+from snapshotter.provider import Provider
 from snapshotter.verbs.session import Session
 
 #: Inside a directory that can't be renamed itself.
@@ -53,6 +54,11 @@ class Swap(Struct, frozen=True, kw_only=True):
     path: str
     fstype: str
     mount: tuple[str, str, tuple[str, ...]] | None = None  # source, type, options
+
+
+def is_open(provider: Provider, swap: Swap) -> bool:
+    """Whether this swap was begun, and neither taken back nor committed. Raises SnapshotterError."""
+    return any(each.id == swap.swap_id for each in provider.open_swaps(swap.volume))
 
 
 # -------------------------------------------------------------------------------------------------------- which way

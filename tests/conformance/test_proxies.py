@@ -27,6 +27,7 @@ READING = {
     "snapshots",
     "attachments",
     "swaps",
+    "open_swaps",
     "source_of",
     "swappable",
     "sees",

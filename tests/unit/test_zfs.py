@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -203,3 +204,36 @@ def test_what_nothing_can_take_the_place_of_is_not_swappable() -> None:
     assert swappable("tank/a", f"tank/a@{SET}-0") and swappable("tank/a", f"tank/a.aside-w1@{SET}-0")
     assert not swappable("tank", f"tank@{SET}-0")
     assert not swappable("tank/a", f"backup/a@{SET}-0")
+
+
+@pytest.fixture
+def suspended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tank` is well, and has nothing of ours; another pool has lost its devices."""
+    for pool, state in (("tank", "ONLINE"), ("usb", "SUSPENDED")):
+        (tmp_path / pool).mkdir()
+        (tmp_path / pool / "state").write_text(state)
+    monkeypatch.setattr(tool, "_POOLS", str(tmp_path))
+    for reading in ("read", "labelled", "sure"):
+        monkeypatch.setattr(objects, reading, lambda *_, **__: [])
+
+
+@pytest.mark.usefixtures("suspended")
+def test_a_pool_that_has_nothing_to_do_with_it_keeps_no_undo() -> None:
+    volumes, provider = [VOLUMES[0], VOLUMES[2]], ZfsProvider(Settings("/nonexistent"))
+    provider.prepare(volumes, birth(), 5.0)
+    provider.delete(SET)
+    with pytest.raises(StorageError, match="suspended"):
+        provider.delete(SET)  # now it could be anywhere
+    on_it = make_birth([Volume("zfs", "usb/a", "/a")])
+    provider.prepare([Volume("zfs", "usb/a", "/a")], on_it, 5.0)
+    with pytest.raises(StorageError, match="suspended"):
+        provider.delete(on_it.set_id)
+
+
+@pytest.mark.usefixtures("suspended")
+def test_only_what_holds_the_volume_must_tell_of_its_swaps() -> None:
+    provider = ZfsProvider(Settings("/nonexistent"))
+    assert not list(provider.open_swaps("tank/a"))
+    for asked in (None, "usb/a"):
+        with pytest.raises(StorageError, match="suspended"):
+            list(provider.open_swaps(asked))
