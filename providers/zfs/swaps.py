@@ -256,6 +256,13 @@ def _refuse_dependents(clone: str, aside: str, swap_id: str) -> None:
             object=aside,
             cure="delete those sets (and other tools' snapshots), then commit it again",
         )
+    # Another tool's place in its replication. They don't go along with what they were made of.
+    if marks := tool.bookmarks_of(aside):
+        raise BusyError(
+            f"what it set aside still carries another tool's bookmarks {', '.join(marks[:5])}",
+            object=aside,
+            cure=f"zfs destroy {marks[0]} (each), if no replication goes on from there; then commit it again",
+        )
     names = {found.partition("@")[2] for found in moved}
     if twice := [found for found, _ in tool.snapshots_of(clone) if found.partition("@")[2] in names]:
         raise BusyError(

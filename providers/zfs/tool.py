@@ -304,6 +304,14 @@ def snapshots_of(name: str) -> list[tuple[str, int]]:
     return [(found, int(txg)) for found, txg in pairs]
 
 
+def bookmarks_of(name: str) -> list[str]:
+    """Full names of the bookmarks of this one dataset; none of an absent one. They go with it, without a word."""
+    outcome = run(["zfs", "list", "-H", "-d", "1", "-o", "name", "-t", "bookmark", name], timeout=_READING_S)
+    if not outcome.ok and number_of(outcome.stderr) != errno.ENOENT:
+        raise told(outcome, name)
+    return outcome.stdout.splitlines()
+
+
 def holds_of(names: Sequence[str]) -> list[tuple[str, str]]:
     """(snapshot, tag) of every hold on these snapshots."""
     outcome = run(["zfs", "holds", "-H", *names], timeout=_READING_S)

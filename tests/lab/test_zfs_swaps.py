@@ -123,6 +123,27 @@ def test_discard_is_refused_while_anything_hangs_on_what_is_set_aside(harness: Z
     holds(harness, {later: "later"})
 
 
+def test_discard_is_refused_while_what_is_set_aside_has_bookmarks(harness: ZfsHarness) -> None:
+    """With one another tool knows how far it had sent."""
+    volume = harness.volume()
+    zfs("snapshot", f"{volume.id}@theirs")
+    zfs("bookmark", f"{volume.id}@theirs", f"{volume.id}#cursor")
+    zfs("destroy", f"{volume.id}@theirs")
+    older = take(volume, "older")
+    zfs_kit.provider().swap("w1", image(older), volume)
+    mark = f"{volume.id}.aside-w1#cursor"
+    with pytest.raises(BusyError, match=mark) as busy:
+        zfs_kit.provider().swap_commit("w1")
+    assert f"zfs destroy {mark}" in busy.value.cure
+    assert zfs("list", "-H", "-o", "name", "-t", "bookmark", "-r", harness.top).split() == [mark]
+    zfs_kit.provider().swap_back("w1")
+    assert zfs("list", "-H", "-o", "name", "-t", "bookmark", volume.id).split() == [f"{volume.id}#cursor"]
+    zfs_kit.provider().swap("w2", image(older), volume)
+    zfs("destroy", f"{volume.id}.aside-w2#cursor")
+    zfs_kit.provider().swap_commit("w2")
+    holds(harness, {older: "older"})
+
+
 def test_equal_names_of_other_tools_snapshots_are_named(harness: ZfsHarness) -> None:
     volume = harness.volume()
     zfs("snapshot", f"{volume.id}@daily")
