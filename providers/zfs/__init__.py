@@ -413,14 +413,23 @@ def _member(birth: Birth, volume: Volume) -> int:
 
 def _refuse_hollow(birth: Birth, datasets: Mapping[str, str]) -> None:
     """Raise PreconditionError if a dataset of these pools should be seen in the data path, and nothing is mounted
-    there: so it is no root, and nobody would miss it in the set."""
-    mounted = {mount.path for mount in mounts.table()}
+    there, or what is can't be seen: so it is no root, and nobody would miss it in the set."""
+    table = mounts.table()
     tops = [root.path for root in birth.roots]
     for name, point in datasets.items():
         place = os.path.realpath(point) if point else ""
-        if place and place not in mounted and any(mounts.is_under(place, top) for top in tops):
-            cure = f"zfs mount -l {name}; or zfs set canmount=noauto {name}, if it isn't meant"
-            raise PreconditionError(f"isn't mounted at {place}, so the set would lack it", object=name, cure=cure)
+        if not place or not any(mounts.is_under(place, top) for top in tops):
+            continue
+        over = mounts.mount_of(place, table)
+        if over.path == place:
+            continue
+        if any(mount.path == place and mount.source == name for mount in table):
+            why = f"is hidden by what was mounted later at {over.path}"
+            cure = f"umount {over.path}, zfs unmount {name}, then zfs mount -a"
+        else:
+            why, cure = f"isn't mounted at {place}", f"zfs mount -l {name}"
+        cure += f"; or zfs set canmount=noauto {name}, if it isn't meant"
+        raise PreconditionError(f"{why}, so the set would lack it", object=name, cure=cure)
 
 
 def _zvol(mount: Mount) -> str | None:

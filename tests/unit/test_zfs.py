@@ -7,12 +7,14 @@ import sys
 import types
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from providers.zfs import ZfsProvider, attaching, library, objects, tool
+from providers.zfs import ZfsProvider, _refuse_hollow, attaching, library, objects, tool
 from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.labels import encode_birth
 from snapshotter.core.model import Birth, ImageState, Volume
+from snapshotter.host import mounts
 from snapshotter.host.mounts import Mount
 from snapshotter.provider import Settings, may_claim
 from snapshotter.testing.harness import make_birth
@@ -237,3 +239,31 @@ def test_only_what_holds_the_volume_must_tell_of_its_swaps() -> None:
     for asked in (None, "usb/a"):
         with pytest.raises(StorageError, match="suspended"):
             list(provider.open_swaps(asked))
+
+
+@pytest.mark.parametrize(
+    ("mounted", "said"),
+    [
+        (["/", "/a", "/a/below"], ""),
+        (["/", "/a"], "isn't mounted at /a/below"),
+        (["/", "/a/below", "/a"], "is hidden by what was mounted later at /a"),
+    ],
+)
+def test_a_dataset_that_cannot_be_seen_where_it_should_be_stops_a_take(
+    mounted: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"/": "tank", "/a": "tank/a", "/a/below": "tank/a/below"}
+    # Each is mounted on the one before it that holds its place: a later one above doesn't hold what is hidden.
+    parents = {"/": 0, "/a": 1, "/a/below": 2 if mounted.index("/a") == 1 else 1}
+    table = [
+        msgspec.structs.replace(mount("zfs", names[path]), id=k, parent=parents[path], path=path)
+        for k, path in enumerate(mounted, 1)
+    ]
+    monkeypatch.setattr(mounts, "table", lambda: table)
+    datasets = {"tank/a": "/a", "tank/a/below": "/a/below", "tank/other": "/other", "tank/legacy": ""}
+    if not said:
+        _refuse_hollow(birth(), datasets)
+        return
+    with pytest.raises(PreconditionError, match=said) as refused:
+        _refuse_hollow(birth(), datasets)
+    assert "tank/a/below" in refused.value.line() and refused.value.cure
