@@ -304,7 +304,8 @@ class ZfsProvider(Provider):
             swaps.sweep()
 
     def reap(self) -> list[str]:
-        return swaps.sweep() if tool.pools() else []
+        removed, self.notes = swaps.sweep() if tool.pools() else ([], [])
+        return removed
 
     # -- attachments ----------------------------------------------------------------------------------------------
 

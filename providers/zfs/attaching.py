@@ -52,7 +52,7 @@ def attach(
     # Beside its origin, so that it inherits the same; or in the pool whose own dataset that is.
     parent = source.dataset.rpartition("/")[0] or source.dataset
     clone = f"{parent}/snapshotter-{attachment_id}-{birth.member}"
-    library.clone(clone, source.name, {CLONE: objects.dump(record)}, "legacy")
+    library.clone(clone, source.name, {CLONE: objects.dump(record), **objects.LEFT_OUT}, "legacy")
     if shown := [f"{key}={local[key]}" for key in _SHOWN_BY if key in local]:
         tool.change("set", *shown, clone, object=clone)
     return MountSpec(clone, objects.PROVIDER)

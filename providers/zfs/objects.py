@@ -47,6 +47,8 @@ NATIVE = (
 )
 _UNREADABLE = "?"
 PIN = "snapshotter"  # the tag of our holds
+#: What zfs-auto-snapshot and its like go by. Their snapshots of a clone that comes and goes would keep it from going.
+LEFT_OUT = {"com.sun:auto-snapshot": "false"}
 _MEMBER = re.compile(r"(s[0-9]{8}t[0-9]{6}z-[0-9a-f]{6})-([0-9]{1,4})")
 
 

@@ -185,7 +185,8 @@ def back(swap_id: str) -> None:
 
 def _retire(name: str, swap_id: str) -> None:
     """The clone that isn't in its origin's place any more: gone, or, where something was taken of it there, kept as
-    what that hangs on, until `sweep` finds nothing left."""
+    what that hangs on, until `sweep` finds nothing left. Other tools were to go on with it as with its origin; now they
+    aren't."""
     if not library.exists(name):
         return
     if not tool.snapshots_of(name):
@@ -195,22 +196,35 @@ def _retire(name: str, swap_id: str) -> None:
         except BusyError:
             if not tool.snapshots_of(name):  # else one was taken meanwhile
                 raise
+    for key in [key for key in tool.get_local(name) if ":" in key and not key.startswith(objects.PREFIX)]:
+        tool.change("inherit", key, name, object=name)
     kept = ["canmount=noauto", "mountpoint=none", "reservation=none", "refreservation=none"]
+    kept += [f"{key}={value}" for key, value in objects.LEFT_OUT.items()]
     record = {"id": swap_id, "pool": tool.pool_of(name)}
     tool.change("set", *kept, f"{KEPT}={objects.dump(record)}", name, object=name)
     tool.change("inherit", SWAP, name, object=name)
 
 
-def sweep() -> list[str]:
-    """Remove the kept clones that nothing hangs on any more; their names."""
-    removed = []
+def sweep() -> tuple[list[str], list[str]]:
+    """Remove the kept clones that nothing hangs on any more. Their names; and of those that no set of ours keeps, yet
+    can't go, why."""
+    removed, stay = [], []
     for found in objects.sure(KEPT):
         # By another name a person keeps it.
-        ours = ".clone-" in found.name and found.record(KEPT) is not None
-        if ours and not tool.snapshots_of(found.name) and not _mounted(found.name):
+        if ".clone-" not in found.name or found.record(KEPT) is None:
+            continue
+        hanging = [name for name, _ in tool.snapshots_of(found.name)]
+        if not hanging and not (seen := _mounted(found.name)):
             tool.destroy(found.name)
             removed.append(found.name)
-    return removed
+        elif not hanging:
+            stay.append(f"{found.name}, of a swap that was taken back, is mounted: umount {seen[0].path}")
+        elif not any(each.birth for each in objects.read(hanging)):
+            stay.append(
+                f"{found.name}, of a swap that was taken back, stays as another tool has taken "
+                f"{', '.join(hanging[:3])}: zfs destroy {hanging[0]} (each), and keep that tool from it"
+            )
+    return removed, stay
 
 
 def commit(swap_id: str) -> None:

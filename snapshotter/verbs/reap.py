@@ -89,8 +89,10 @@ def reap(session: Session, entries: Catalog | None = None) -> dict[str, Any]:
                 left.append(f"{found.set_id}: {error.line()}")
     scratch: list[str] = []
     for provider in providers:
+        provider.notes = []  # those of what it did before are told
         try:
             scratch += provider.reap()
+            notes += provider.notes
         except SnapshotterError as error:
             left.append(f"{provider.name}: {error.line()}")
     if left:

@@ -86,6 +86,7 @@ def test_sanoid_and_zfs_auto_snapshot_on_the_same_datasets(harness: ZfsHarness) 
     theirs = guids(harness.top, of="autosnap") | guids(harness.top, of="zfs-auto-snap")
     harness.leave(place)
     # Our clone carries theirs now: it is they who must let it go.
+    assert not any(attachment_id in line for line in guids(harness.top, of="zfs-auto-snap")), "a clone is left out"
     with pytest.raises(BusyError, match="another tool"):
         zfs_kit.provider().detach(attachment_id)
     zfs_kit.provider().delete(second)

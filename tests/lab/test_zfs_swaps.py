@@ -62,6 +62,29 @@ def test_swap_five_newer_sets_undo(harness: ZfsHarness) -> None:
     assert read(volume) == "before the swap"
 
 
+def test_other_tools_go_on_with_what_is_in_place_and_leave_what_is_taken_back(harness: ZfsHarness) -> None:
+    wanted, other = "com.sun:auto-snapshot", "com.example:replicate"
+    volume = harness.dataset("d", "-o", f"{wanted}=true", "-o", f"{other}=yes")
+    older = take(volume, "older")
+    zfs_kit.provider().swap("w1", image(older), volume)
+    assert zfs("get", "-H", "-s", "local", "-o", "value", f"{wanted},{other}", volume.id).split() == ["true", "yes"]
+    zfs("snapshot", f"{volume.id}@theirs")
+    newer = take(volume, "newer")
+    zfs_kit.provider().swap_back("w1")
+    assert zfs("get", "-H", "-s", "local", "-o", "value", f"{wanted},{other}", volume.id).split() == ["true", "yes"]
+    kept = f"{volume.id}.clone-w1"
+    assert zfs("get", "-H", "-o", "value", f"{wanted},{other}", kept).split() == ["false", "-"]
+    provider = zfs_kit.provider()
+    assert provider.reap() == [] and not provider.notes, "what a set of ours hangs on is no leftover"
+    zfs_kit.provider().delete(newer)
+    told = Command(harness.scratch / "etc").json("reap")["warnings"]
+    assert [warning for warning in told if kept in warning and f"zfs destroy {kept}@theirs" in warning], told
+    zfs("destroy", f"{kept}@theirs")
+    provider = zfs_kit.provider()
+    assert provider.reap() == [kept] and not provider.notes
+    assert names(harness.top, "filesystem") == {harness.top, volume.id}
+
+
 def test_swap_back_ends_what_a_dead_one_had_almost(harness: ZfsHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clone is gone already, and what was set aside is a clone of nothing."""
     volume = harness.volume()
