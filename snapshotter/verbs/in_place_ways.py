@@ -12,7 +12,7 @@ import time
 
 from msgspec import Struct
 
-from snapshotter.core.errors import PreconditionError, UsageError
+from snapshotter.core.errors import BusyError, PreconditionError, UsageError
 from snapshotter.core.model import SnapshotSet
 from snapshotter.host import btrfs, mounts, tree
 from snapshotter.host.mounts import Mount, is_under
@@ -127,7 +127,21 @@ def swaps(
                 mount=spec,
             )
         )
+    for swap in swaps:
+        _refuse_open(session.provider(swap.provider, node, chosen=False), swap.volume)
     return swaps
+
+
+def _refuse_open(provider: Provider, volume: str) -> None:
+    """Raise BusyError while another swap of the volume is open, of a restore whose journal isn't here: `swap` would
+    refuse, with the node stopped already. (A cloud's is told by it alone, as that costs calls.)"""
+    for each in provider.open_swaps(volume) if provider.traits.needs_host else ():
+        if each.volume == volume:
+            raise BusyError(
+                f"what an earlier restore set aside waits still (swap {each.id})",
+                object=volume,
+                cure="`snapshotter doctor` tells how to end that",
+            )
 
 
 def grounds_of(

@@ -3,6 +3,7 @@ lost, and each way back ends where it began."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -314,6 +315,31 @@ def test_what_cannot_be_swapped_is_refused_by_name(harness: ZfsHarness) -> None:
         refused("in use")
     assert read(volume) == "older"
     assert harness.objects() - {f"{volume.id} canmount=on"} == before
+
+
+def test_a_swap_that_no_journal_names_is_told_and_ended_by_hand(harness: ZfsHarness) -> None:
+    """As where the host and its journals were lost. No other restore stops a node for nothing meanwhile."""
+    volume = harness.dataset("d", "-o", "reservation=16M")
+    command = Command(harness.scratch / "etc")
+    write(volume, "older")
+    set_id = command.json("take", volume.path or "")["set_id"]
+    write(volume, "live")
+    zfs_kit.provider().swap("w1", image(set_id), volume)
+    refused = command.error("restore", set_id, "--in-place", "--dry-run", exit_code=5)
+    assert "w1" in refused["line"] and "doctor" in refused["line"]
+    child = harness.dataset("d/child")
+    found = json.loads(command.run("doctor", "--json").stdout)["findings"]
+    (cure,) = [each["cure"] for each in found if each["check"] == "swap" and volume.id in each["message"]]
+    zfs("unmount", child.id)
+    zfs("unmount", volume.id)
+    for step in cure.partition("mounted: ")[2].split("; "):
+        done = run(*step.split())
+        assert done.returncode == 0, f"{step}: {done.stderr}"
+    for each in (volume, child):
+        zfs("mount", each.id)
+    assert read(volume) == "live" and not list(zfs_kit.provider().swaps())
+    assert zfs("get", "-Hp", "-o", "value", "reservation,canmount", volume.id).split() == [str(16 << 20), "on"]
+    assert names(harness.top, "filesystem") == {harness.top, volume.id, child.id}
 
 
 def test_a_pools_own_dataset_is_copied_in_place(harness: ZfsHarness) -> None:

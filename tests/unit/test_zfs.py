@@ -10,14 +10,18 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from providers.zfs import ZfsProvider, _refuse_hollow, attaching, library, objects, tool
+from providers.zfs import ZfsProvider, _refuse_hollow, attaching, library, objects, swaps, tool
 from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.journal import Journal
 from snapshotter.core.labels import encode_birth
 from snapshotter.core.model import Birth, ImageState, Volume
 from snapshotter.host import mounts
 from snapshotter.host.mounts import Mount
+from snapshotter.nodes.config import Config
 from snapshotter.provider import Settings, may_claim
 from snapshotter.testing.harness import make_birth
+from snapshotter.verbs import doctor, in_place_ways
+from snapshotter.verbs.session import Session
 
 SET = "s20261122t100630z-5f3a9c"
 VOLUMES = [Volume("zfs", "tank/a", "/a"), Volume("lvm", "vg/b", "/b"), Volume("zfs", "tank/c", "/c")]
@@ -267,3 +271,65 @@ def test_a_dataset_that_cannot_be_seen_where_it_should_be_stops_a_take(
     with pytest.raises(PreconditionError, match=said) as refused:
         _refuse_hollow(birth(), datasets)
     assert "tank/a/below" in refused.value.line() and refused.value.cure
+
+
+def swapped(pool: str = "tank") -> list[objects.Object]:
+    """A swap that came to its end: the clone, and what is set aside."""
+    record = objects.dump({"id": "w1", "volume": "tank/a", "canmount": "on", "reserved": {"reservation": "7"}})
+    return [
+        objects._object(f"{pool}/a", {objects.SWAP: (record, "local")}),
+        objects._object(f"{pool}/a.aside-w1", {objects.ASIDE: (record, "local")}),
+    ]
+
+
+def of_swaps(monkeypatch: pytest.MonkeyPatch, found: list[objects.Object]) -> ZfsProvider:
+    monkeypatch.setattr(objects, "sure", lambda *_, **__: found)
+    monkeypatch.setattr(tool, "pools", lambda: ["tank"])
+    monkeypatch.setattr(tool, "children", lambda _: [])
+    return ZfsProvider(Settings("/nonexistent"))
+
+
+def test_an_open_swap_that_no_journal_names_is_told_with_the_way_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(Config(state=str(tmp_path)))
+    session._everywhere = ([of_swaps(monkeypatch, swapped())], [])
+    (finding,) = doctor._restores(session)
+    assert "tank/a" in finding.message and "w1" in finding.message and str(tmp_path) in finding.message
+    steps = (
+        "zfs rename -u tank/a tank/a.clone-w1; zfs rename -u tank/a.aside-w1 tank/a; zfs destroy tank/a.clone-w1; "
+        "zfs set canmount=on reservation=7 tank/a; zfs inherit snapshotter:aside tank/a"
+    )
+    assert steps in finding.cure
+    # Not where a journal names it, nor where one that can't be read might.
+    directory = tmp_path / "restores"
+    directory.mkdir()
+    journal = Journal.create(str(directory / "t.journal"), path="/a", plan={"swaps": [{"swap_id": "w1"}]})
+    assert [found.check for found in doctor._restores(session)] == ["restore"]
+    Path(journal.path).write_text("damaged\n{}\n")
+    assert [found.check for found in doctor._restores(session)] == ["restore"]
+    journal.remove()
+    session._everywhere = ([of_swaps(monkeypatch, swapped("copy"))], [])
+    assert not list(doctor._restores(session)), "a copied pool's swap is nobody's here"
+
+
+def test_the_way_back_of_a_swap_that_was_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool, "children", lambda _: [])
+    whole, aside = swapped()
+    waiting = msgspec.structs.replace(whole, name="tank/a.clone-w1")
+    untouched = msgspec.structs.replace(aside, name="tank/a")
+    end = "zfs set canmount=on reservation=7 tank/a; zfs inherit snapshotter:aside tank/a"
+    assert swaps.by_hand("w1", waiting, None) == "zfs destroy tank/a.clone-w1"
+    assert swaps.by_hand("w1", waiting, untouched) == f"zfs destroy tank/a.clone-w1; {end}"
+    back = "zfs rename -u tank/a.aside-w1 tank/a"
+    assert swaps.by_hand("w1", waiting, aside) == f"{back}; zfs destroy tank/a.clone-w1; {end}"
+    assert swaps.by_hand("w1", None, aside) == f"{back}; {end}"
+    assert swaps.by_hand("w1", whole, None) == "zfs inherit snapshotter:swap tank/a"
+
+
+def test_no_other_restore_is_planned_as_a_swap_while_one_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    provider = of_swaps(monkeypatch, swapped())
+    with pytest.raises(BusyError, match="w1") as refused:
+        in_place_ways._refuse_open(provider, VOLUMES[0].id)
+    assert "doctor" in refused.value.cure
+    in_place_ways._refuse_open(provider, VOLUMES[2].id)
