@@ -96,7 +96,7 @@ class Provider(ABC):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        #: What a person should know of the last `create`, `attach` or `reap` (owners that couldn't be kept, ...).
+        #: What a person should know of the last `create`, `attach`, `swap`, `reap` (owners that couldn't be kept).
         self.notes: list[str] = []
 
     @classmethod

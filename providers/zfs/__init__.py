@@ -360,7 +360,7 @@ class ZfsProvider(Provider):
     def swap(self, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:
         _check_id(_SWAP_ID, swap_id)
         _refuse_without_root(volume.id)
-        swaps.begin(swap_id, self._image(snapshot), volume.id)
+        self.notes = swaps.begin(swap_id, self._image(snapshot), volume.id)
 
     def swap_back(self, swap_id: str) -> None:
         _check_id(_SWAP_ID, swap_id)

@@ -4,9 +4,10 @@ Two renames do it: `<volume>` to `<volume>.<swap id>`, the clone to `<volume>`. 
 below the same parent: an encrypted dataset may not leave its encryption root, but may be renamed there
 (dsl_dir_rename_check looks at the keys only when the parent changes).
 
-A clone has none of the origin's local properties, so they are carried over. What is set aside would mount itself over
-the clone after a reboot, hence its canmount=noauto. Nothing is promoted until the commit: promoting moves the older
-snapshots to the clone and leaves the newer ones where a later `zfs destroy -r` would kill them.
+A clone has none of the origin's local properties and delegated permissions, so they are carried over. What is set
+aside would mount itself over the clone after a reboot, hence its canmount=noauto. Nothing is promoted until the commit:
+promoting moves the older snapshots to the clone and leaves the newer ones where a later `zfs destroy -r` would kill
+them.
 
 Datasets below the volume are volumes of their own, and are moved below what takes its place.
 
@@ -22,7 +23,7 @@ from typing import Any
 
 from providers.zfs import library, objects, tool
 from providers.zfs.objects import ASIDE, KEPT, SWAP, Object
-from snapshotter.core.errors import BusyError, PreconditionError, StorageError
+from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.model import MountSpec
 from snapshotter.host import mounts
 
@@ -89,8 +90,8 @@ def _find(swap_id: str) -> tuple[Object | None, Object | None]:
     return None, None
 
 
-def begin(swap_id: str, snapshot: Object, volume: str) -> None:
-    """See `Provider.swap`. What fails is taken back here, as far as it can be."""
+def begin(swap_id: str, snapshot: Object, volume: str) -> list[str]:
+    """See `Provider.swap`. What fails is taken back here, as far as it can be. Returns notes for a person."""
     _check(swap_id, snapshot, volume)
     local = tool.settable(volume)
     seen = _mounted(volume)
@@ -107,6 +108,7 @@ def begin(swap_id: str, snapshot: Object, volume: str) -> None:
         carried = [f"{key}={value}" for key, value in local.items() if _is_carried(key)]
         if carried:
             tool.change("set", *carried, clone, object=clone)
+        notes = _delegate(volume, clone, aside)
         _unmount(volume)
         tool.change("set", "canmount=noauto", f"{ASIDE}={objects.dump(record)}", volume, object=volume)
         if record["reserved"]:  # after the record of it
@@ -121,6 +123,23 @@ def begin(swap_id: str, snapshot: Object, volume: str) -> None:
     except BaseException:
         back(swap_id)
         raise
+    return notes
+
+
+def _delegate(volume: str, clone: str, aside: str) -> list[str]:
+    """Who may do what to the volume may do it to what takes its place. Not worth a restore: what can't be is told."""
+    try:
+        given = tool.delegations(volume)
+        for words in given:
+            tool.change("allow", *words, clone, object=clone)
+        why = "" if tool.delegations(clone) == given else "it isn't the same there"
+    except SnapshotterError as error:
+        why = error.message
+    if not why:
+        return []
+    return [
+        f"what is delegated on {volume} may be lost by the swap ({why}): see `zfs allow {aside}`, and give it again"
+    ]
 
 
 def _check(swap_id: str, snapshot: Object, volume: str) -> None:

@@ -244,6 +244,45 @@ def settable(name: str) -> dict[str, str]:
     return local
 
 
+#: What stands above permissions of a kind in `zfs allow`'s list -> how to give such.
+_GIVEN = {
+    "Local permissions:": ["-l"],
+    "Descendent permissions:": ["-d"],
+    "Local+Descendent permissions:": [],
+}
+_DELEGATED = re.compile(r"(?:(user|group) (.+)|(everyone)) (\S+)")
+_UNKNOWN = re.compile(r"\(unknown: (-?[0-9]+)\)")  # an id that has no name here
+
+
+def delegations(name: str) -> list[list[str]]:
+    """What is delegated on this very dataset, as the words that `zfs allow` gives the same by, in that order. Raises
+    StorageError where its list can't be understood."""
+    outcome = run(["zfs", "allow", name], timeout=_READING_S)
+    if not outcome.ok:
+        raise told(outcome, name)
+    found: list[list[str]] = []
+    here, title = False, ""
+    for line in outcome.stdout.splitlines():
+        if line.startswith("---- Permissions on "):
+            here = line.removeprefix("---- Permissions on ").rstrip("-").rstrip(" ") == name
+        elif here and line.startswith("\t"):
+            found.append(_delegation(title, _UNKNOWN.sub(r"\1", line.strip()), name))
+        elif here:
+            title = line.strip()
+    return found
+
+
+def _delegation(title: str, line: str, name: str) -> list[str]:
+    match = _DELEGATED.fullmatch(line)
+    if title == "Create time permissions:" and " " not in line:
+        return ["-c", line]
+    if title == "Permission sets:" and line.startswith("@") and len(line.split()) == 2:
+        return ["-s", *line.split()]
+    if title in _GIVEN and match:
+        return [*_GIVEN[title], *(["-e"] if match[3] else [f"-{match[1][0]}", match[2]]), match[4]]
+    raise StorageError(f"can't understand what is delegated there: {title} {line}", object=name)
+
+
 def _altroot(pool: str) -> str:
     """What `zfs get` shows in front of this pool's mount points, and `zfs set` puts there; '' if nothing."""
     outcome = run(["zpool", "get", "-Hp", "-o", "value", "altroot", pool], timeout=_READING_S)

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from providers.zfs import ZfsProvider, _refuse_hollow, attaching, library, objects, swaps, tool
+from snapshotter.core.command import Outcome
 from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.journal import Journal
 from snapshotter.core.labels import encode_birth
@@ -333,3 +334,42 @@ def test_no_other_restore_is_planned_as_a_swap_while_one_is_open(monkeypatch: py
         in_place_ways._refuse_open(provider, VOLUMES[0].id)
     assert "doctor" in refused.value.cure
     in_place_ways._refuse_open(provider, VOLUMES[2].id)
+
+
+ALLOWED = """---- Permissions on tank/a- ------------------------------------------
+Permission sets:
+\t@keeps snapshot,hold
+Create time permissions:
+\tdestroy
+Local permissions:
+\tuser (unknown: 4242) send
+Descendent permissions:
+\tgroup domain users create,mount
+Local+Descendent permissions:
+\tuser alice @keeps,mount
+\teveryone userused
+---- Permissions on tank ----------------------------------------------
+Local+Descendent permissions:
+\tuser bob rollback
+"""
+
+
+def test_what_is_delegated_is_read_as_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def says(text: str) -> None:
+        monkeypatch.setattr(tool, "run", lambda *_, **__: Outcome(("zfs",), 0, text, ""))
+
+    says(ALLOWED)
+    assert tool.delegations("tank/a-") == [
+        ["-s", "@keeps", "snapshot,hold"],
+        ["-c", "destroy"],
+        ["-l", "-u", "4242", "send"],
+        ["-d", "-g", "domain users", "create,mount"],
+        ["-u", "alice", "@keeps,mount"],
+        ["-e", "userused"],
+    ]
+    assert tool.delegations("tank") == [["-u", "bob", "rollback"]] and tool.delegations("tank/b") == []
+    says(ALLOWED.replace("user alice", "role alice"))
+    with pytest.raises(StorageError, match="role alice"):
+        tool.delegations("tank/a-")
+    (note,) = swaps._delegate("tank/a-", "tank/a-.clone-w1", "tank/a-.aside-w1")
+    assert "role alice" in note and "zfs allow tank/a-.aside-w1" in note
