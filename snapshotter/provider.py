@@ -250,6 +250,11 @@ class Provider(ABC):
         name while any depends on the set-aside."""
         raise NotImplementedError
 
+    def refuse_commit(self, swap_id: str) -> None:
+        """Raise what `swap_commit` would refuse with now, as far as that can be known before: of several swaps none is
+        to be committed then. Absent is fine. No effects. Default: nothing."""
+        return None
+
     def swappable(self, volume: Volume, snapshot: Snapshot) -> bool:
         """Whether `swap` could ever do it for this volume and this snapshot of it: some drivers have several kinds, and
         not all can; the snapshot may be a copy that lies elsewhere. Only asked where `traits.swaps`. Default: yes."""

@@ -370,6 +370,10 @@ class ZfsProvider(Provider):
         _check_id(_SWAP_ID, swap_id)
         swaps.commit(swap_id)
 
+    def refuse_commit(self, swap_id: str) -> None:
+        _check_id(_SWAP_ID, swap_id)
+        swaps.committable(swap_id)
+
     def swaps(self) -> Iterator[str]:
         return (each.id for each in self.open_swaps())
 

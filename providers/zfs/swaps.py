@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from providers.zfs import library, objects, tool
+from providers.zfs.attaching import mounts_of
 from providers.zfs.objects import ASIDE, KEPT, SWAP, Object
 from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.model import MountSpec
@@ -248,9 +249,33 @@ def sweep() -> tuple[list[str], list[str]]:
 
 def commit(swap_id: str) -> None:
     """See `Provider.swap_commit`."""
+    clone, aside = committable(swap_id)
+    if clone is None:
+        return
+    volume = clone.name
+    if aside is not None:
+        while tool.snapshots_of(aside.name):
+            try:
+                tool.change("promote", volume, object=volume)
+            except BusyError:
+                raise BusyError(
+                    "a snapshot of what it set aside is in use: being sent, or mounted in another mount namespace",
+                    object=aside.name,
+                    cure=f"pgrep -af 'zfs send'; grep -l {aside.name}@ /proc/*/mounts; then commit it again",
+                ) from None
+            except StorageError:
+                if tool.snapshots_of(aside.name):  # else a dead run's child was just about it
+                    raise
+        tool.destroy(aside.name)
+    tool.change("inherit", SWAP, volume, object=volume)
+
+
+def committable(swap_id: str) -> tuple[Object | None, Object | None]:
+    """The clone in its place and what is set aside, both None if there is no such swap. Raises BusyError, StorageError
+    if it can't be committed now."""
     clone, aside = _find(swap_id)
     if clone is None and aside is None:
-        return
+        return None, None
     volume = _record(clone, aside)["volume"]
     if clone is None or clone.name != volume or (aside is not None and aside.name == volume):
         raise StorageError("the swap was never finished", object=swap_id, cure="take it back")
@@ -261,14 +286,7 @@ def commit(swap_id: str) -> None:
         if below := tool.children(aside.name):
             raise BusyError(f"what it set aside holds {below[0][0]}", object=aside.name, cure="move that away")
         _refuse_dependents(clone.name, aside.name, swap_id)
-        while tool.snapshots_of(aside.name):
-            try:
-                tool.change("promote", volume, object=volume)
-            except StorageError:
-                if tool.snapshots_of(aside.name):  # else a dead run's child was just about it
-                    raise
-        tool.destroy(aside.name)
-    tool.change("inherit", SWAP, volume, object=volume)
+    return clone, aside
 
 
 def _refuse_dependents(clone: str, aside: str, swap_id: str) -> None:
@@ -296,6 +314,13 @@ def _refuse_dependents(clone: str, aside: str, swap_id: str) -> None:
             object=aside,
             cure=f"zfs destroy {marks[0]} (each), if no replication goes on from there; then commit it again",
         )
+    for mount in mounts.table():  # what is mounted can't go to another dataset
+        if mount.source in moved and mounts.by_hand(mount):
+            ours = [record for each in objects.read([mount.source]) for record in mounts_of(each).values()]
+            attached = any(record.get("path") == mount.path for record in ours)
+            cure = f"snapshotter release {mount.path}" if attached else f"umount {mount.path}"
+            why = f"still carries {_shown([mount.source])}, which is mounted at {mount.path}"
+            raise BusyError(f"what it set aside {why}", object=aside, cure=f"{cure}, then commit it again")
     names = {found.partition("@")[2] for found in moved}
     if twice := [found for found, _ in tool.snapshots_of(clone) if found.partition("@")[2] in names]:
         raise BusyError(

@@ -145,6 +145,9 @@ class Proxy(Provider):
     def swap_commit(self, swap_id: str) -> None:
         self.mutate("swap_commit", lambda: self.inner.swap_commit(swap_id))
 
+    def refuse_commit(self, swap_id: str) -> None:
+        self.inner.refuse_commit(swap_id)
+
     def swappable(self, volume: Volume, snapshot: Snapshot) -> bool:
         return self.inner.swappable(volume, snapshot)
 

@@ -185,6 +185,8 @@ def discard(work: Work) -> list[str]:
 def _commit_swaps(work: Work) -> list[str]:
     swaps = [(work.session.provider(s.provider, work.plan.node, chosen=False), s) for s in work.plan.swaps]
     try:
+        for provider, swap in swaps:  # one that is refused when others are committed leaves neither the old nor the new
+            provider.refuse_commit(swap.swap_id)
         for provider, swap in swaps:
             provider.swap_commit(swap.swap_id)
     except SnapshotterError:

@@ -30,6 +30,7 @@ READING = {
     "open_swaps",
     "source_of",
     "swappable",
+    "refuse_commit",
     "sees",
     "reap",
     "space",

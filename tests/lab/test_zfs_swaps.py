@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from providers.zfs import objects, tool
 from snapshotter.core.errors import BusyError, PreconditionError
 from snapshotter.core.model import Access, Hold, ImageState, new_attachment_id, new_set_id, utc_now
+from snapshotter.host import mounts
 from snapshotter.testing.harness import make_birth
 from tests.lab import zfs_kit
 from tests.lab.zfs_kit import ZfsHarness, content_at, holds, image, names, path_of, read, run, take, write, zfs
@@ -166,6 +167,39 @@ def test_discard_is_refused_while_what_is_set_aside_has_bookmarks(harness: ZfsHa
     zfs("destroy", f"{volume.id}.aside-w2#cursor")
     zfs_kit.provider().swap_commit("w2")
     holds(harness, {older: "older"})
+
+
+def test_discard_names_where_a_set_is_mounted(harness: ZfsHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = harness.volume(), harness.volume()
+    sets = [take(volume, "older") for volume in (one, two)]
+    for number, volume in enumerate((one, two)):
+        zfs_kit.provider().swap(f"w{number}", image(sets[number]), volume)
+    attachment_id, place = new_attachment_id(utc_now()), str(harness.scratch / "ro")
+    harness.enter(zfs_kit.provider().attach(image(sets[1]), attachment_id, Access.READ_ONLY, place), place)
+    zfs_kit.provider().refuse_commit("w0")
+    for act in (zfs_kit.provider().refuse_commit, zfs_kit.provider().swap_commit):
+        with pytest.raises(BusyError) as busy:
+            act("w1")
+        assert sets[1] in busy.value.line() and f"snapshotter release {place}" in busy.value.cure
+    assert list(zfs_kit.provider().swaps()) == ["w0", "w1"]
+    harness.leave(place)
+    zfs_kit.provider().detach(attachment_id)
+    other = harness.scratch / "other"
+    other.mkdir()
+    found = image(sets[1]).id
+    assert run("mount", "-t", "zfs", found, str(other)).returncode == 0
+    with pytest.raises(BusyError, match=f"umount {other}"):
+        zfs_kit.provider().refuse_commit("w1")
+    table = mounts.table()
+    with monkeypatch.context() as patched:  # as in another mount namespace: told as far as that goes
+        patched.setattr(mounts, "table", lambda: [mount for mount in table if mount.path != str(other)])
+        with pytest.raises(BusyError, match="is in use: being sent, or mounted"):
+            zfs_kit.provider().swap_commit("w1")
+    assert run("umount", str(other)).returncode == 0
+    for swap_id in ("w0", "w1"):
+        zfs_kit.provider().refuse_commit(swap_id)
+        zfs_kit.provider().swap_commit(swap_id)
+    assert [read(volume) for volume in (one, two)] == ["older", "older"]
 
 
 def test_equal_names_of_other_tools_snapshots_are_named(harness: ZfsHarness) -> None:

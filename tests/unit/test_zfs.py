@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -19,9 +21,9 @@ from snapshotter.core.model import Birth, ImageState, Volume
 from snapshotter.host import mounts
 from snapshotter.host.mounts import Mount
 from snapshotter.nodes.config import Config
-from snapshotter.provider import Settings, may_claim
+from snapshotter.provider import OpenSwap, Settings, may_claim
 from snapshotter.testing.harness import make_birth
-from snapshotter.verbs import doctor, in_place_ways
+from snapshotter.verbs import doctor, in_place_back, in_place_ways
 from snapshotter.verbs.session import Session
 
 SET = "s20261122t100630z-5f3a9c"
@@ -373,3 +375,30 @@ def test_what_is_delegated_is_read_as_it_is_given(monkeypatch: pytest.MonkeyPatc
         tool.delegations("tank/a-")
     (note,) = swaps._delegate("tank/a-", "tank/a-.clone-w1", "tank/a-.aside-w1")
     assert "role alice" in note and "zfs allow tank/a-.aside-w1" in note
+
+
+def test_of_several_swaps_none_is_committed_where_one_would_be_refused() -> None:
+    committed: list[str] = []
+
+    class Refusing(ZfsProvider):
+        def refuse_commit(self, swap_id: str) -> None:
+            if swap_id == "w1":
+                raise BusyError("still carries a set", object=swap_id)
+
+        def swap_commit(self, swap_id: str) -> None:
+            committed.append(swap_id)
+
+        def open_swaps(self, volume: str | None = None) -> Iterator[OpenSwap]:
+            return iter(OpenSwap(swap_id) for swap_id in ("w0", "w1"))
+
+    provider, kept = Refusing(Settings("/nonexistent")), list[str]()
+    work: Any = types.SimpleNamespace(
+        session=types.SimpleNamespace(provider=lambda *_, **__: provider),
+        plan=types.SimpleNamespace(
+            node=None, swaps=[types.SimpleNamespace(provider="zfs", swap_id=f"w{k}", volume="tank/a") for k in range(2)]
+        ),
+        journal=types.SimpleNamespace(append=kept.append),
+    )
+    with pytest.raises(BusyError, match="still carries"):
+        in_place_back._commit_swaps(work)
+    assert not committed and kept == ["kept"], "all of it can still be undone"
