@@ -185,8 +185,19 @@ def refuse_if_mounted(name: str, what: str, only_at: str = "") -> None:
 
 
 def _refuse_foreign(clone: str, what: str) -> None:
-    """Another tool's snapshot of our clone isn't ours to destroy."""
+    """Another tool's snapshot of our clone isn't ours to destroy; still less is a set that a person brought there by
+    promoting it, or took there."""
     if found := [name for name, _ in tool.snapshots_of(clone)]:
+        births = [birth for each in objects.read(found) if (birth := each.birth) is not None]
+        moved = [birth for birth in births if birth.members[birth.member].volume != clone]
+        if moved:
+            volume = moved[0].members[moved[0].member].volume
+            sets = ", ".join(birth.set_id for birth in moved[:3])
+            why = f"was promoted, and carries the sets {sets} of {volume} now"
+            raise BusyError(why, object=what, cure=f"zfs promote {volume}, then again")
+        if births:
+            sets = ", ".join(birth.set_id for birth in births[:3])
+            raise BusyError(f"sets were taken of it: {sets}", object=what, cure=f"snapshotter delete {sets}")
         raise BusyError(
             f"another tool has taken {', '.join(found[:3])}", object=what, cure=f"zfs destroy {found[0]}, then again"
         )

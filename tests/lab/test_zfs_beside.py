@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from snapshotter.core.errors import BusyError, PreconditionError, StorageError
-from snapshotter.core.model import Access, Hold, Volume, new_attachment_id, utc_now
+from snapshotter.core.model import Access, Hold, MountSpec, Volume, new_attachment_id, utc_now
 from snapshotter.testing.harness import make_birth
 from tests.lab import zfs_kit
 from tests.lab.zfs_kit import ZfsHarness, names, run, zfs
@@ -228,6 +228,23 @@ def test_names_that_say_what_errors_say(harness: ZfsHarness) -> None:
     with pytest.raises(StorageError, match="no such dataset"):
         take(volume)
     assert not os.path.exists(path) or not os.listdir(path)
+
+
+def test_a_clone_that_was_promoted_is_not_released_at_the_price_of_sets(harness: ZfsHarness) -> None:
+    volume = harness.volume()
+    set_id = zfs_kit.take(volume, "older")
+    attachment_id = new_attachment_id(utc_now())
+    place = str(harness.scratch / "clone")
+    made = zfs_kit.provider().attach(zfs_kit.image(set_id), attachment_id, Access.WRITABLE, place)
+    assert isinstance(made, MountSpec)
+    zfs("promote", made.source)
+    with pytest.raises(BusyError) as busy:
+        zfs_kit.provider().detach(attachment_id)
+    assert set_id in busy.value.line() and "zfs destroy" not in busy.value.line()
+    assert busy.value.cure == f"zfs promote {volume.id}, then again"
+    zfs("promote", volume.id)
+    zfs_kit.provider().detach(attachment_id)
+    zfs_kit.holds(harness, {set_id: "older"})
 
 
 def local(pool: str) -> str:

@@ -402,3 +402,22 @@ def test_of_several_swaps_none_is_committed_where_one_would_be_refused() -> None
     with pytest.raises(BusyError, match="still carries"):
         in_place_back._commit_swaps(work)
     assert not committed and kept == ["kept"], "all of it can still be undone"
+
+
+@pytest.mark.parametrize(
+    ("clone", "cure"),
+    [
+        ("tank/snapshotter-a1-0", "zfs promote tank/a, then again"),  # promoted, which brought it there
+        ("tank/a", f"snapshotter delete {SET}"),  # taken of it
+        ("", "zfs destroy tank/snapshotter-a1-0@theirs, then again"),
+    ],
+)
+def test_a_clone_that_carries_sets_is_not_released_at_their_price(
+    clone: str, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carried = f"{clone}@{SET}-0" if clone else "tank/snapshotter-a1-0@theirs"
+    monkeypatch.setattr(tool, "snapshots_of", lambda _: [(carried, 1)])
+    monkeypatch.setattr(objects, "read", lambda names: [found(name) for name in names if clone])
+    with pytest.raises(BusyError) as refused:
+        attaching._refuse_foreign(clone or "tank/snapshotter-a1-0", "a1")
+    assert refused.value.cure == cure
