@@ -156,7 +156,7 @@ def _check(swap_id: str, snapshot: Object, volume: str) -> None:
         raise PreconditionError("is in another pool than the set", object=volume, cure="restore with --to, and copy")
     if here[volume].get("keystatus", ("-", ""))[0] == "unavailable":
         raise PreconditionError("its encryption key isn't loaded", object=volume, cure=f"zfs load-key {volume}")
-    for other, clone, aside in open_swaps(objects.sure(SWAP, ASIDE)):
+    for other, clone, aside in open_swaps(objects.sure(SWAP, ASIDE, pool=tool.pool_of(volume))):
         records = [each.record(prop) for each, prop in ((clone, SWAP), (aside, ASIDE)) if each is not None]
         if other == swap_id or any(record and record.get("volume") == volume for record in records):
             raise BusyError(f"swap {other} is open", object=volume, cure="take it back or commit it")
