@@ -64,6 +64,16 @@ class Option(Struct, frozen=True):
     help: str
 
 
+class OpenSwap(Struct, frozen=True):
+    """A swap neither taken back nor committed, of this volume's place (its id), '' where the driver can't tell.
+    `by_hand`: what a person types, the node stopped and nothing of it mounted, to have what was set aside again; ''
+    where the driver can't tell, or was asked for one volume."""
+
+    id: str
+    volume: str = ""
+    by_hand: str = ""
+
+
 class Settings(Struct, frozen=True):
     """What an instance is made from. `state` is snapshotter's own directory (caches may live there, truth may
     not). `paths` are data paths that the config or the command names: where a store may be found."""
@@ -86,7 +96,7 @@ class Provider(ABC):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        #: What a person should know of the last `create` or `attach` (owners that couldn't be kept, ...).
+        #: What a person should know of the last `create`, `attach`, `swap`, `reap` (owners that couldn't be kept).
         self.notes: list[str] = []
 
     @classmethod
@@ -240,9 +250,14 @@ class Provider(ABC):
         name while any depends on the set-aside."""
         raise NotImplementedError
 
-    def swappable(self, volume: Volume) -> bool:
-        """Whether `swap` could ever do it for this volume: some drivers have several kinds, and not all can. Only asked
-        where `traits.swaps`. Default: yes."""
+    def refuse_commit(self, swap_id: str) -> None:
+        """Raise what `swap_commit` would refuse with now, as far as that can be known before: of several swaps none is
+        to be committed then. Absent is fine. No effects. Default: nothing."""
+        return None
+
+    def swappable(self, volume: Volume, snapshot: Snapshot) -> bool:
+        """Whether `swap` could ever do it for this volume and this snapshot of it: some drivers have several kinds, and
+        not all can; the snapshot may be a copy that lies elsewhere. Only asked where `traits.swaps`. Default: yes."""
         return True
 
     def source_of(self, volume: str, known: str) -> str:
@@ -253,6 +268,11 @@ class Provider(ABC):
     def swaps(self) -> Iterator[str]:
         """Ids of swaps neither taken back nor committed."""
         return iter(())
+
+    def open_swaps(self, volume: str | None = None) -> Iterator[OpenSwap]:
+        """The same, and what a person must know of them. With a volume (its id) at least those of that one: then what
+        has nothing to do with it (another pool) need not be able to answer. Default: the ids alone, of all."""
+        return (OpenSwap(swap_id) for swap_id in self.swaps())
 
     def reap(self) -> list[str]:
         """Remove what only this driver can see of dead runs (half-deleted objects, scratch), or of ended ones that

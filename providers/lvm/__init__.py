@@ -66,7 +66,7 @@ from snapshotter.core.model import (
 )
 from snapshotter.host import block
 from snapshotter.host.mounts import Mount
-from snapshotter.provider import Option, Provider, Settings, Traits
+from snapshotter.provider import OpenSwap, Option, Provider, Settings, Traits
 
 _FRESH_S = 10.0  # `prepare` believes what `check` has just read: a report costs half of a snapshot
 
@@ -394,7 +394,7 @@ class LvmProvider(Provider):
 
     # -- taking the origin's place --------------------------------------------------------------------------------
 
-    def swappable(self, volume: Volume) -> bool:
+    def swappable(self, volume: Volume, snapshot: Snapshot) -> bool:
         # An open LUKS device would go on to lie on what a swap sets aside.
         return volume.id not in self._covered and find(self._report(_groups([volume])), volume.id).thin
 
@@ -423,6 +423,13 @@ class LvmProvider(Provider):
 
         yield from open_swaps(self._report())
         self._refuse_blind()
+
+    def open_swaps(self, volume: str | None = None) -> Iterator[OpenSwap]:
+        from providers.lvm import swaps
+
+        yield from (OpenSwap(each.id, each.volume) for each in swaps.found(self._report()) if each.open)
+        if volume is None or not self.sees(volume):
+            self._refuse_blind()
 
 
 # ------------------------------------------------------------------------------------------------------- small parts

@@ -48,7 +48,7 @@ from snapshotter.core.model import (
 from snapshotter.host import mounts
 from snapshotter.host.locks import Locks
 from snapshotter.host.mounts import Mount
-from snapshotter.provider import Provider, Settings, Traits
+from snapshotter.provider import OpenSwap, Provider, Settings, Traits
 
 _LONGEST_NAME = 255  # ZFS_MAX_DATASET_NAME_LEN, less its end
 _SWAP_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
@@ -69,7 +69,7 @@ class ZfsProvider(Provider):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        #: set id -> (its snapshots, the marks they were born with) of what this instance made.
+        #: set id -> (its snapshots, the marks they were born with) of what this instance made, or was to make.
         self._made: dict[str, tuple[list[str], Mapping[str, str]]] = {}
         self._pools: list[str] = []
 
@@ -148,6 +148,12 @@ class ZfsProvider(Provider):
 
     # -- making ---------------------------------------------------------------------------------------------------
 
+    def prepare(self, volumes: Sequence[Volume], birth: Birth, budget: float) -> None:
+        # `delete` is the inverse from now on: it need not look beyond these names, whatever other pools do.
+        _check_id(SET_ID, birth.set_id)
+        names = [objects.snapshot_name(volume.id, birth.set_id, _member(birth, volume)) for volume in volumes]
+        self._made[birth.set_id] = names, {}
+
     def create(self, volumes: Sequence[Volume], birth: Birth, hold: Hold) -> tuple[Snapshot, ...]:
         """One call for each pool. Its snapshots' `order` isn't known yet (0): listing asks for it."""
         _check_id(SET_ID, birth.set_id)
@@ -165,6 +171,7 @@ class ZfsProvider(Provider):
             name = objects.snapshot_name(volume.id, birth.set_id, number)
             by_pool.setdefault(tool.pool_of(name), []).append(name)
             made.append(Snapshot(self.name, name, birth.of_member(number), ImageState.READY, born))
+        self._made[birth.set_id] = [each.id for each in made], {}
         done: list[str] = []
         try:
             for names in by_pool.values():
@@ -252,12 +259,10 @@ class ZfsProvider(Provider):
         members = self._members(set_id)
         ours = [each for each in members if not each.replica]
         if members and not ours:
-            raise PreconditionError(
-                "is a replica that was received here, which is its sender's to delete",
-                object=f"{set_id} ({members[0].name})",
-                cure=f"zfs destroy {members[0].name}",
-            )
-        if not members:
+            raise _replica(members[0], set_id)
+        if not members and set_id in self._made:
+            tool.refuse_suspended(self._made[set_id][0])
+        elif not members:
             tool.refuse_blind()
         if ours:
             with Locks([attaching.lock(each.name) for each in ours], wait_s=attaching.PATIENCE_S):
@@ -299,7 +304,8 @@ class ZfsProvider(Provider):
             swaps.sweep()
 
     def reap(self) -> list[str]:
-        return swaps.sweep() if tool.pools() else []
+        removed, self.notes = swaps.sweep() if tool.pools() else ([], [])
+        return removed
 
     # -- attachments ----------------------------------------------------------------------------------------------
 
@@ -347,10 +353,14 @@ class ZfsProvider(Provider):
 
     # -- taking the origin's place --------------------------------------------------------------------------------
 
+    def swappable(self, volume: Volume, snapshot: Snapshot) -> bool:
+        # Nothing can take the place of a pool's own dataset, and a clone is always in its origin's pool.
+        return "/" in volume.id and tool.pool_of(snapshot.id) == tool.pool_of(volume.id)
+
     def swap(self, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:
         _check_id(_SWAP_ID, swap_id)
         _refuse_without_root(volume.id)
-        swaps.begin(swap_id, self._image(snapshot), volume.id)
+        self.notes = swaps.begin(swap_id, self._image(snapshot), volume.id)
 
     def swap_back(self, swap_id: str) -> None:
         _check_id(_SWAP_ID, swap_id)
@@ -360,10 +370,22 @@ class ZfsProvider(Provider):
         _check_id(_SWAP_ID, swap_id)
         swaps.commit(swap_id)
 
+    def refuse_commit(self, swap_id: str) -> None:
+        _check_id(_SWAP_ID, swap_id)
+        swaps.committable(swap_id)
+
     def swaps(self) -> Iterator[str]:
-        for swap_id, _, _ in swaps.open_swaps(objects.sure(objects.SWAP, objects.ASIDE)):
-            yield swap_id
-        tool.refuse_blind()
+        return (each.id for each in self.open_swaps())
+
+    def open_swaps(self, volume: str | None = None) -> Iterator[OpenSwap]:
+        if volume is not None:
+            tool.refuse_suspended([volume])
+        pool = tool.pool_of(volume) if volume is not None else None
+        for swap_id, clone, aside in swaps.open_swaps(objects.sure(objects.SWAP, objects.ASIDE, pool=pool)):
+            steps = swaps.by_hand(swap_id, clone, aside) if volume is None else ""
+            yield OpenSwap(swap_id, swaps.volume_of(clone, aside), steps)
+        if volume is None:
+            tool.refuse_blind()  # a person, or who doesn't know where to look, must know that it isn't all
 
 
 def _check_id(pattern: re.Pattern[str], given: str) -> None:
@@ -376,6 +398,17 @@ def _refuse_without_root(what: str) -> None:
         raise PreconditionError("only root can mount on Linux", object=what, cure="run as root")
 
 
+def _replica(found: Object, set_id: str) -> PreconditionError:
+    """Why this snapshot isn't ours to delete."""
+    here, cure = tool.pool_of(found.name), f"zfs destroy {found.name}"
+    if found.of_pool == here or BIRTH not in found.ours:
+        why = "is a replica that was received here, which is its sender's to delete"
+    else:
+        why = f"was taken in pool {found.of_pool}, and {here} is a copy of that, or has a new name"
+        cure += f"; or, if it is renamed: zpool export {here}, zpool import {here} {found.of_pool}"
+    return PreconditionError(why, object=f"{set_id} ({found.name})", cure=cure)
+
+
 def _member(birth: Birth, volume: Volume) -> int:
     for number, member in enumerate(birth.members):
         if (member.provider, member.volume) == (ZfsProvider.name, volume.id):
@@ -385,14 +418,23 @@ def _member(birth: Birth, volume: Volume) -> int:
 
 def _refuse_hollow(birth: Birth, datasets: Mapping[str, str]) -> None:
     """Raise PreconditionError if a dataset of these pools should be seen in the data path, and nothing is mounted
-    there: so it is no root, and nobody would miss it in the set."""
-    mounted = {mount.path for mount in mounts.table()}
+    there, or what is can't be seen: so it is no root, and nobody would miss it in the set."""
+    table = mounts.table()
     tops = [root.path for root in birth.roots]
     for name, point in datasets.items():
         place = os.path.realpath(point) if point else ""
-        if place and place not in mounted and any(mounts.is_under(place, top) for top in tops):
-            cure = f"zfs mount -l {name}; or zfs set canmount=noauto {name}, if it isn't meant"
-            raise PreconditionError(f"isn't mounted at {place}, so the set would lack it", object=name, cure=cure)
+        if not place or not any(mounts.is_under(place, top) for top in tops):
+            continue
+        over = mounts.mount_of(place, table)
+        if over.path == place:
+            continue
+        if any(mount.path == place and mount.source == name for mount in table):
+            why = f"is hidden by what was mounted later at {over.path}"
+            cure = f"umount {over.path}, zfs unmount {name}, then zfs mount -a"
+        else:
+            why, cure = f"isn't mounted at {place}", f"zfs mount -l {name}"
+        cure += f"; or zfs set canmount=noauto {name}, if it isn't meant"
+        raise PreconditionError(f"{why}, so the set would lack it", object=name, cure=cure)
 
 
 def _zvol(mount: Mount) -> str | None:

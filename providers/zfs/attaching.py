@@ -39,6 +39,7 @@ def attach(
         "purpose": str(purpose),
         "since": None,
         "maker": processes.identity(os.getpid()),
+        "pool": tool.pool_of(source.name),
     }
     if access is Access.READ_ONLY:
         with Locks([lock(source.name)], wait_s=PATIENCE_S):
@@ -51,7 +52,7 @@ def attach(
     # Beside its origin, so that it inherits the same; or in the pool whose own dataset that is.
     parent = source.dataset.rpartition("/")[0] or source.dataset
     clone = f"{parent}/snapshotter-{attachment_id}-{birth.member}"
-    library.clone(clone, source.name, {CLONE: objects.dump(record)}, "legacy")
+    library.clone(clone, source.name, {CLONE: objects.dump(record), **objects.LEFT_OUT}, "legacy")
     if shown := [f"{key}={local[key]}" for key in _SHOWN_BY if key in local]:
         tool.change("set", *shown, clone, object=clone)
     return MountSpec(clone, objects.PROVIDER)
@@ -116,8 +117,10 @@ def lock(snapshot: str) -> str:
 
 
 def mounts_of(found: Object) -> dict[str, dict[str, Any]]:
-    """The read-only attachments that are recorded on a snapshot, by id."""
-    return {key: value for key, value in (found.record(MOUNTS) or {}).items() if isinstance(value, dict)}
+    """The read-only attachments that are recorded on a snapshot, by id; none that came with a copy of its pool."""
+    recorded = {key: value for key, value in (found.record(MOUNTS) or {}).items() if isinstance(value, dict)}
+    here = tool.pool_of(found.name)
+    return {key: value for key, value in recorded.items() if value.get("pool", here) == here}
 
 
 def _read_mounts(snapshot: str) -> dict[str, dict[str, Any]]:
@@ -182,8 +185,19 @@ def refuse_if_mounted(name: str, what: str, only_at: str = "") -> None:
 
 
 def _refuse_foreign(clone: str, what: str) -> None:
-    """Another tool's snapshot of our clone isn't ours to destroy."""
+    """Another tool's snapshot of our clone isn't ours to destroy; still less is a set that a person brought there by
+    promoting it, or took there."""
     if found := [name for name, _ in tool.snapshots_of(clone)]:
+        births = [birth for each in objects.read(found) if (birth := each.birth) is not None]
+        moved = [birth for birth in births if birth.members[birth.member].volume != clone]
+        if moved:
+            volume = moved[0].members[moved[0].member].volume
+            sets = ", ".join(birth.set_id for birth in moved[:3])
+            why = f"was promoted, and carries the sets {sets} of {volume} now"
+            raise BusyError(why, object=what, cure=f"zfs promote {volume}, then again")
+        if births:
+            sets = ", ".join(birth.set_id for birth in births[:3])
+            raise BusyError(f"sets were taken of it: {sets}", object=what, cure=f"snapshotter delete {sets}")
         raise BusyError(
             f"another tool has taken {', '.join(found[:3])}", object=what, cure=f"zfs destroy {found[0]}, then again"
         )

@@ -4,6 +4,10 @@ Properties of a dataset are inherited by all below it, its snapshots too: anothe
 shows our properties. So only those with the source `local` count; `received` ones came with a replica. And the names of
 sets (on snapshots) and of attachments and swaps (on datasets) differ.
 
+In a copy of a whole pool (`zpool split`, a copied LUN imported under another name) all of them are local, too. But they
+speak of another pool than the one they lie in: so a set is a replica there, and the rest is nobody's here. A pool that
+was renamed looks the same, until a person gives it its name again.
+
     snapshotter:birth    snapshot   the birth record, written in the call that makes it
     snapshotter:marks    snapshot   the marks, as one JSON object: they change in one write
     snapshotter:mounts   snapshot   read-only attachments, by id
@@ -16,7 +20,7 @@ sets (on snapshots) and of attachments and swaps (on datasets) differ.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -43,6 +47,8 @@ NATIVE = (
 )
 _UNREADABLE = "?"
 PIN = "snapshotter"  # the tag of our holds
+#: What zfs-auto-snapshot and its like go by. Their snapshots of a clone that comes and goes would keep it from going.
+LEFT_OUT = {"com.sun:auto-snapshot": "false"}
 _MEMBER = re.compile(r"(s[0-9]{8}t[0-9]{6}z-[0-9a-f]{6})-([0-9]{1,4})")
 
 
@@ -59,17 +65,26 @@ class Object(msgspec.Struct, frozen=True):
     def dataset(self) -> str:
         return self.name.partition("@")[0]
 
-    def record(self, prop: str) -> dict[str, Any] | None:
-        """The JSON object that is set here, or None."""
+    def record(self, prop: str, *, anywhere: bool = False) -> dict[str, Any] | None:
+        """The JSON object that is set here, or None; unless `anywhere`, only one that was made in this pool."""
         try:
             found = loads(self.ours.get(prop, ""))
         except (ValueError, RecursionError):
             return None
-        return found if isinstance(found, dict) else None
+        if not isinstance(found, dict):
+            return None
+        return found if anywhere or _made_in(found) in ("", tool.pool_of(self.name)) else None
 
     @property
     def replica(self) -> bool:
-        return BIRTH not in self.ours
+        """Whether what was taken is, or may be, another: this one was received, or came here with its whole pool."""
+        return BIRTH not in self.ours or self.of_pool not in ("", tool.pool_of(self.name))
+
+    @property
+    def of_pool(self) -> str:
+        """The pool that the record says it was taken in; '' if it is no snapshot of ours."""
+        birth = self.birth
+        return "" if birth is None else tool.pool_of(birth.members[birth.member].volume)
 
     @property
     def birth(self) -> Birth | None:
@@ -83,6 +98,12 @@ class Object(msgspec.Struct, frozen=True):
     @property
     def clones(self) -> list[str]:
         return [name for name in self.native.get("clones", "").split(",") if name not in ("", "-")]
+
+
+def _made_in(record: Mapping[str, Any]) -> str:
+    """The pool that a record was made in; '' if it doesn't tell."""
+    named = record.get("pool") or record.get("volume")
+    return tool.pool_of(named) if isinstance(named, str) else ""
 
 
 def snapshot_name(dataset: str, set_id: str, member: int) -> str:
@@ -110,18 +131,19 @@ def read(names: Sequence[str]) -> list[Object]:
     return [_object(name, found[name]) for name in names if name in found]
 
 
-def labelled(properties: Sequence[str], *, native: bool = False) -> list[Object]:
-    """Every object here that has one of these set on itself; with ZFS's own properties only if asked for."""
-    found = tool.get_set(properties)
+def labelled(properties: Sequence[str], *, native: bool = False, pool: str | None = None) -> list[Object]:
+    """Every object here (or in one pool) that has one of these set on itself; with ZFS's own properties only if asked
+    for."""
+    found = tool.get_set(properties, pool)
     return read(list(found)) if native else [_object(name, found[name]) for name in found]
 
 
-def sure(*properties: str) -> list[Object]:
+def sure(*properties: str, pool: str | None = None) -> list[Object]:
     """As `labelled`, for what is to be changed: only what each has set on itself for certain. `zfs get` prints a value
     of many lines as it is, also an inherited one, and these may look like any object's properties: so each is asked
     for alone."""
     found = []
-    for each in labelled(properties):
+    for each in labelled(properties, pool=pool):
         ours = {key: value for key in each.ours if (value := tool.local_value(each.name, key))}
         if ours:
             found.append(msgspec.structs.replace(each, ours=ours))
@@ -176,7 +198,7 @@ def marks_of(found: Object) -> dict[str, str] | None:
 
 def others(found: Object) -> dict[str, Any]:
     """What a newer version has marked, to be kept."""
-    there = found.record(MARKS) or {}
+    there = found.record(MARKS, anywhere=True) or {}
     return {name: value for name, value in there.items() if name not in MARK_NAMES}
 
 

@@ -4,9 +4,10 @@ Two renames do it: `<volume>` to `<volume>.<swap id>`, the clone to `<volume>`. 
 below the same parent: an encrypted dataset may not leave its encryption root, but may be renamed there
 (dsl_dir_rename_check looks at the keys only when the parent changes).
 
-A clone has none of the origin's local properties, so they are carried over. What is set aside would mount itself over
-the clone after a reboot, hence its canmount=noauto. Nothing is promoted until the commit: promoting moves the older
-snapshots to the clone and leaves the newer ones where a later `zfs destroy -r` would kill them.
+A clone has none of the origin's local properties and delegated permissions, so they are carried over. What is set
+aside would mount itself over the clone after a reboot, hence its canmount=noauto. Nothing is promoted until the commit:
+promoting moves the older snapshots to the clone and leaves the newer ones where a later `zfs destroy -r` would kill
+them.
 
 Datasets below the volume are volumes of their own, and are moved below what takes its place.
 
@@ -21,8 +22,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from providers.zfs import library, objects, tool
+from providers.zfs.attaching import mounts_of
 from providers.zfs.objects import ASIDE, KEPT, SWAP, Object
-from snapshotter.core.errors import BusyError, PreconditionError, StorageError
+from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.model import MountSpec
 from snapshotter.host import mounts
 
@@ -46,16 +48,51 @@ def open_swaps(found: Sequence[Object]) -> Iterator[tuple[str, Object | None, Ob
         yield swap_id, clones.get(swap_id), asides.get(swap_id)
 
 
+def volume_of(clone: Object | None, aside: Object | None) -> str:
+    """Whose place was taken; '' if no record tells."""
+    record = (aside.record(ASIDE) if aside else None) or (clone.record(SWAP) if clone else None) or {}
+    return str(record.get("volume", ""))
+
+
+def by_hand(swap_id: str, clone: Object | None, aside: Object | None) -> str:
+    """`back` in a person's commands, for a swap of which nothing but the storage knows. What they destroy is the clone,
+    which `zfs destroy` refuses where something was taken of it."""
+    volume = volume_of(clone, aside)
+    if not volume:
+        return ""
+    there = clone is not None and clone.name == volume
+    away = _beside(volume, swap_id)[0] if there or clone is None else clone.name
+    if aside is None:  # destroyed: what is there can only stay
+        return f"zfs inherit {SWAP} {volume}" if there else f"zfs destroy {away}"
+    record = aside.record(ASIDE) or {}
+    steps = [f"zfs rename -u {volume} {away}"] if there else []
+    steps += [f"zfs rename -u {aside.name} {volume}"] if aside.name != volume else []
+    below = [child.rpartition("/")[2] for child, _ in tool.children(volume)] if there else []
+    steps += [f"zfs rename {away}/{name} {volume}/{name}" for name in below]
+    steps += [f"zfs destroy {away}"] if clone is not None else []
+    reserved = [f"{key}={value}" for key, value in record.get("reserved", {}).items()]
+    steps.append(" ".join(["zfs set", f"canmount={record.get('canmount') or 'on'}", *reserved, volume]))
+    steps.append(f"zfs inherit {ASIDE} {volume}")
+    return "; ".join(steps)
+
+
 def _find(swap_id: str) -> tuple[Object | None, Object | None]:
-    for found, clone, aside in open_swaps(objects.sure(SWAP, ASIDE)):
+    labelled = objects.sure(SWAP, ASIDE)
+    for found, clone, aside in open_swaps(labelled):
         if found == swap_id:
             return clone, aside
     tool.refuse_blind()
+    for each in labelled:
+        for record in (each.record(prop, anywhere=True) or {} for prop in (SWAP, ASIDE)):
+            pool, here = tool.pool_of(str(record.get("volume"))), tool.pool_of(each.name)
+            if record.get("id") == swap_id and pool not in tool.pools():  # else this is only a copy
+                cure = f"zpool export {here}, zpool import {here} {pool}; then again"
+                raise StorageError(f"was made in pool {pool}, and is in {here} now", object=swap_id, cure=cure)
     return None, None
 
 
-def begin(swap_id: str, snapshot: Object, volume: str) -> None:
-    """See `Provider.swap`. What fails is taken back here, as far as it can be."""
+def begin(swap_id: str, snapshot: Object, volume: str) -> list[str]:
+    """See `Provider.swap`. What fails is taken back here, as far as it can be. Returns notes for a person."""
     _check(swap_id, snapshot, volume)
     local = tool.settable(volume)
     seen = _mounted(volume)
@@ -72,6 +109,7 @@ def begin(swap_id: str, snapshot: Object, volume: str) -> None:
         carried = [f"{key}={value}" for key, value in local.items() if _is_carried(key)]
         if carried:
             tool.change("set", *carried, clone, object=clone)
+        notes = _delegate(volume, clone, aside)
         _unmount(volume)
         tool.change("set", "canmount=noauto", f"{ASIDE}={objects.dump(record)}", volume, object=volume)
         if record["reserved"]:  # after the record of it
@@ -86,6 +124,23 @@ def begin(swap_id: str, snapshot: Object, volume: str) -> None:
     except BaseException:
         back(swap_id)
         raise
+    return notes
+
+
+def _delegate(volume: str, clone: str, aside: str) -> list[str]:
+    """Who may do what to the volume may do it to what takes its place. Not worth a restore: what can't be is told."""
+    try:
+        given = tool.delegations(volume)
+        for words in given:
+            tool.change("allow", *words, clone, object=clone)
+        why = "" if tool.delegations(clone) == given else "it isn't the same there"
+    except SnapshotterError as error:
+        why = error.message
+    if not why:
+        return []
+    return [
+        f"what is delegated on {volume} may be lost by the swap ({why}): see `zfs allow {aside}`, and give it again"
+    ]
 
 
 def _check(swap_id: str, snapshot: Object, volume: str) -> None:
@@ -101,7 +156,7 @@ def _check(swap_id: str, snapshot: Object, volume: str) -> None:
         raise PreconditionError("is in another pool than the set", object=volume, cure="restore with --to, and copy")
     if here[volume].get("keystatus", ("-", ""))[0] == "unavailable":
         raise PreconditionError("its encryption key isn't loaded", object=volume, cure=f"zfs load-key {volume}")
-    for other, clone, aside in open_swaps(objects.sure(SWAP, ASIDE)):
+    for other, clone, aside in open_swaps(objects.sure(SWAP, ASIDE, pool=tool.pool_of(volume))):
         records = [each.record(prop) for each, prop in ((clone, SWAP), (aside, ASIDE)) if each is not None]
         if other == swap_id or any(record and record.get("volume") == volume for record in records):
             raise BusyError(f"swap {other} is open", object=volume, cure="take it back or commit it")
@@ -150,7 +205,8 @@ def back(swap_id: str) -> None:
 
 def _retire(name: str, swap_id: str) -> None:
     """The clone that isn't in its origin's place any more: gone, or, where something was taken of it there, kept as
-    what that hangs on, until `sweep` finds nothing left."""
+    what that hangs on, until `sweep` finds nothing left. Other tools were to go on with it as with its origin; now they
+    aren't."""
     if not library.exists(name):
         return
     if not tool.snapshots_of(name):
@@ -160,28 +216,66 @@ def _retire(name: str, swap_id: str) -> None:
         except BusyError:
             if not tool.snapshots_of(name):  # else one was taken meanwhile
                 raise
+    for key in [key for key in tool.get_local(name) if ":" in key and not key.startswith(objects.PREFIX)]:
+        tool.change("inherit", key, name, object=name)
     kept = ["canmount=noauto", "mountpoint=none", "reservation=none", "refreservation=none"]
-    tool.change("set", *kept, f"{KEPT}={objects.dump({'id': swap_id})}", name, object=name)
+    kept += [f"{key}={value}" for key, value in objects.LEFT_OUT.items()]
+    record = {"id": swap_id, "pool": tool.pool_of(name)}
+    tool.change("set", *kept, f"{KEPT}={objects.dump(record)}", name, object=name)
     tool.change("inherit", SWAP, name, object=name)
 
 
-def sweep() -> list[str]:
-    """Remove the kept clones that nothing hangs on any more; their names."""
-    removed = []
+def sweep() -> tuple[list[str], list[str]]:
+    """Remove the kept clones that nothing hangs on any more. Their names; and of those that no set of ours keeps, yet
+    can't go, why."""
+    removed, stay = [], []
     for found in objects.sure(KEPT):
         # By another name a person keeps it.
-        ours = ".clone-" in found.name and found.record(KEPT) is not None
-        if ours and not tool.snapshots_of(found.name) and not _mounted(found.name):
+        if ".clone-" not in found.name or found.record(KEPT) is None:
+            continue
+        hanging = [name for name, _ in tool.snapshots_of(found.name)]
+        if not hanging and not (seen := _mounted(found.name)):
             tool.destroy(found.name)
             removed.append(found.name)
-    return removed
+        elif not hanging:
+            stay.append(f"{found.name}, of a swap that was taken back, is mounted: umount {seen[0].path}")
+        elif not any(each.birth for each in objects.read(hanging)):
+            stay.append(
+                f"{found.name}, of a swap that was taken back, stays as another tool has taken "
+                f"{', '.join(hanging[:3])}: zfs destroy {hanging[0]} (each), and keep that tool from it"
+            )
+    return removed, stay
 
 
 def commit(swap_id: str) -> None:
     """See `Provider.swap_commit`."""
+    clone, aside = committable(swap_id)
+    if clone is None:
+        return
+    volume = clone.name
+    if aside is not None:
+        while tool.snapshots_of(aside.name):
+            try:
+                tool.change("promote", volume, object=volume)
+            except BusyError:
+                raise BusyError(
+                    "a snapshot of what it set aside is in use: being sent, or mounted in another mount namespace",
+                    object=aside.name,
+                    cure=f"pgrep -af 'zfs send'; grep -l {aside.name}@ /proc/*/mounts; then commit it again",
+                ) from None
+            except StorageError:
+                if tool.snapshots_of(aside.name):  # else a dead run's child was just about it
+                    raise
+        tool.destroy(aside.name)
+    tool.change("inherit", SWAP, volume, object=volume)
+
+
+def committable(swap_id: str) -> tuple[Object | None, Object | None]:
+    """The clone in its place and what is set aside, both None if there is no such swap. Raises BusyError, StorageError
+    if it can't be committed now."""
     clone, aside = _find(swap_id)
     if clone is None and aside is None:
-        return
+        return None, None
     volume = _record(clone, aside)["volume"]
     if clone is None or clone.name != volume or (aside is not None and aside.name == volume):
         raise StorageError("the swap was never finished", object=swap_id, cure="take it back")
@@ -192,14 +286,7 @@ def commit(swap_id: str) -> None:
         if below := tool.children(aside.name):
             raise BusyError(f"what it set aside holds {below[0][0]}", object=aside.name, cure="move that away")
         _refuse_dependents(clone.name, aside.name, swap_id)
-        while tool.snapshots_of(aside.name):
-            try:
-                tool.change("promote", volume, object=volume)
-            except StorageError:
-                if tool.snapshots_of(aside.name):  # else a dead run's child was just about it
-                    raise
-        tool.destroy(aside.name)
-    tool.change("inherit", SWAP, volume, object=volume)
+    return clone, aside
 
 
 def _refuse_dependents(clone: str, aside: str, swap_id: str) -> None:
@@ -220,6 +307,20 @@ def _refuse_dependents(clone: str, aside: str, swap_id: str) -> None:
             object=aside,
             cure="delete those sets (and other tools' snapshots), then commit it again",
         )
+    # Another tool's place in its replication. They don't go along with what they were made of.
+    if marks := tool.bookmarks_of(aside):
+        raise BusyError(
+            f"what it set aside still carries another tool's bookmarks {', '.join(marks[:5])}",
+            object=aside,
+            cure=f"zfs destroy {marks[0]} (each), if no replication goes on from there; then commit it again",
+        )
+    for mount in mounts.table():  # what is mounted can't go to another dataset
+        if mount.source in moved and mounts.by_hand(mount):
+            ours = [record for each in objects.read([mount.source]) for record in mounts_of(each).values()]
+            attached = any(record.get("path") == mount.path for record in ours)
+            cure = f"snapshotter release {mount.path}" if attached else f"umount {mount.path}"
+            why = f"still carries {_shown([mount.source])}, which is mounted at {mount.path}"
+            raise BusyError(f"what it set aside {why}", object=aside, cure=f"{cure}, then commit it again")
     names = {found.partition("@")[2] for found in moved}
     if twice := [found for found, _ in tool.snapshots_of(clone) if found.partition("@")[2] in names]:
         raise BusyError(

@@ -209,12 +209,14 @@ def get(properties: Sequence[str], names: Sequence[str]) -> dict[str, Properties
     return {name: found[name] for name in names if name in found}
 
 
-def get_set(properties: Sequence[str]) -> dict[str, Properties]:
-    """As `get`, of every object here that has one of these properties set on itself (local or received)."""
+def get_set(properties: Sequence[str], pool: str | None = None) -> dict[str, Properties]:
+    """As `get`, of every object here (or in one pool) that has one of these properties set on itself (local or
+    received)."""
     found: dict[str, Properties] = {}
     if pools():
         kinds = ["-t", "filesystem,volume,snapshot", "-s", "local,received"]
-        _read([*kinds, "-o", "name,property,value,source", ",".join(properties)], found, "zfs")
+        where = ["-r", pool] if pool else []
+        _read([*kinds, "-o", "name,property,value,source", *where[:1], ",".join(properties), *where[1:]], found, "zfs")
     return found
 
 
@@ -240,6 +242,45 @@ def settable(name: str) -> dict[str, str]:
     if local.get("mountpoint", "").startswith("/"):
         local["mountpoint"] = local["mountpoint"].removeprefix(_altroot(pool_of(name))) or "/"
     return local
+
+
+#: What stands above permissions of a kind in `zfs allow`'s list -> how to give such.
+_GIVEN = {
+    "Local permissions:": ["-l"],
+    "Descendent permissions:": ["-d"],
+    "Local+Descendent permissions:": [],
+}
+_DELEGATED = re.compile(r"(?:(user|group) (.+)|(everyone)) (\S+)")
+_UNKNOWN = re.compile(r"\(unknown: (-?[0-9]+)\)")  # an id that has no name here
+
+
+def delegations(name: str) -> list[list[str]]:
+    """What is delegated on this very dataset, as the words that `zfs allow` gives the same by, in that order. Raises
+    StorageError where its list can't be understood."""
+    outcome = run(["zfs", "allow", name], timeout=_READING_S)
+    if not outcome.ok:
+        raise told(outcome, name)
+    found: list[list[str]] = []
+    here, title = False, ""
+    for line in outcome.stdout.splitlines():
+        if line.startswith("---- Permissions on "):
+            here = line.removeprefix("---- Permissions on ").rstrip("-").rstrip(" ") == name
+        elif here and line.startswith("\t"):
+            found.append(_delegation(title, _UNKNOWN.sub(r"\1", line.strip()), name))
+        elif here:
+            title = line.strip()
+    return found
+
+
+def _delegation(title: str, line: str, name: str) -> list[str]:
+    match = _DELEGATED.fullmatch(line)
+    if title == "Create time permissions:" and " " not in line:
+        return ["-c", line]
+    if title == "Permission sets:" and line.startswith("@") and len(line.split()) == 2:
+        return ["-s", *line.split()]
+    if title in _GIVEN and match:
+        return [*_GIVEN[title], *(["-e"] if match[3] else [f"-{match[1][0]}", match[2]]), match[4]]
+    raise StorageError(f"can't understand what is delegated there: {title} {line}", object=name)
 
 
 def _altroot(pool: str) -> str:
@@ -300,6 +341,14 @@ def snapshots_of(name: str) -> list[tuple[str, int]]:
         raise told(outcome, name)
     pairs = (line.split("\t") for line in outcome.stdout.splitlines())
     return [(found, int(txg)) for found, txg in pairs]
+
+
+def bookmarks_of(name: str) -> list[str]:
+    """Full names of the bookmarks of this one dataset; none of an absent one. They go with it, without a word."""
+    outcome = run(["zfs", "list", "-H", "-d", "1", "-o", "name", "-t", "bookmark", name], timeout=_READING_S)
+    if not outcome.ok and number_of(outcome.stderr) != errno.ENOENT:
+        raise told(outcome, name)
+    return outcome.stdout.splitlines()
 
 
 def holds_of(names: Sequence[str]) -> list[tuple[str, str]]:

@@ -187,7 +187,8 @@ class Snapshot(Struct, frozen=True):
     replicas: tuple[str, ...] = ()  # where the store has made whole copies of it: regions
     copying: tuple[str, ...] = ()  # where it has still to make one
     replica_of: str = ""  # on such a copy: where its original was taken
-    received: bool = False  # sent here by what keeps replicas (zfs receive): its sender's to remove
+    #: Not ours to remove: sent here by what keeps replicas (zfs receive), or come with a copy of its whole pool.
+    received: bool = False
 
     @property
     def volume(self) -> str:

@@ -128,7 +128,7 @@ def _stays(found: SnapshotSet, ours: bool, automatic: bool) -> str:
     if not ours:
         return "another host's"
     if found.received:
-        return "a replica: its sender's"
+        return "a replica, or its pool was renamed"
     if found.pinned:
         return "pinned"
     if found.attachments:

@@ -27,7 +27,7 @@ from snapshotter.core.model import (
     Volume,
 )
 from snapshotter.host.mounts import Mount
-from snapshotter.provider import Provider
+from snapshotter.provider import OpenSwap, Provider
 
 T = TypeVar("T")
 When = Literal["before", "after"]
@@ -145,8 +145,11 @@ class Proxy(Provider):
     def swap_commit(self, swap_id: str) -> None:
         self.mutate("swap_commit", lambda: self.inner.swap_commit(swap_id))
 
-    def swappable(self, volume: Volume) -> bool:
-        return self.inner.swappable(volume)
+    def refuse_commit(self, swap_id: str) -> None:
+        self.inner.refuse_commit(swap_id)
+
+    def swappable(self, volume: Volume, snapshot: Snapshot) -> bool:
+        return self.inner.swappable(volume, snapshot)
 
     def sees(self, volume: str) -> bool:
         return self.inner.sees(volume)
@@ -156,6 +159,9 @@ class Proxy(Provider):
 
     def swaps(self) -> Iterator[str]:
         return self.inner.swaps()
+
+    def open_swaps(self, volume: str | None = None) -> Iterator[OpenSwap]:
+        return self.inner.open_swaps(volume)
 
     def reap(self) -> list[str]:
         return self.inner.reap()

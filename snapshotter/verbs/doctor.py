@@ -24,6 +24,7 @@ from snapshotter.nodes import config, identity
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.roots import roots
 from snapshotter.nodes.target import canonical, resolve
+from snapshotter.provider import OpenSwap
 from snapshotter.verbs import open_restores
 from snapshotter.verbs import plan as planning
 from snapshotter.verbs import schedule as scheduling
@@ -129,26 +130,55 @@ def _leftovers(session: Session) -> Iterator[Finding]:
         if any(part.since is None for part in parts) and not any(part.held for part in parts):
             why = f"the attachment {parts[0].id} is half-made: its run died"
             yield Finding(None, "leftover", why, "snapshotter reap", "warning")
+    yield from _restores(session)
+
+
+def _restores(session: Session) -> Iterator[Finding]:
+    """Those in place that a journal names; and, where all of them can be read, open swaps that none names."""
+    swaps = _open_swaps(session)  # before the journals are read, as each is older than its swaps
     directory = open_restores.directory(session)
     try:
         names = sorted(os.listdir(directory))
     except FileNotFoundError:
-        return
+        names = []
     except OSError as error:
         yield Finding(None, "restore", f"can't look into {directory}: {error.strerror}", "run as root", "unknown")
         return
+    named: set[str] = set()
     for name in (name for name in names if name.endswith(".journal")):
-        yield from _open_restore(os.path.join(directory, name))
+        try:
+            journal = Journal.load(os.path.join(directory, name))
+        except SnapshotterError as error:
+            yield Finding(None, "restore", error.what(), error.cure)
+            swaps = []
+            continue
+        if journal is not None:
+            named |= {swap["swap_id"] for swap in journal.facts.get("plan", {}).get("swaps", ())}
+            yield from _open_restore(journal, os.path.join(directory, name))
+    for provider, swap in swaps:
+        if swap.id not in named:
+            why = f"{swap.volume or provider}: what a restore in place set aside by swap {swap.id} waits still"
+            cure = "bring that journal back, from the `state` or the host where the restore ran"
+            if swap.by_hand:
+                cure += f"; or, with the node stopped and nothing of it mounted: {swap.by_hand}"
+            yield Finding(None, "swap", f"{why}, and no journal in {directory} names it", cure, "warning")
 
 
-def _open_restore(where: str) -> Iterator[Finding]:
-    try:
-        journal = Journal.load(where)
-    except SnapshotterError as error:
-        yield Finding(None, "restore", error.what(), error.cure)
-        return
-    if journal is None:
-        return
+def _open_swaps(session: Session) -> list[tuple[str, OpenSwap]]:
+    """(provider, swap) of each on this host's storage. A cloud has other hosts' as well, whose journals aren't here."""
+    found: dict[tuple[str, str], OpenSwap] = {}
+    for provider in session.everywhere()[0]:
+        if not (provider.traits.swaps and provider.traits.needs_host):
+            continue
+        try:
+            for each in provider.open_swaps():  # what is listed before an error counts; the error is the catalog's
+                found[(provider.name, each.id)] = each
+        except SnapshotterError:
+            continue
+    return [(name, each) for (name, _), each in found.items()]
+
+
+def _open_restore(journal: Journal, where: str) -> Iterator[Finding]:
     path = str(journal.facts.get("path", where))
     if journal.has("restored") and not journal.has("undo"):
         cure = f"snapshotter restore --discard {path} once all is well"

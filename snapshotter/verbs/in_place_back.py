@@ -16,6 +16,7 @@ from snapshotter.verbs import in_place_away as away
 from snapshotter.verbs import in_place_signing as signing
 from snapshotter.verbs import in_place_stage as staging
 from snapshotter.verbs import in_place_swap as swapping
+from snapshotter.verbs.in_place_ways import is_open
 from snapshotter.verbs.in_place_work import Work
 
 
@@ -182,12 +183,14 @@ def discard(work: Work) -> list[str]:
 
 
 def _commit_swaps(work: Work) -> list[str]:
-    swaps = [(work.session.provider(s.provider, work.plan.node, chosen=False), s.swap_id) for s in work.plan.swaps]
+    swaps = [(work.session.provider(s.provider, work.plan.node, chosen=False), s) for s in work.plan.swaps]
     try:
-        for provider, swap_id in swaps:
-            provider.swap_commit(swap_id)
+        for provider, swap in swaps:  # one that is refused when others are committed leaves neither the old nor the new
+            provider.refuse_commit(swap.swap_id)
+        for provider, swap in swaps:
+            provider.swap_commit(swap.swap_id)
     except SnapshotterError:
-        if all(swap_id in provider.swaps() for provider, swap_id in swaps):
+        if all(is_open(provider, swap) for provider, swap in swaps):
             work.journal.append("kept")  # refused, and all are still open: they can be taken back too
         raise
     return [f"{swap.provider}:{swap.swap_id}" for swap in work.plan.swaps]

@@ -226,7 +226,7 @@ def _exchange(work: Work) -> None:
 
 def _swap(work: Work) -> None:
     plan = work.plan
-    swapping.swap(work.session, plan, work.found())
+    work.notes += swapping.swap(work.session, plan, work.found())
     staging.strip(work.profile, work.places())
     for path in identity.secret_files(work.places(), work.profile, plan.node.key_file):
         files.hide(path)

@@ -12,20 +12,25 @@ from snapshotter.core.model import MountSpec, SnapshotSet, Volume
 from snapshotter.host import mounts
 from snapshotter.host.places import private_directory
 from snapshotter.verbs.in_place_plan import Plan
+from snapshotter.verbs.in_place_ways import is_open
 from snapshotter.verbs.restore import staging_directory
 from snapshotter.verbs.session import Session
 
 
-def swap(session: Session, plan: Plan, found: SnapshotSet) -> None:
+def swap(session: Session, plan: Plan, found: SnapshotSet) -> list[str]:
     """A clone of each member takes its volume's place. A swap that a killed run began is taken back first: nobody has
-    used it. Raises what the provider raises, BusyError (it can't be unmounted)."""
+    used it. Returns notes for a person. Raises what the provider raises, BusyError (it can't be unmounted)."""
+    notes: list[str] = []
     with _unmounted(session, plan):
         for one in plan.swaps:
             provider = session.provider(one.provider, plan.node, chosen=False)
             snapshot = next(m for m in found.snapshots if m.birth.member == one.member)
-            if one.swap_id in provider.swaps():
+            if is_open(provider, one):
                 provider.swap_back(one.swap_id)
+            provider.notes = []
             provider.swap(one.swap_id, snapshot, Volume(one.provider, one.volume, one.path, one.fstype))
+            notes += provider.notes
+    return notes
 
 
 def swap_back(session: Session, plan: Plan) -> None:

@@ -12,7 +12,7 @@ import time
 
 from msgspec import Struct
 
-from snapshotter.core.errors import PreconditionError, UsageError
+from snapshotter.core.errors import BusyError, PreconditionError, UsageError
 from snapshotter.core.model import SnapshotSet
 from snapshotter.host import btrfs, mounts, tree
 from snapshotter.host.mounts import Mount, is_under
@@ -22,6 +22,7 @@ from snapshotter.nodes.config import Node
 from snapshotter.nodes.profiles import Profile
 from snapshotter.nodes.roots import mount_at
 from snapshotter.nodes.target import canonical
+from snapshotter.provider import Provider
 from snapshotter.verbs.session import Session
 
 #: Inside a directory that can't be renamed itself.
@@ -53,6 +54,11 @@ class Swap(Struct, frozen=True, kw_only=True):
     path: str
     fstype: str
     mount: tuple[str, str, tuple[str, ...]] | None = None  # source, type, options
+
+
+def is_open(provider: Provider, swap: Swap) -> bool:
+    """Whether this swap was begun, and neither taken back nor committed. Raises SnapshotterError."""
+    return any(each.id == swap.swap_id for each in provider.open_swaps(swap.volume))
 
 
 # -------------------------------------------------------------------------------------------------------- which way
@@ -92,7 +98,8 @@ def swaps(
         volume = provider.claim(mount, root.path)
         if volume is None or volume.id != member.volume or volume.path != root.path:
             return []
-        if not provider.swappable(volume):
+        snapshot = next((each for each in found.snapshots if each.birth.member == root.member), None)
+        if snapshot is None or not provider.swappable(volume, snapshot):
             return []
         below = [mount.path for mount in mounts.mounts_below(root.path, table) if mounts.by_hand(mount)]
         if any(path not in known for path in below):
@@ -120,7 +127,21 @@ def swaps(
                 mount=spec,
             )
         )
+    for swap in swaps:
+        _refuse_open(session.provider(swap.provider, node, chosen=False), swap.volume)
     return swaps
+
+
+def _refuse_open(provider: Provider, volume: str) -> None:
+    """Raise BusyError while another swap of the volume is open, of a restore whose journal isn't here: `swap` would
+    refuse, with the node stopped already. (A cloud's is told by it alone, as that costs calls.)"""
+    for each in provider.open_swaps(volume) if provider.traits.needs_host else ():
+        if each.volume == volume:
+            raise BusyError(
+                f"what an earlier restore set aside waits still (swap {each.id})",
+                object=volume,
+                cure="`snapshotter doctor` tells how to end that",
+            )
 
 
 def grounds_of(

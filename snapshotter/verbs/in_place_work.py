@@ -22,7 +22,7 @@ from snapshotter.host.service import prove_stopped
 from snapshotter.nodes import health, profiles
 from snapshotter.verbs import in_place_stage as staging
 from snapshotter.verbs.in_place_plan import Plan
-from snapshotter.verbs.in_place_ways import Ground
+from snapshotter.verbs.in_place_ways import Ground, is_open
 from snapshotter.verbs.restore import judge
 from snapshotter.verbs.session import Session
 
@@ -144,7 +144,7 @@ class Work:
         if self.plan.way == "swap":
             swaps = [(self.session.provider(s.provider, self.plan.node, chosen=False), s) for s in self.plan.swaps]
             away = any(swap.mount and not mounts.is_mount_point(swap.path) for _, swap in swaps)
-            return away or any(swap.swap_id in provider.swaps() for provider, swap in swaps)
+            return away or any(is_open(provider, swap) for provider, swap in swaps)
         units = self.units()
         left = any(exchange.where_old(unit) not in (None, unit.place) for unit in units)
         return left or any(exchange.where_new(unit) not in (None, unit.staged) for unit in units)

@@ -72,7 +72,7 @@ def reap(session: Session, entries: Catalog | None = None) -> dict[str, Any]:
         if not same_host(found.birth.host, host_name()):
             kept.append({"set_id": found.set_id, "reason": f"it is being taken, or was left, by {found.birth.host}"})
         elif found.received:
-            kept.append({"set_id": found.set_id, "reason": "it is a replica: its sender's"})
+            kept.append({"set_id": found.set_id, "reason": "it is a replica, or its pool was renamed"})
         elif utc_now() < found.birth.deadline:
             kept.append({"set_id": found.set_id, "reason": "its deadline is not past"})
         else:
@@ -89,8 +89,10 @@ def reap(session: Session, entries: Catalog | None = None) -> dict[str, Any]:
                 left.append(f"{found.set_id}: {error.line()}")
     scratch: list[str] = []
     for provider in providers:
+        provider.notes = []  # those of what it did before are told
         try:
             scratch += provider.reap()
+            notes += provider.notes
         except SnapshotterError as error:
             left.append(f"{provider.name}: {error.line()}")
     if left:

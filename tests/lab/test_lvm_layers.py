@@ -54,12 +54,12 @@ def test_luks_on_a_volume(thin: LvmHarness, tmp_path: Path, monkeypatch: pytest.
         provider = thin.provider()
         volume = provider.claim(mounts.mount_of(point), point)
         assert volume is not None and volume.id == f"{thin.storage.vg}/sealed"
-        assert not provider.swappable(volume), "a restore in place must copy"
         content = describe(point)
         command = Command(tmp_path / "etc")
         birth_id = command.json("take", point, "--budget", "60s")
         assert birth_id["good"] and birth_id["quiesce"] == "pause", "what is not on the disk yet must get there first"
         (found,) = thin.provider().snapshots(birth_id["set_id"])
+        assert not provider.swappable(volume, found), "a restore in place must copy"
         table = tmp_path / "crypttab"
         monkeypatch.setattr(clones, "CRYPTTAB", str(table))
         attachment_id = new_attachment_id(utc_now())

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from snapshotter.core.errors import BusyError, PreconditionError, StorageError
-from snapshotter.core.model import Access, Hold, Volume, new_attachment_id, utc_now
+from snapshotter.core.model import Access, Hold, MountSpec, Volume, new_attachment_id, utc_now
 from snapshotter.testing.harness import make_birth
 from tests.lab import zfs_kit
 from tests.lab.zfs_kit import ZfsHarness, names, run, zfs
@@ -86,6 +86,7 @@ def test_sanoid_and_zfs_auto_snapshot_on_the_same_datasets(harness: ZfsHarness) 
     theirs = guids(harness.top, of="autosnap") | guids(harness.top, of="zfs-auto-snap")
     harness.leave(place)
     # Our clone carries theirs now: it is they who must let it go.
+    assert not any(attachment_id in line for line in guids(harness.top, of="zfs-auto-snap")), "a clone is left out"
     with pytest.raises(BusyError, match="another tool"):
         zfs_kit.provider().detach(attachment_id)
     zfs_kit.provider().delete(second)
@@ -227,3 +228,88 @@ def test_names_that_say_what_errors_say(harness: ZfsHarness) -> None:
     with pytest.raises(StorageError, match="no such dataset"):
         take(volume)
     assert not os.path.exists(path) or not os.listdir(path)
+
+
+def test_a_clone_that_was_promoted_is_not_released_at_the_price_of_sets(harness: ZfsHarness) -> None:
+    volume = harness.volume()
+    set_id = zfs_kit.take(volume, "older")
+    attachment_id = new_attachment_id(utc_now())
+    place = str(harness.scratch / "clone")
+    made = zfs_kit.provider().attach(zfs_kit.image(set_id), attachment_id, Access.WRITABLE, place)
+    assert isinstance(made, MountSpec)
+    zfs("promote", made.source)
+    with pytest.raises(BusyError) as busy:
+        zfs_kit.provider().detach(attachment_id)
+    assert set_id in busy.value.line() and "zfs destroy" not in busy.value.line()
+    assert busy.value.cure == f"zfs promote {volume.id}, then again"
+    zfs("promote", volume.id)
+    zfs_kit.provider().detach(attachment_id)
+    zfs_kit.holds(harness, {set_id: "older"})
+
+
+def local(pool: str) -> str:
+    """All that is set on anything of a pool, and so all that we could have changed there."""
+    listed = zfs("get", "-Hpr", "-s", "local", "-o", "name,property,value", "all", pool)
+    return "\n".join(line for line in listed.splitlines() if "snapshot_count" not in line)
+
+
+def test_a_copy_of_the_whole_pool_is_left_alone_and_a_renamed_one_is_only_read(tmp_path: Path) -> None:
+    """As `zpool split` makes it: all that is ours is local there, too."""
+    with zfs_kit.pool(128, where=str(tmp_path)) as name:
+        disk = next(tmp_path.glob("z-*")) / "disk"
+        second = disk.with_name("second")
+        with open(second, "wb") as file:
+            file.truncate(128 << 20)
+        for words in (["attach", name, str(disk), str(second)], ["wait", "-t", "resilver", name]):
+            done = run("zpool", *words)
+            assert done.returncode == 0, done.stderr
+        for dataset in ("d", "e"):
+            zfs("create", f"{name}/{dataset}")
+        one, two = (zfs_kit.claimed(f"{disk.parent}/m/{dataset}") for dataset in ("d", "e"))
+        set_id, other = zfs_kit.take(one, "older"), zfs_kit.take(two, "older")
+        writable, read_only = new_attachment_id(utc_now()), new_attachment_id(utc_now())
+        for attachment_id, access in ((writable, Access.WRITABLE), (read_only, Access.READ_ONLY)):
+            zfs_kit.provider().attach(zfs_kit.image(set_id), attachment_id, access, str(tmp_path / attachment_id))
+            zfs_kit.provider().settle(attachment_id, utc_now())
+        zfs_kit.write(two, "live")
+        zfs_kit.provider().swap("w1", zfs_kit.image(other), two)
+        copy = f"{name}copy"
+        done = run("zpool", "split", "-R", str(tmp_path / "copy"), name, copy)
+        assert done.returncode == 0, done.stderr
+        try:
+            before = local(copy)
+            original, copied = zfs_kit.provider().snapshots(set_id)
+            assert not original.received and copied.received and copied.id == f"{copy}/d@{set_id}-0"
+            assert {found.id for found in zfs_kit.provider().attachments()} == {writable, read_only}
+            assert list(zfs_kit.provider().swaps()) == ["w1"]
+            zfs_kit.provider().mark(set_id, {"height": "7"})
+            zfs_kit.provider().swap_back("w1")
+            assert zfs_kit.read(two) == "live" and not list(zfs_kit.provider().swaps())
+            for attachment_id in (writable, read_only):
+                zfs_kit.provider().detach(attachment_id)
+            assert not list(zfs_kit.provider().attachments())
+            zfs_kit.provider().delete(set_id)
+            assert zfs_kit.provider().reap() == []
+            with pytest.raises(PreconditionError) as refused:
+                zfs_kit.provider().delete(set_id)
+            assert copy in refused.value.line() and "zfs destroy" in refused.value.line()
+            assert local(copy) == before, "something of the copy was changed"
+            assert zfs_kit.content_at(zfs_kit.image(set_id), "file", tmp_path) == b"older"
+        finally:
+            assert run("zpool", "destroy", "-f", copy).returncode == 0
+        zfs_kit.provider().swap("w2", zfs_kit.image(other), two)
+        for words in (["export", name], ["import", "-d", str(disk.parent), name, copy]):
+            done = run("zpool", *words)
+            assert done.returncode == 0, done.stderr
+        try:
+            found = zfs_kit.image(other)
+            assert found.received and zfs_kit.content_at(found, "file", tmp_path) == b"older"
+            for act in (lambda: zfs_kit.provider().delete(other), lambda: zfs_kit.provider().swap_back("w2")):
+                with pytest.raises((PreconditionError, StorageError), match=f"zpool import {copy} {name}"):
+                    act()
+        finally:
+            for words in (["export", copy], ["import", "-d", str(disk.parent), copy, name]):
+                done = run("zpool", *words)
+                assert done.returncode == 0, done.stderr
+        zfs_kit.provider().swap_back("w2")
+        assert zfs_kit.read(two) == "live" and not zfs_kit.image(other).received

@@ -53,6 +53,35 @@ def test_what_was_set_on_the_origin_is_set_on_what_takes_its_place(harness: ZfsH
     assert local() == before and read(volume) == "live"
 
 
+def test_who_may_do_what_may_do_it_to_what_takes_the_place(harness: ZfsHarness) -> None:
+    volume = harness.volume()
+    for words in (
+        ["-s", "@keeps", "snapshot,hold"],
+        ["-c", "destroy"],
+        ["-u", "nobody", "@keeps,mount"],
+        ["-l", "-u", "4242", "send"],
+        ["-d", "-g", "daemon", "create,mount"],
+        ["-e", "userused"],
+    ):
+        zfs("allow", *words, volume.id)
+    zfs("allow", "-u", "nobody", "rollback", harness.top)
+
+    def delegated(name: str) -> str:
+        return zfs("allow", name).replace(name, "it").replace("-", "")
+
+    before = delegated(volume.id)
+    assert "4242" in before and "@keeps" in before and "rollback" in before
+    older = take(volume, "older")
+    provider = zfs_kit.provider()
+    provider.swap("w1", image(older), volume)
+    assert delegated(volume.id) == before and not provider.notes
+    provider.swap_back("w1")
+    assert delegated(volume.id) == before
+    provider.swap("w2", image(older), volume)
+    provider.swap_commit("w2")
+    assert delegated(volume.id) == before
+
+
 def of(name: str, *keys: str) -> list[str]:
     return zfs("get", "-Hp", "-o", "value", ",".join(keys), name).split()
 

@@ -248,3 +248,14 @@ def test_a_suspended_pool(harness: ZfsHarness) -> None:
         assert here in seen
         again = take(volume)
         zfs_kit.provider().delete(again)
+        # What has nothing to do with it goes on, a swap and its way back too; but nobody is told that this is all.
+        zfs_kit.provider().swap("w1", next(zfs_kit.provider().snapshots(here)), volume)
+        assert [each.id for each in zfs_kit.provider().open_swaps(volume.id)] == ["w1"]
+        zfs_kit.provider().swap_back("w1")
+        assert not list(zfs_kit.provider().open_swaps(volume.id))
+        refused(StorageError, lambda: list(zfs_kit.provider().swaps()), "suspended")
+        refused(StorageError, lambda: list(zfs_kit.provider().open_swaps(lost.id)), "suspended")
+        birth, provider = make_birth([volume]), zfs_kit.provider()
+        provider.prepare([volume], birth, 5.0)
+        provider.delete(birth.set_id)
+        refused(StorageError, lambda: zfs_kit.provider().delete(birth.set_id), "suspended")

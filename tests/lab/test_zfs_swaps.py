@@ -3,6 +3,7 @@ lost, and each way back ends where it began."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -15,9 +16,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from providers.zfs import objects, tool
 from snapshotter.core.errors import BusyError, PreconditionError
 from snapshotter.core.model import Access, Hold, ImageState, new_attachment_id, new_set_id, utc_now
+from snapshotter.host import mounts
 from snapshotter.testing.harness import make_birth
 from tests.lab import zfs_kit
 from tests.lab.zfs_kit import ZfsHarness, content_at, holds, image, names, path_of, read, run, take, write, zfs
+from tests.support import Command
 
 pytestmark = [pytest.mark.root, pytest.mark.zfs, pytest.mark.skipif(bool(zfs_kit.here()), reason=zfs_kit.here())]
 
@@ -59,6 +62,29 @@ def test_swap_five_newer_sets_undo(harness: ZfsHarness) -> None:
     zfs_kit.provider().delete(oldest)
     assert names(harness.top) == {harness.top, volume.id}
     assert read(volume) == "before the swap"
+
+
+def test_other_tools_go_on_with_what_is_in_place_and_leave_what_is_taken_back(harness: ZfsHarness) -> None:
+    wanted, other = "com.sun:auto-snapshot", "com.example:replicate"
+    volume = harness.dataset("d", "-o", f"{wanted}=true", "-o", f"{other}=yes")
+    older = take(volume, "older")
+    zfs_kit.provider().swap("w1", image(older), volume)
+    assert zfs("get", "-H", "-s", "local", "-o", "value", f"{wanted},{other}", volume.id).split() == ["true", "yes"]
+    zfs("snapshot", f"{volume.id}@theirs")
+    newer = take(volume, "newer")
+    zfs_kit.provider().swap_back("w1")
+    assert zfs("get", "-H", "-s", "local", "-o", "value", f"{wanted},{other}", volume.id).split() == ["true", "yes"]
+    kept = f"{volume.id}.clone-w1"
+    assert zfs("get", "-H", "-o", "value", f"{wanted},{other}", kept).split() == ["false", "-"]
+    provider = zfs_kit.provider()
+    assert provider.reap() == [] and not provider.notes, "what a set of ours hangs on is no leftover"
+    zfs_kit.provider().delete(newer)
+    told = Command(harness.scratch / "etc").json("reap")["warnings"]
+    assert [warning for warning in told if kept in warning and f"zfs destroy {kept}@theirs" in warning], told
+    zfs("destroy", f"{kept}@theirs")
+    provider = zfs_kit.provider()
+    assert provider.reap() == [kept] and not provider.notes
+    assert names(harness.top, "filesystem") == {harness.top, volume.id}
 
 
 def test_swap_back_ends_what_a_dead_one_had_almost(harness: ZfsHarness, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +146,60 @@ def test_discard_is_refused_while_anything_hangs_on_what_is_set_aside(harness: Z
     holds(harness, {older: "older", later: "later"})
     zfs_kit.provider().delete(older)
     holds(harness, {later: "later"})
+
+
+def test_discard_is_refused_while_what_is_set_aside_has_bookmarks(harness: ZfsHarness) -> None:
+    """With one another tool knows how far it had sent."""
+    volume = harness.volume()
+    zfs("snapshot", f"{volume.id}@theirs")
+    zfs("bookmark", f"{volume.id}@theirs", f"{volume.id}#cursor")
+    zfs("destroy", f"{volume.id}@theirs")
+    older = take(volume, "older")
+    zfs_kit.provider().swap("w1", image(older), volume)
+    mark = f"{volume.id}.aside-w1#cursor"
+    with pytest.raises(BusyError, match=mark) as busy:
+        zfs_kit.provider().swap_commit("w1")
+    assert f"zfs destroy {mark}" in busy.value.cure
+    assert zfs("list", "-H", "-o", "name", "-t", "bookmark", "-r", harness.top).split() == [mark]
+    zfs_kit.provider().swap_back("w1")
+    assert zfs("list", "-H", "-o", "name", "-t", "bookmark", volume.id).split() == [f"{volume.id}#cursor"]
+    zfs_kit.provider().swap("w2", image(older), volume)
+    zfs("destroy", f"{volume.id}.aside-w2#cursor")
+    zfs_kit.provider().swap_commit("w2")
+    holds(harness, {older: "older"})
+
+
+def test_discard_names_where_a_set_is_mounted(harness: ZfsHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = harness.volume(), harness.volume()
+    sets = [take(volume, "older") for volume in (one, two)]
+    for number, volume in enumerate((one, two)):
+        zfs_kit.provider().swap(f"w{number}", image(sets[number]), volume)
+    attachment_id, place = new_attachment_id(utc_now()), str(harness.scratch / "ro")
+    harness.enter(zfs_kit.provider().attach(image(sets[1]), attachment_id, Access.READ_ONLY, place), place)
+    zfs_kit.provider().refuse_commit("w0")
+    for act in (zfs_kit.provider().refuse_commit, zfs_kit.provider().swap_commit):
+        with pytest.raises(BusyError) as busy:
+            act("w1")
+        assert sets[1] in busy.value.line() and f"snapshotter release {place}" in busy.value.cure
+    assert list(zfs_kit.provider().swaps()) == ["w0", "w1"]
+    harness.leave(place)
+    zfs_kit.provider().detach(attachment_id)
+    other = harness.scratch / "other"
+    other.mkdir()
+    found = image(sets[1]).id
+    assert run("mount", "-t", "zfs", found, str(other)).returncode == 0
+    with pytest.raises(BusyError, match=f"umount {other}"):
+        zfs_kit.provider().refuse_commit("w1")
+    table = mounts.table()
+    with monkeypatch.context() as patched:  # as in another mount namespace: told as far as that goes
+        patched.setattr(mounts, "table", lambda: [mount for mount in table if mount.path != str(other)])
+        with pytest.raises(BusyError, match="is in use: being sent, or mounted"):
+            zfs_kit.provider().swap_commit("w1")
+    assert run("umount", str(other)).returncode == 0
+    for swap_id in ("w0", "w1"):
+        zfs_kit.provider().refuse_commit(swap_id)
+        zfs_kit.provider().swap_commit(swap_id)
+    assert [read(volume) for volume in (one, two)] == ["older", "older"]
 
 
 def test_equal_names_of_other_tools_snapshots_are_named(harness: ZfsHarness) -> None:
@@ -269,6 +349,44 @@ def test_what_cannot_be_swapped_is_refused_by_name(harness: ZfsHarness) -> None:
         refused("in use")
     assert read(volume) == "older"
     assert harness.objects() - {f"{volume.id} canmount=on"} == before
+
+
+def test_a_swap_that_no_journal_names_is_told_and_ended_by_hand(harness: ZfsHarness) -> None:
+    """As where the host and its journals were lost. No other restore stops a node for nothing meanwhile."""
+    volume = harness.dataset("d", "-o", "reservation=16M")
+    command = Command(harness.scratch / "etc")
+    write(volume, "older")
+    set_id = command.json("take", volume.path or "")["set_id"]
+    write(volume, "live")
+    zfs_kit.provider().swap("w1", image(set_id), volume)
+    refused = command.error("restore", set_id, "--in-place", "--dry-run", exit_code=5)
+    assert "w1" in refused["line"] and "doctor" in refused["line"]
+    child = harness.dataset("d/child")
+    found = json.loads(command.run("doctor", "--json").stdout)["findings"]
+    (cure,) = [each["cure"] for each in found if each["check"] == "swap" and volume.id in each["message"]]
+    zfs("unmount", child.id)
+    zfs("unmount", volume.id)
+    for step in cure.partition("mounted: ")[2].split("; "):
+        done = run(*step.split())
+        assert done.returncode == 0, f"{step}: {done.stderr}"
+    for each in (volume, child):
+        zfs("mount", each.id)
+    assert read(volume) == "live" and not list(zfs_kit.provider().swaps())
+    assert zfs("get", "-Hp", "-o", "value", "reservation,canmount", volume.id).split() == [str(16 << 20), "on"]
+    assert names(harness.top, "filesystem") == {harness.top, volume.id, child.id}
+
+
+def test_a_pools_own_dataset_is_copied_in_place(harness: ZfsHarness) -> None:
+    """Nothing can take its place, which is known before a node is stopped for it."""
+    with zfs_kit.pool(128) as own:
+        point = next(mount.path for mount in zfs_kit.table() if mount.source == own)
+        write(zfs_kit.claimed(point), "older")
+        command = Command(harness.scratch / "etc")
+        set_id = command.json("take", point)["set_id"]
+        write(zfs_kit.claimed(point), "newer")
+        assert command.json("restore", set_id, "--in-place", "--dry-run")["way"] == "copy"
+        assert command.json("restore", set_id, "--in-place", "--yes")["outcome"] == "restored"
+        assert read(zfs_kit.claimed(point)) == "older"
 
 
 # ------------------------------------------------------------------------------------------------ any order of these

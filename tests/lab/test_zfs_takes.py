@@ -103,6 +103,22 @@ def test_a_dataset_below_that_is_not_mounted_is_refused_by_name(harness: ZfsHarn
     assert len(command.json("take", str(top(above)))["snapshots"]) == 2
 
 
+def test_a_dataset_below_that_is_hidden_is_refused_by_name(harness: ZfsHarness) -> None:
+    """As where its parent was mounted after it: it is mounted, and nobody sees it."""
+    above, below = harness.dataset("d"), harness.dataset("d/below")
+    for act, volume in (("unmount", below), ("unmount", above), ("mount", below), ("mount", above)):
+        zfs(act, volume.id)
+    command = Command(harness.scratch / "etc")
+    (top(above) / "file").write_text("content")
+    refused = command.error("take", str(top(above)), exit_code=3)["line"]
+    assert below.id in refused and "hidden" in refused
+    assert f"umount {top(above)}, zfs unmount {below.id}, then zfs mount -a" in refused
+    for words in (["umount", str(top(above))], ["zfs", "unmount", below.id], ["zfs", "mount", "-a"]):
+        done = run(*words)
+        assert done.returncode == 0, done.stderr
+    assert len(command.json("take", str(top(above)))["snapshots"]) == 2
+
+
 def test_hot_takes_of_a_besu_shaped_node(harness: ZfsHarness, request: pytest.FixtureRequest) -> None:
     """The database in one dataset, the rest of the data path in another above it: one instant, and nothing lost that
     was acknowledged before the take."""

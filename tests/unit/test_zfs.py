@@ -5,16 +5,26 @@ from __future__ import annotations
 import errno
 import sys
 import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
-from providers.zfs import ZfsProvider, library, objects, tool
+from providers.zfs import ZfsProvider, _refuse_hollow, attaching, library, objects, swaps, tool
+from snapshotter.core.command import Outcome
 from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.journal import Journal
 from snapshotter.core.labels import encode_birth
 from snapshotter.core.model import Birth, ImageState, Volume
+from snapshotter.host import mounts
 from snapshotter.host.mounts import Mount
-from snapshotter.provider import Settings, may_claim
+from snapshotter.nodes.config import Config
+from snapshotter.provider import OpenSwap, Settings, may_claim
 from snapshotter.testing.harness import make_birth
+from snapshotter.verbs import doctor, in_place_back, in_place_ways
+from snapshotter.verbs.session import Session
 
 SET = "s20261122t100630z-5f3a9c"
 VOLUMES = [Volume("zfs", "tank/a", "/a"), Volume("lvm", "vg/b", "/b"), Volume("zfs", "tank/c", "/c")]
@@ -165,3 +175,249 @@ def test_one_pool_is_one_instant() -> None:
     assert provider.claim(mount("ext4", "/dev/sda"), "/data") is None
     assert provider.one_instant([claimed, Volume("zfs", "tank", "/tank")])
     assert not provider.one_instant([claimed, Volume("zfs", "tank2/a", "/tank2")])
+
+
+def test_what_lies_in_another_pool_than_it_was_made_in_is_a_replica() -> None:
+    """As in a split mirror, or in a copied LUN: there all that is ours is local as well."""
+    copied = found(f"copy/a@{SET}-0")
+    assert copied.replica and copied.of_pool == "tank"
+    snapshot = objects.as_snapshot(copied)
+    assert snapshot is not None and snapshot.received and snapshot.state is ImageState.READY
+    moved = found(f"tank/other@{SET}-2")  # by a promotion: the pool stays
+    assert not moved.replica
+
+
+@pytest.mark.parametrize("told", [{"pool": "tank"}, {"volume": "tank/a"}])
+def test_a_record_that_came_with_a_copy_of_its_pool_is_nobodys(told: dict[str, str]) -> None:
+    for prop in (objects.CLONE, objects.SWAP, objects.ASIDE, objects.KEPT):
+        text = objects.dump({"id": "w1", **told})
+        here, copied = (objects._object(f"{pool}/a", {prop: (text, "local")}) for pool in ("tank", "copy"))
+        assert here.record(prop) and copied.record(prop) is None and copied.record(prop, anywhere=True)
+
+
+def test_a_read_only_mount_that_came_with_a_copy_of_its_pool_is_nobodys() -> None:
+    text = objects.dump({"a1": {"id": "a1", "pool": "tank"}})
+    here, copied = (objects._object(f"{pool}/a@x", {objects.MOUNTS: (text, "local")}) for pool in ("tank", "copy"))
+    assert list(attaching.mounts_of(here)) == ["a1"] and not attaching.mounts_of(copied)
+
+
+def test_what_nothing_can_take_the_place_of_is_not_swappable() -> None:
+    """So that a restore in place copies, rather than to be refused when the node is stopped already."""
+    provider = ZfsProvider(Settings("/nonexistent"))
+
+    def swappable(volume: str, snapshot: str) -> bool:
+        image = objects.as_snapshot(found(snapshot))
+        assert image is not None
+        return provider.swappable(Volume("zfs", volume, "/data", "zfs"), image)
+
+    assert swappable("tank/a", f"tank/a@{SET}-0") and swappable("tank/a", f"tank/a.aside-w1@{SET}-0")
+    assert not swappable("tank", f"tank@{SET}-0")
+    assert not swappable("tank/a", f"backup/a@{SET}-0")
+
+
+@pytest.fixture
+def suspended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tank` is well, and has nothing of ours; another pool has lost its devices."""
+    for pool, state in (("tank", "ONLINE"), ("usb", "SUSPENDED")):
+        (tmp_path / pool).mkdir()
+        (tmp_path / pool / "state").write_text(state)
+    monkeypatch.setattr(tool, "_POOLS", str(tmp_path))
+    for reading in ("read", "labelled", "sure"):
+        monkeypatch.setattr(objects, reading, lambda *_, **__: [])
+
+
+@pytest.mark.usefixtures("suspended")
+def test_a_pool_that_has_nothing_to_do_with_it_keeps_no_undo() -> None:
+    volumes, provider = [VOLUMES[0], VOLUMES[2]], ZfsProvider(Settings("/nonexistent"))
+    provider.prepare(volumes, birth(), 5.0)
+    provider.delete(SET)
+    with pytest.raises(StorageError, match="suspended"):
+        provider.delete(SET)  # now it could be anywhere
+    on_it = make_birth([Volume("zfs", "usb/a", "/a")])
+    provider.prepare([Volume("zfs", "usb/a", "/a")], on_it, 5.0)
+    with pytest.raises(StorageError, match="suspended"):
+        provider.delete(on_it.set_id)
+
+
+@pytest.mark.usefixtures("suspended")
+def test_only_what_holds_the_volume_must_tell_of_its_swaps() -> None:
+    provider = ZfsProvider(Settings("/nonexistent"))
+    assert not list(provider.open_swaps("tank/a"))
+    for asked in (None, "usb/a"):
+        with pytest.raises(StorageError, match="suspended"):
+            list(provider.open_swaps(asked))
+
+
+@pytest.mark.parametrize(
+    ("mounted", "said"),
+    [
+        (["/", "/a", "/a/below"], ""),
+        (["/", "/a"], "isn't mounted at /a/below"),
+        (["/", "/a/below", "/a"], "is hidden by what was mounted later at /a"),
+    ],
+)
+def test_a_dataset_that_cannot_be_seen_where_it_should_be_stops_a_take(
+    mounted: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"/": "tank", "/a": "tank/a", "/a/below": "tank/a/below"}
+    # Each is mounted on the one before it that holds its place: a later one above doesn't hold what is hidden.
+    parents = {"/": 0, "/a": 1, "/a/below": 2 if mounted.index("/a") == 1 else 1}
+    table = [
+        msgspec.structs.replace(mount("zfs", names[path]), id=k, parent=parents[path], path=path)
+        for k, path in enumerate(mounted, 1)
+    ]
+    monkeypatch.setattr(mounts, "table", lambda: table)
+    datasets = {"tank/a": "/a", "tank/a/below": "/a/below", "tank/other": "/other", "tank/legacy": ""}
+    if not said:
+        _refuse_hollow(birth(), datasets)
+        return
+    with pytest.raises(PreconditionError, match=said) as refused:
+        _refuse_hollow(birth(), datasets)
+    assert "tank/a/below" in refused.value.line() and refused.value.cure
+
+
+def swapped(pool: str = "tank") -> list[objects.Object]:
+    """A swap that came to its end: the clone, and what is set aside."""
+    record = objects.dump({"id": "w1", "volume": "tank/a", "canmount": "on", "reserved": {"reservation": "7"}})
+    return [
+        objects._object(f"{pool}/a", {objects.SWAP: (record, "local")}),
+        objects._object(f"{pool}/a.aside-w1", {objects.ASIDE: (record, "local")}),
+    ]
+
+
+def of_swaps(monkeypatch: pytest.MonkeyPatch, found: list[objects.Object]) -> ZfsProvider:
+    monkeypatch.setattr(objects, "sure", lambda *_, **__: found)
+    monkeypatch.setattr(tool, "pools", lambda: ["tank"])
+    monkeypatch.setattr(tool, "children", lambda _: [])
+    return ZfsProvider(Settings("/nonexistent"))
+
+
+def test_an_open_swap_that_no_journal_names_is_told_with_the_way_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(Config(state=str(tmp_path)))
+    session._everywhere = ([of_swaps(monkeypatch, swapped())], [])
+    (finding,) = doctor._restores(session)
+    assert "tank/a" in finding.message and "w1" in finding.message and str(tmp_path) in finding.message
+    steps = (
+        "zfs rename -u tank/a tank/a.clone-w1; zfs rename -u tank/a.aside-w1 tank/a; zfs destroy tank/a.clone-w1; "
+        "zfs set canmount=on reservation=7 tank/a; zfs inherit snapshotter:aside tank/a"
+    )
+    assert steps in finding.cure
+    # Not where a journal names it, nor where one that can't be read might.
+    directory = tmp_path / "restores"
+    directory.mkdir()
+    journal = Journal.create(str(directory / "t.journal"), path="/a", plan={"swaps": [{"swap_id": "w1"}]})
+    assert [found.check for found in doctor._restores(session)] == ["restore"]
+    Path(journal.path).write_text("damaged\n{}\n")
+    assert [found.check for found in doctor._restores(session)] == ["restore"]
+    journal.remove()
+    session._everywhere = ([of_swaps(monkeypatch, swapped("copy"))], [])
+    assert not list(doctor._restores(session)), "a copied pool's swap is nobody's here"
+
+
+def test_the_way_back_of_a_swap_that_was_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool, "children", lambda _: [])
+    whole, aside = swapped()
+    waiting = msgspec.structs.replace(whole, name="tank/a.clone-w1")
+    untouched = msgspec.structs.replace(aside, name="tank/a")
+    end = "zfs set canmount=on reservation=7 tank/a; zfs inherit snapshotter:aside tank/a"
+    assert swaps.by_hand("w1", waiting, None) == "zfs destroy tank/a.clone-w1"
+    assert swaps.by_hand("w1", waiting, untouched) == f"zfs destroy tank/a.clone-w1; {end}"
+    back = "zfs rename -u tank/a.aside-w1 tank/a"
+    assert swaps.by_hand("w1", waiting, aside) == f"{back}; zfs destroy tank/a.clone-w1; {end}"
+    assert swaps.by_hand("w1", None, aside) == f"{back}; {end}"
+    assert swaps.by_hand("w1", whole, None) == "zfs inherit snapshotter:swap tank/a"
+
+
+def test_no_other_restore_is_planned_as_a_swap_while_one_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    provider = of_swaps(monkeypatch, swapped())
+    with pytest.raises(BusyError, match="w1") as refused:
+        in_place_ways._refuse_open(provider, VOLUMES[0].id)
+    assert "doctor" in refused.value.cure
+    in_place_ways._refuse_open(provider, VOLUMES[2].id)
+
+
+ALLOWED = """---- Permissions on tank/a- ------------------------------------------
+Permission sets:
+\t@keeps snapshot,hold
+Create time permissions:
+\tdestroy
+Local permissions:
+\tuser (unknown: 4242) send
+Descendent permissions:
+\tgroup domain users create,mount
+Local+Descendent permissions:
+\tuser alice @keeps,mount
+\teveryone userused
+---- Permissions on tank ----------------------------------------------
+Local+Descendent permissions:
+\tuser bob rollback
+"""
+
+
+def test_what_is_delegated_is_read_as_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def says(text: str) -> None:
+        monkeypatch.setattr(tool, "run", lambda *_, **__: Outcome(("zfs",), 0, text, ""))
+
+    says(ALLOWED)
+    assert tool.delegations("tank/a-") == [
+        ["-s", "@keeps", "snapshot,hold"],
+        ["-c", "destroy"],
+        ["-l", "-u", "4242", "send"],
+        ["-d", "-g", "domain users", "create,mount"],
+        ["-u", "alice", "@keeps,mount"],
+        ["-e", "userused"],
+    ]
+    assert tool.delegations("tank") == [["-u", "bob", "rollback"]] and tool.delegations("tank/b") == []
+    says(ALLOWED.replace("user alice", "role alice"))
+    with pytest.raises(StorageError, match="role alice"):
+        tool.delegations("tank/a-")
+    (note,) = swaps._delegate("tank/a-", "tank/a-.clone-w1", "tank/a-.aside-w1")
+    assert "role alice" in note and "zfs allow tank/a-.aside-w1" in note
+
+
+def test_of_several_swaps_none_is_committed_where_one_would_be_refused() -> None:
+    committed: list[str] = []
+
+    class Refusing(ZfsProvider):
+        def refuse_commit(self, swap_id: str) -> None:
+            if swap_id == "w1":
+                raise BusyError("still carries a set", object=swap_id)
+
+        def swap_commit(self, swap_id: str) -> None:
+            committed.append(swap_id)
+
+        def open_swaps(self, volume: str | None = None) -> Iterator[OpenSwap]:
+            return iter(OpenSwap(swap_id) for swap_id in ("w0", "w1"))
+
+    provider, kept = Refusing(Settings("/nonexistent")), list[str]()
+    work: Any = types.SimpleNamespace(
+        session=types.SimpleNamespace(provider=lambda *_, **__: provider),
+        plan=types.SimpleNamespace(
+            node=None, swaps=[types.SimpleNamespace(provider="zfs", swap_id=f"w{k}", volume="tank/a") for k in range(2)]
+        ),
+        journal=types.SimpleNamespace(append=kept.append),
+    )
+    with pytest.raises(BusyError, match="still carries"):
+        in_place_back._commit_swaps(work)
+    assert not committed and kept == ["kept"], "all of it can still be undone"
+
+
+@pytest.mark.parametrize(
+    ("clone", "cure"),
+    [
+        ("tank/snapshotter-a1-0", "zfs promote tank/a, then again"),  # promoted, which brought it there
+        ("tank/a", f"snapshotter delete {SET}"),  # taken of it
+        ("", "zfs destroy tank/snapshotter-a1-0@theirs, then again"),
+    ],
+)
+def test_a_clone_that_carries_sets_is_not_released_at_their_price(
+    clone: str, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carried = f"{clone}@{SET}-0" if clone else "tank/snapshotter-a1-0@theirs"
+    monkeypatch.setattr(tool, "snapshots_of", lambda _: [(carried, 1)])
+    monkeypatch.setattr(objects, "read", lambda names: [found(name) for name in names if clone])
+    with pytest.raises(BusyError) as refused:
+        attaching._refuse_foreign(clone or "tank/snapshotter-a1-0", "a1")
+    assert refused.value.cure == cure

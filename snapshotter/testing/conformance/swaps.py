@@ -53,13 +53,15 @@ class Swaps(Contract):
         harness.provider().swap(swap_id, found, volume)
         assert describe(self.top(volume)) == content
         assert list(harness.provider().swaps()) == [swap_id]
+        for told in (*harness.provider().open_swaps(), *harness.provider().open_swaps(volume.id)):
+            assert told.id == swap_id and told.volume in ("", volume.id)
         self.all_there(harness, history)
         ruin(self.top(volume))
         self.all_there(harness, history)
         for _ in range(2):
             harness.provider().swap_back(swap_id)
             assert describe(self.top(volume)) == origin, "not what it was before the swap"
-            assert not list(harness.provider().swaps())
+            assert not list(harness.provider().swaps()) and not list(harness.provider().open_swaps(volume.id))
             assert harness.objects() == before
         self.all_there(harness, history)
 
