@@ -88,15 +88,28 @@ def read(
         address, node_id = _ethereum(content, path)
         return Identity(address=address, node_id=node_id, path=path, mode=mode, kind=profile.node_key.format)
     node_id = _cometbft(content, path).hex()
-    validator = ""
-    try:
-        signing = files.locate(places, "config/priv_validator_key.json")
-        validator = _cometbft(files.read(signing, _LARGEST_KEY)[0], signing).hex().upper()
-    except FileNotFoundError:
-        pass  # a full node, or the key is with a signer of its own
+    validator = _validator(places)
     return Identity(
         address=node_id, node_id=node_id, path=path, mode=mode, kind=profile.node_key.format, validator=validator
     )
+
+
+def validator(places: Places, profile: Profile) -> str:
+    """CometBFT's validator address, also where the node's own key is gone; '' if it can't be told."""
+    if profile.node_key is None or profile.node_key.format != "cometbft":
+        return ""
+    try:
+        return _validator(places)
+    except PreconditionError:
+        return ""
+
+
+def _validator(places: Places) -> str:
+    try:
+        path = files.locate(places, "config/priv_validator_key.json")
+        return _cometbft(files.read(path, _LARGEST_KEY)[0], path).hex().upper()
+    except FileNotFoundError:
+        return ""  # a full node, or the key is with a signer of its own
 
 
 def for_record(data_path: str, profile: Profile, key_file: str | None = None) -> tuple[str, str]:

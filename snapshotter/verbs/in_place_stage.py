@@ -18,7 +18,7 @@ from snapshotter.host.mirror import Mirror
 from snapshotter.host.mounts import is_under
 from snapshotter.host.places import private_directory
 from snapshotter.host.store import told
-from snapshotter.nodes import files, identity
+from snapshotter.nodes import files, identity, sign_state
 from snapshotter.nodes.files import Places
 from snapshotter.nodes.profiles import Profile
 from snapshotter.verbs.in_place_plan import Plan
@@ -138,6 +138,20 @@ def names_of(plan: Plan, profile: Profile, seen: Mapping[str, str]) -> dict[str,
         if names is not None:
             chosen[path] = sorted(n for n in names if not any(n != m and is_under("/" + n, "/" + m) for m in names))
     return chosen
+
+
+def signed_in(plan: Plan, profile: Profile, seen: Mapping[str, str]) -> dict[str, list[str]]:
+    """For a part of a node: the set's sign-state, by ground. It doesn't change places, but is looked into: what stands
+    there must not be lower, whatever part is brought back."""
+    found: dict[str, list[str]] = {}
+    places = image_places(plan, seen)
+    for pattern in sign_state.patterns(profile) if plan.only and places else ():
+        for name in files.expand(places, pattern):
+            if files.held(places, files.locate(places, name)):
+                production = _meant(plan, places, name)
+                ground = ground_of(plan, production)
+                found.setdefault(ground.path, []).append(os.path.relpath(production, ground.path))
+    return found
 
 
 def key_files(plan: Plan, places: Places) -> list[str]:

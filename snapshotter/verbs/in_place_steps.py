@@ -93,12 +93,16 @@ def _make_ready(work: Work, seen: dict[str, str]) -> None:
     if not names or (wanted and not in_it):
         what = "is no database" if plan.only == "database" else "are no keys"
         raise NotFoundError(f"there {what} in it", object=plan.set_id or plan.path)
-    work.journal.append("names", names=dict(names))
+    signer = identity.validator(image, profile) if image else ""  # what stands there later may be the live key
+    signed = staging.signed_in(plan, profile, seen)
+    work.journal.append("names", names=dict(names), signer=signer, signed=signed)
+    filled = {path: names.get(path, []) for path in (*names, *signed)}
+    filled |= {path: [*chosen, *signed.get(path, ())] for path, chosen in filled.items() if chosen is not None}
     for ground in plan.grounds:
-        if ground.path in names:
+        if ground.path in filled:
             work.journal.append("staged", path=ground.staged, known=staging.make_staged(ground))
     if seen:
-        work.notes += staging.fill(work.session, plan, names, seen, 0)
+        work.notes += staging.fill(work.session, plan, filled, seen, 0)
     if not plan.only:
         staging.strip(profile, work.staged_places())
 
@@ -157,7 +161,7 @@ def keep(work: Work) -> None:
         _identity(work)
     signing.into_staged(work)
     staging.dress(plan, work.staged_places(), profile, work.names())
-    units = staging.units_of(plan, work.names())
+    units = signing.first(work, staging.units_of(plan, work.names()))
     above = sorted({path for unit in units for path in exchange.missing_above(unit.place)}, key=len, reverse=True)
     work.journal.append("units", units=msgspec.to_builtins(units))
     work.journal.append("above", made=[path for path in above if any(is_under(path, root) for root in plan.roots)])
