@@ -278,6 +278,7 @@ def _plan(
         left = sorted(
             entry for ground in grounds for entry in ways.left_alone(ground, [g.path for g in grounds], table)
         )
+    _refuse_others(session, path, ways.tops(profile, path, roots, only), left)
     need = ways.size_of(found, roots, profile, only) if found and not swaps else 0
     free, rate = ways.room_at(path, measure=measure)
     if choice == "live" and not os.path.isdir(path):
@@ -385,6 +386,20 @@ def _refuse_state_below(session: Session, roots: list[str]) -> None:
                 f"the journal would be in it ({state})",
                 object=root,
                 cure="set `state` in the config to a place outside",
+            )
+
+
+def _refuse_others(session: Session, path: str, tops: list[str], left: list[str]) -> None:
+    """Raise PreconditionError where another node lives in what changes places: it would be rolled back as well, with
+    its key and what it has signed."""
+    for other in session.config.nodes.values():
+        place = canonical(other.path)
+        alone = any(is_under(place, each) for each in left)
+        if place != path and not alone and any(is_under(place, top) for top in tops):
+            raise PreconditionError(
+                f"node {other.name} lives in it ({place}), and would be put back with it",
+                object=path,
+                cure="move that node out first; or restore with --to, and copy by hand",
             )
 
 
