@@ -21,7 +21,7 @@ from collections.abc import Callable
 import msgspec
 
 from snapshotter import checks
-from snapshotter.core.errors import JudgedBadError, NotFoundError, SnapshotterError
+from snapshotter.core.errors import JudgedBadError, NotFoundError, PreconditionError, SnapshotterError
 from snapshotter.core.model import new_attachment_id, utc_now
 from snapshotter.host import exchange, tree
 from snapshotter.host.mounts import is_under
@@ -159,6 +159,8 @@ def keep(work: Work) -> None:
         return
     if plan.brings_key:
         _identity(work)
+    if not plan.only:
+        _add_secrets(work, _secrets(work), work.staged_places())
     signing.into_staged(work)
     staging.dress(plan, work.staged_places(), profile, work.names())
     units = signing.first(work, staging.units_of(plan, work.names()))
@@ -203,6 +205,31 @@ def _carry_identity(work: Work, live: str, new: str) -> None:
     )
 
 
+Secrets = list[tuple[str, bytes, os.stat_result]]
+
+
+def _secrets(work: Work) -> Secrets:
+    """Of the old data, wherever it is. What can't be read is no reason to leave a node that is damaged as it is."""
+    saved = work.saved_roots()
+    places = [(root, saved.get(root, root)) for root in work.plan.roots]
+    try:
+        return identity.secrets_of(places, work.profile, work.plan.left_alone) if os.path.isdir(work.live) else []
+    except (PreconditionError, FileNotFoundError) as error:
+        why = error.line() if isinstance(error, PreconditionError) else str(error)
+        work.notes.append(f"whether the old data has keys that the set lacks can't be told: {why}")
+        return []
+
+
+def _add_secrets(work: Work, secrets: Secrets, places: list[tuple[str, str]]) -> None:
+    """What the old data alone has: an account made since the take would be gone with it at the discard."""
+    added, alone = identity.add_secrets(secrets, places, work.profile, replaced=work.plan.identity == "set")
+    if added:
+        work.notes.append(f"kept, as the set has none: {', '.join(added)}")
+    if alone:
+        work.notes.append(f"only what was set aside has: {', '.join(alone)}")
+    work.journal.append("alone", names=alone)
+
+
 def exchange_places(work: Work) -> None:
     work.unused(2.0)
     if work.plan.way == "swap":
@@ -230,7 +257,11 @@ def _exchange(work: Work) -> None:
 
 def _swap(work: Work) -> None:
     plan = work.plan
+    if work.touched():
+        swapping.swap_back(work.session, plan)  # a killed run's, that nobody has used: the old is to be looked into
+    secrets = _secrets(work)
     swapping.swap(work.session, plan, work.found())
+    _add_secrets(work, secrets, work.places())
     staging.strip(work.profile, work.places())
     for path in identity.secret_files(work.places(), work.profile, plan.node.key_file):
         files.hide(path)
