@@ -74,6 +74,9 @@ def backward(work: Work) -> None:
         swapping.swap_back(work.session, work.plan)
     elif changed:
         _exchange_back(work, units, ran)
+    for top in work.journal.all("top"):
+        with told(top["path"]):
+            staging.set_top(top["path"], top["was"])
     swapping.tidy(work.plan)
     work.unstage()
     _bring_back(work)

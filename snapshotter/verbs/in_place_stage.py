@@ -9,6 +9,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from snapshotter.core.errors import JudgedBadError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.model import Access, MountSpec, Progress, Purpose, SnapshotSet, Tree
@@ -28,6 +29,7 @@ from snapshotter.verbs.session import Session
 
 #: Of each ground (by its path): the entries that change places; None: all there is.
 Names = Mapping[str, Sequence[str] | None]
+_ACLS = ("system.posix_acl_access", "system.posix_acl_default")
 
 
 # ------------------------------------------------------------------------------------------------------- the image
@@ -294,6 +296,29 @@ def dress(plan: Plan, places: list[tuple[str, str]], profile: Profile, names: Na
     for path in identity.secret_files(places, profile, plan.node.key_file):
         if any(is_under(path, place) for _, place in places):
             files.hide(path)
+
+
+def top_of(path: str) -> dict[str, Any]:
+    """Owner, mode and ACLs of a directory that can't be renamed itself, for the journal."""
+    found = os.stat(path)
+    acls = {name: os.getxattr(path, name).hex() for name in os.listxattr(path) if name in _ACLS}
+    return {"uid": found.st_uid, "gid": found.st_gid, "mode": stat.S_IMODE(found.st_mode), "acls": acls}
+
+
+def set_top(path: str, wanted: Mapping[str, Any]) -> None:
+    """What `top_of` said. Without root an owner stays who it is. Raises OSError."""
+    now = top_of(path)
+    if now == wanted:
+        return
+    try:
+        os.chown(path, wanted["uid"], wanted["gid"])
+    except PermissionError:
+        pass
+    for name in now["acls"].keys() - wanted["acls"].keys():
+        os.removexattr(path, name)
+    for name, value in wanted["acls"].items():
+        os.setxattr(path, name, bytes.fromhex(value))
+    os.chmod(path, wanted["mode"])  # the last: a chown clears bits, an ACL is a mode as well
 
 
 def owner_of(text: str) -> tuple[int, int]:

@@ -33,6 +33,7 @@ from snapshotter.verbs import in_place_stage as staging
 from snapshotter.verbs import in_place_swap as swapping
 from snapshotter.verbs import verify
 from snapshotter.verbs.in_place_plan import different
+from snapshotter.verbs.in_place_ways import Ground
 from snapshotter.verbs.in_place_work import Work
 
 
@@ -169,7 +170,16 @@ def keep(work: Work) -> None:
     work.journal.append("above", made=[path for path in above if any(is_under(path, root) for root in plan.roots)])
     for ground in plan.grounds:
         if os.path.isdir(ground.staged):
+            _top(work, ground)
             _sync(ground.staged)
+
+
+def _top(work: Work, ground: Ground) -> None:
+    """The directory of entries that change places stays: what is its own goes along by itself."""
+    whole = ground.fixed and work.names().get(ground.path, ()) is None
+    if whole and work.journal.last("top", ground.path) is None:
+        was, to = staging.top_of(ground.path), staging.top_of(ground.staged)
+        work.journal.append("top", step=ground.path, path=ground.path, was=was, to=to)
 
 
 def _identity(work: Work) -> None:
@@ -249,6 +259,9 @@ def _exchange(work: Work) -> None:
     for unit in units:
         with told(unit.place):
             exchange.forward(unit)
+    for top in work.journal.all("top"):
+        with told(top["path"]):
+            staging.set_top(top["path"], top["to"])
     exchange.sync_parents([path for unit in units for path in (unit.place, unit.aside)])
     if not any(exchange.where_old(unit) == unit.staged for unit in units):
         for record in work.journal.all("staged"):
