@@ -305,6 +305,13 @@ def healthy(work: Work) -> None:
         min_peers=0 if seen.get("peers") == 0 else 1,
     )
     work.health = health.prove(plan.node, work.profile, expected, float(plan.node.timeout), service=work.service)
+    if old := work.users_of_old():
+        work.health = msgspec.structs.replace(
+            work.health,
+            healthy=False,
+            findings=(*work.health.findings, f"something runs on the old data: {old}"),
+            hints=(*work.health.hints, "restart what mounts it (a container sees the old directory until then)"),
+        )
     work.notes += work.health.notes
     if work.health.healthy is False:
         work.journal.append("restored", healthy=False)
