@@ -425,7 +425,7 @@ def _refuse_unmounted(
     for number, path in enumerate(roots):
         place = os.path.realpath(path)
         missing = mounts.awaited(place, table)
-        why = "by /etc/fstab"
+        why = "by /etc/fstab or systemd"
         if not missing and found and not from_host:
             root = found.birth.roots[number]
             top = place.removesuffix(f"/{root.inside}") if root.inside else place
