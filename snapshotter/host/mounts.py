@@ -5,9 +5,10 @@ Source of the format: proc(5), /proc/pid/mountinfo. Space, tab, newline and back
 
 from __future__ import annotations
 
+import glob
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from msgspec import Struct
 
@@ -18,6 +19,8 @@ from snapshotter.core.model import MountSpec
 #: File systems whose own commands hang while they are frozen.
 NEVER_FROZEN = frozenset({"zfs", "btrfs"})
 FSTAB = "/etc/fstab"
+#: Of both, the first has the word (systemd.unit(5)).
+UNITS = ("/etc/systemd/system", "/run/systemd/system")
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
@@ -176,17 +179,21 @@ def is_mount_point(path: str) -> bool:
 
 
 def awaited(path: str, table: list[Mount]) -> list[str]:
-    """The mount points of /etc/fstab at, above and below the canonical `path` where nothing is mounted though a disk
-    should be (it failed at boot): what is there now isn't that disk's. One with `noauto` (fstab(5)) below isn't
-    awaited, nor one above where disks come and go (type `auto`, option `user`). None if fstab can't be read."""
+    """The mount points of /etc/fstab and of systemd's enabled .mount units at, above and below the canonical `path`
+    where nothing is mounted though a disk should be (it failed at boot): what is there now isn't that disk's. One with
+    `noauto` (fstab(5)) below isn't awaited, nor one above where disks come and go (type `auto`, option `user`). None of
+    what can't be read."""
     try:
         with open(FSTAB, "rb") as file:
             lines = [line.split() for line in file if not line.lstrip().startswith(b"#")]
     except OSError:
-        return []
+        lines = []
     here = mount_of(path, table).path
     mounted = {mount.path for mount in table}
-    found = set()
+    points = {
+        point for point in _of_units() if is_under(point, here) and (is_under(point, path) or is_under(path, point))
+    }
+    found = {point for point in points if not {point, os.path.realpath(point)} & mounted}
     for words in lines:
         if len(words) < 3 or not words[1].startswith(b"/"):
             continue
@@ -199,6 +206,26 @@ def awaited(path: str, table: list[Mount]) -> list[str]:
         if (point == path or not by_hand) and not {point, os.path.realpath(point)} & mounted:
             found.add(point)
     return sorted(found)
+
+
+def _of_units() -> Iterator[str]:
+    """Where the enabled .mount units mount: systemd.mount(5). One that only another unit asks for can't be told from
+    one that nobody wants, so isn't among them."""
+    units: dict[str, str] = {}
+    enabled = set()
+    for directory in UNITS:
+        for unit in glob.glob("*.mount", root_dir=directory):
+            units.setdefault(unit, os.path.join(directory, unit))  # masked: a link to /dev/null, with nothing in it
+        for kind in ("wants", "requires"):
+            enabled |= {os.path.basename(link) for link in glob.glob(f"{directory}/*.{kind}/*.mount")}
+    for unit, file in units.items():
+        try:
+            with open(file, encoding="utf-8", errors="surrogateescape") as lines:
+                where = [line.partition("=")[2].strip() for line in lines if re.match(r"\s*Where\s*=", line)]
+        except OSError:
+            continue
+        if unit in enabled and where and where[-1].startswith("/") and "%" not in where[-1]:  # %: a specifier
+            yield os.path.normpath(where[-1])
 
 
 def unmount(where: str, patience_s: float = 5.0) -> None:

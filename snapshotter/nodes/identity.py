@@ -9,13 +9,15 @@ public key (docs.cometbft.com, node_key.json), a validator's address likewise (p
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import stat
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 from msgspec import Struct
 
-from snapshotter.core.errors import PreconditionError, SnapshotterError, pip_install
+from snapshotter.core.errors import PreconditionError, SnapshotterError, StorageError, pip_install
 from snapshotter.core.labels import loads
 from snapshotter.nodes import files
 from snapshotter.nodes.files import Places
@@ -88,15 +90,28 @@ def read(
         address, node_id = _ethereum(content, path)
         return Identity(address=address, node_id=node_id, path=path, mode=mode, kind=profile.node_key.format)
     node_id = _cometbft(content, path).hex()
-    validator = ""
-    try:
-        signing = files.locate(places, "config/priv_validator_key.json")
-        validator = _cometbft(files.read(signing, _LARGEST_KEY)[0], signing).hex().upper()
-    except FileNotFoundError:
-        pass  # a full node, or the key is with a signer of its own
+    validator = _validator(places)
     return Identity(
         address=node_id, node_id=node_id, path=path, mode=mode, kind=profile.node_key.format, validator=validator
     )
+
+
+def validator(places: Places, profile: Profile) -> str:
+    """CometBFT's validator address, also where the node's own key is gone; '' if it can't be told."""
+    if profile.node_key is None or profile.node_key.format != "cometbft":
+        return ""
+    try:
+        return _validator(places)
+    except PreconditionError:
+        return ""
+
+
+def _validator(places: Places) -> str:
+    try:
+        path = files.locate(places, "config/priv_validator_key.json")
+        return _cometbft(files.read(path, _LARGEST_KEY)[0], path).hex().upper()
+    except FileNotFoundError:
+        return ""  # a full node, or the key is with a signer of its own
 
 
 def for_record(data_path: str, profile: Profile, key_file: str | None = None) -> tuple[str, str]:
@@ -181,6 +196,78 @@ def carry(
     for place in surplus:
         files.remove(place)
     return wanted
+
+
+def secrets_of(places: Places, profile: Profile, leave: Sequence[str] = ()) -> list[tuple[str, bytes, os.stat_result]]:
+    """(name, content, status) of every secret in these places that doesn't lie below one of `leave`; b"" of one that
+    can't be read. For `add_secrets`. Raises PreconditionError (a directory can't be read)."""
+    found = []
+    for name in _secrets(places, profile):
+        path = files.locate(places, name)
+        if files.held(places, path) and not files.held([(each, each) for each in leave], path):
+            try:
+                found.append((name, *files.read(path, _LARGEST_FILE)))
+            except PreconditionError:
+                found.append((name, b"", os.lstat(path)))
+    return found
+
+
+def add_secrets(
+    secrets: Sequence[tuple[str, bytes, os.stat_result]], places: Places, profile: Profile, *, replaced: bool
+) -> tuple[list[str], list[str]]:
+    """Put secrets of the old data (`secrets_of`) into the new at `places` where that has none of their name, each with
+    its owner and mode 0600: an account that was made since. Returns (names of those, names of what is in the old alone:
+    another stands in its place, or it is of an identity, which is one as a whole and is never mixed).
+
+    `replaced`: the identity was chosen to be the new one, so each file of it that differs is in the old alone. Else it
+    was found to be the same, or can't be told. Raises PreconditionError, StorageError."""
+    added, alone = [], []
+    for name, content, like in secrets:
+        held = next((pattern for pattern in profile.identity if _in(pattern, name)), "")
+        path = files.locate(places, name)
+        if is_withheld(content):
+            continue
+        if held and not replaced:
+            alone += [] if files.expand(places, held) else [name]
+        elif os.path.lexists(path):
+            alone += [] if _holds(path, content) else [name]
+        elif held or not content or not files.held(places, path):
+            alone.append(name)
+        else:
+            _make_directory(os.path.dirname(path), like)
+            files.put(path, content, mode=0o600, uid=like.st_uid, gid=like.st_gid)
+            added.append(name)
+    return added, alone
+
+
+def _in(pattern: str, name: str) -> bool:
+    """Whether the file `name` is what an identity's pattern means, or lies in it."""
+    depth = pattern.rstrip("/").count("/") + 1
+    return all(
+        fnmatch.fnmatchcase(part, wanted)
+        for part, wanted in zip_longest(name.split("/")[:depth], pattern.rstrip("/").split("/"), fillvalue="")
+    )
+
+
+def _holds(path: str, content: bytes) -> bool:
+    try:
+        return files.read(path, _LARGEST_FILE)[0] == content
+    except (PreconditionError, FileNotFoundError):
+        return False
+
+
+def _make_directory(path: str, like: os.stat_result) -> None:
+    """It and those above it, only for the owner of the secret that goes there."""
+    if os.path.isdir(path):
+        return
+    _make_directory(os.path.dirname(path), like)
+    try:
+        os.mkdir(path, 0o700)
+        with files.directory_of(os.path.join(path, "it")) as (fd, _):
+            files.own(fd, like.st_uid, like.st_gid, 0o700)
+            os.fsync(fd)
+    except OSError as error:
+        raise StorageError(f"can't make it: {error.strerror}", object=path) from None
 
 
 def _key_file(theirs: Places, ours: Places, key_file: str | None) -> tuple[str, str] | None:

@@ -8,6 +8,7 @@ Sources: docs.cometbft.com, priv_validator_state.json; eips.ethereum.org/EIPS/ei
 
 from __future__ import annotations
 
+import fnmatch
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,6 +52,15 @@ class Compared(Struct, frozen=True):
     name: str
     order: Order
     why: str
+
+
+class Keys(Struct, frozen=True):
+    """Of a restore: the validator whose key is live, and the one whose key the set holds ('': not known), and whether
+    the live key is the one that stands there afterwards."""
+
+    live: str = ""
+    of_set: str = ""
+    live_stays: bool = False
 
 
 class Signed(Struct, frozen=True):
@@ -109,27 +119,47 @@ def carry_higher(
     live_roots: Places = (),
     roots: Places = (),
     from_set: bool = False,
+    keys: Keys | None = None,
 ) -> list[str]:
     """See to it that the data at `incoming`, which is about to take the place of that at `live`, has the higher
     sign-state of both; returns what a person should know. The node is stopped, nothing has been moved yet.
 
     All is compared before anything is written; then each file where the live one is higher is replaced by it (owner
     kept, mode 0600, synced). The live data is left as it is. Called again after a kill it does the rest. The same call
-    serves a restore, its undo and a swap back: "live" is what stands at the data path, whatever it is.
+    serves a restore, its undo and a swap back: "live" is what stands at the data path, whatever it is. `keys` says that
+    it is a restore: what an image says is never news, so a live one below it tells nothing (`_of_restore`).
 
     Raises PreconditionError (`check`; `from_set` lets what can't be ordered be the incoming one, but never lowers what
     can), StorageError.
     """
     pairs = _pairs(live, incoming, profile, production or live, live_roots, roots)
-    check([found for found, _, _ in pairs], from_set=from_set)
+    judged = [_of_restore(found, keys) if keys is not None else found for found, _, _ in pairs]
+    check(judged, from_set=from_set)
     notes = []
-    for found, theirs, ours in pairs:
-        if found.order is Order.HIGHER:
+    for (found, theirs, ours), said in zip(pairs, judged, strict=True):
+        if Order.HIGHER in (found.order, said.order):
             _replace(theirs, ours)
-            notes.append(f"kept the live {found.name}: {found.why}")
-        elif found.order in (Order.ABSENT, Order.UNORDERED):
-            notes.append(f"took the set's {found.name} as you asked, though it can't be guarded: {found.why}")
+            kept = said if said.order is Order.HIGHER else found
+            notes.append(f"kept the live {found.name}: {kept.why}")
+        elif said.order in (Order.ABSENT, Order.UNORDERED):
+            notes.append(f"took the set's {found.name} as you asked, though it can't be guarded: {said.why}")
     return notes
+
+
+def _of_restore(found: Compared, keys: Keys) -> Compared:
+    """The order, for a restore. The live record counts only if it can be what its validator has signed since the set
+    was taken: one below the set's was reset, and another validator's says nothing of this one."""
+    if found.order in (Order.ABSENT, Order.UNORDERED):
+        return found
+    if keys.live and keys.of_set and keys.live != keys.of_set:
+        if keys.live_stays:
+            return found if found.order is Order.EQUAL else Compared(found.name, Order.HIGHER, "it is of the live key")
+        why = f"the one on disk is of another key (validator {keys.live}, the set's is of {keys.of_set})"
+        return Compared(found.name, Order.ABSENT, f"{why}, so what was signed since is not known")
+    if found.order is Order.LOWER:
+        why = f"the one on disk was reset, or is of another key, so what was signed since is not known: {found.why}"
+        return Compared(found.name, Order.ABSENT, why)
+    return found
 
 
 def _pairs(
@@ -156,12 +186,21 @@ def _pairs(
 
 
 def _names(places: Places, profile: Profile) -> set[str]:
-    return {
-        file
-        for pattern in profile.sign_state
-        for name in files.expand(places, pattern)
-        for file in (list(files.below(places, name)) or [name])
-    }
+    names = {name for pattern in profile.sign_state for name in files.expand(places, pattern)}
+    for root, place in places[1:]:  # a file that is elsewhere now is in no directory where a glob would look
+        name = os.path.relpath(root, places[0][0])
+        if os.path.lexists(place) and any(_means(pattern, name) for pattern in profile.sign_state):
+            names.add(name)
+    return {file for name in names for file in (list(files.below(places, name)) or [name])}
+
+
+def _means(pattern: str, name: str) -> bool:
+    return pattern.count("/") == name.count("/") and fnmatch.fnmatchcase(name, pattern)
+
+
+def patterns(profile: Profile) -> list[str]:
+    """What the sign-state is, and what SQLite keeps beside it, which goes where it goes."""
+    return [pattern + suffix for pattern in profile.sign_state for suffix in ("", *_SIDE_FILES)]
 
 
 def digest(places: Places, profile: Profile) -> str:

@@ -190,6 +190,8 @@ def to_discard(session: Session, target: str | None) -> list[str]:
         _refuse_unfinished(work)
         unwell = (work.journal.last("restored") or {}).get("healthy") is False
         aside = [ground.aside for ground in work.plan.grounds] or [f"{s.provider}:{s.swap_id}" for s in work.plan.swaps]
+        alone = (work.journal.last("alone") or {"names": []})["names"]
+        aside += [f"with the only copy of {name}" for name in alone]
         return [*aside, *(["(the node was not well after its restore)"] if unwell else [])]
 
 

@@ -8,7 +8,7 @@ import os
 
 import msgspec
 
-from snapshotter.core.errors import PreconditionError, SnapshotterError, StorageError, UndoIncompleteError
+from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError, UndoIncompleteError
 from snapshotter.host import exchange, mounts
 from snapshotter.host.exchange import Unit
 from snapshotter.host.store import told
@@ -75,6 +75,9 @@ def backward(work: Work) -> None:
         swapping.swap_back(work.session, work.plan)
     elif changed:
         _exchange_back(work, units, ran)
+    for top in work.journal.all("top"):
+        with told(top["path"]):
+            staging.set_top(top["path"], top["was"])
     swapping.tidy(work.plan)
     work.unstage()
     _bring_back(work)
@@ -159,6 +162,12 @@ def discard(work: Work) -> list[str]:
     """Remove what was set aside; returns its names. The journal has it before the first of it goes: from then on, there
     is no way back but where a provider refuses, and has let go of nothing."""
     work.require_disks(of_aside=True)
+    if old := work.users_of_old():
+        raise BusyError(
+            f"something runs on what would be removed: {old}",
+            object=work.plan.path,
+            cure="end it; a container sees the old data until it is restarted",
+        )
     if not work.discarding:
         work.journal.append("discard")
     gone = _commit_swaps(work)

@@ -278,6 +278,7 @@ def _plan(
         left = sorted(
             entry for ground in grounds for entry in ways.left_alone(ground, [g.path for g in grounds], table)
         )
+    _refuse_others(session, path, ways.tops(profile, path, roots, only), left)
     need = ways.size_of(found, roots, profile, only) if found and not swaps else 0
     free, rate = ways.room_at(path, measure=measure)
     if choice == "live" and not os.path.isdir(path):
@@ -388,6 +389,20 @@ def _refuse_state_below(session: Session, roots: list[str]) -> None:
             )
 
 
+def _refuse_others(session: Session, path: str, tops: list[str], left: list[str]) -> None:
+    """Raise PreconditionError where another node lives in what changes places: it would be rolled back as well, with
+    its key and what it has signed."""
+    for other in session.config.nodes.values():
+        place = canonical(other.path)
+        alone = any(is_under(place, each) for each in left)
+        if place != path and not alone and any(is_under(place, top) for top in tops):
+            raise PreconditionError(
+                f"node {other.name} lives in it ({place}), and would be put back with it",
+                object=path,
+                cure="move that node out first; or restore with --to, and copy by hand",
+            )
+
+
 def _refuse_read_only(root: str, table: list[Mount]) -> None:
     at = root
     while not os.path.isdir(at):
@@ -410,7 +425,7 @@ def _refuse_unmounted(
     for number, path in enumerate(roots):
         place = os.path.realpath(path)
         missing = mounts.awaited(place, table)
-        why = "by /etc/fstab"
+        why = "by /etc/fstab or systemd"
         if not missing and found and not from_host:
             root = found.birth.roots[number]
             top = place.removesuffix(f"/{root.inside}") if root.inside else place

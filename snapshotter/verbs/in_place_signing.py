@@ -15,7 +15,8 @@ import msgspec
 from snapshotter.core.errors import PreconditionError
 from snapshotter.host import exchange
 from snapshotter.host.exchange import Unit
-from snapshotter.nodes import sign_state
+from snapshotter.host.mounts import is_under
+from snapshotter.nodes import files, identity, sign_state
 from snapshotter.verbs.in_place_ways import Ground
 from snapshotter.verbs.in_place_work import Work
 
@@ -28,9 +29,12 @@ def into_staged(work: Work) -> None:
     if not work.profile.sign_state:
         return
     now, then = _saved(work), dict([(plan.path, plan.path)])
+    names, seen = work.names(), work.journal.last("names") or {}
+    of_set = seen.get("signed", {})
     for ground in plan.grounds:
-        if ground.path in (names := work.names()):
+        if ground.path in names:
             then |= _entries(ground, names[ground.path], ground.staged)
+        then |= _entries(ground, of_set.get(ground.path, []), ground.staged)
     if not os.path.isdir(now[plan.path]):
         if plan.from_set or not os.path.isdir(then[plan.path]):
             return
@@ -41,10 +45,40 @@ def into_staged(work: Work) -> None:
             cure="copy the newest back from wherever the node last ran, or say --sign-state-from-set "
             "if it has signed nothing since the set was taken",
         )
-    work.notes += _carry(work, now, then, from_set=plan.from_set)
-    if plan.from_set:
-        places = [(plan.path, then[plan.path]), *((root, at) for root, at in then.items() if root != plan.path)]
-        work.journal.append("accepted", digest=sign_state.digest(places, work.profile))
+    keys = sign_state.Keys(
+        live=identity.validator(_as_places(plan.path, now), work.profile),
+        of_set=seen.get("signer", ""),
+        live_stays=plan.identity == "live" or not plan.brings_key,
+    )
+    work.notes += _carry(work, now, then, from_set=plan.from_set, keys=keys)
+    if any(of_set.values()):
+        _raise_live(work, now, then)
+    elif plan.from_set:
+        work.journal.append("accepted", digest=sign_state.digest(_as_places(plan.path, then), work.profile))
+
+
+def _raise_live(work: Work, now: Where, then: Where) -> None:
+    """Where only a part changes places the sign-state stays, and becomes what was made ready if that is the higher:
+    there is nothing to undo of that. One that can't be ordered is kept beside it."""
+    path = work.plan.path
+    (_, top), *roots = theirs = _as_places(path, now)
+    (_, ready), *others = _as_places(path, then)
+    compared = sign_state.compare(ready, top, work.profile, production=path, live_roots=others, roots=roots)
+    for found in compared:
+        if found.order is sign_state.Order.UNORDERED:
+            place = files.locate(theirs, found.name)
+            os.rename(place, kept := f"{place}.corrupted-{work.plan.id}")
+            work.notes.append(f"what was there of {found.name} is {kept}")
+    _carry(work, then, now, from_set=True)
+
+
+def first(work: Work, units: list[Unit]) -> list[Unit]:
+    """These, what holds sign-state before the rest: killed between two, and run, no key meets a record that is lower
+    than its own."""
+    places = work.places()
+    names = [n for pattern in work.profile.sign_state for n in (pattern, *files.expand(places, pattern))]
+    signed = {files.locate(places, name) for name in names}
+    return sorted(units, key=lambda unit: not any(is_under(path, unit.place) for path in signed))
 
 
 def into_new(work: Work) -> None:
@@ -98,17 +132,25 @@ def make_private(aside: str, wanted: list[str]) -> None:
         os.mkdir(aside, 0o700)
 
 
-def _carry(work: Work, now: Where, then: Where, *, from_set: bool) -> list[str]:
+def _carry(work: Work, now: Where, then: Where, *, from_set: bool, keys: sign_state.Keys | None = None) -> list[str]:
     path = work.plan.path
+    (_, live), *live_roots = _as_places(path, now)
+    (_, incoming), *roots = _as_places(path, then)
     return sign_state.carry_higher(
-        now.get(path, path),
-        then.get(path, path),
+        live,
+        incoming,
         work.profile,
         production=path,
-        live_roots=[pair for pair in now.items() if pair[0] != path],
-        roots=[pair for pair in then.items() if pair[0] != path],
+        live_roots=live_roots,
+        roots=roots,
         from_set=from_set,
+        keys=keys,
     )
+
+
+def _as_places(path: str, where: Where) -> list[tuple[str, str]]:
+    """The data path first."""
+    return [(path, where.get(path, path)), *(pair for pair in where.items() if pair[0] != path)]
 
 
 def _saved(work: Work, only: Ground | None = None) -> dict[str, str]:

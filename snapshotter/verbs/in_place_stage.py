@@ -9,6 +9,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from snapshotter.core.errors import JudgedBadError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.model import Access, MountSpec, Progress, Purpose, SnapshotSet, Tree
@@ -18,7 +19,7 @@ from snapshotter.host.mirror import Mirror
 from snapshotter.host.mounts import is_under
 from snapshotter.host.places import private_directory
 from snapshotter.host.store import told
-from snapshotter.nodes import files, identity
+from snapshotter.nodes import files, identity, sign_state
 from snapshotter.nodes.files import Places
 from snapshotter.nodes.profiles import Profile
 from snapshotter.verbs.in_place_plan import Plan
@@ -28,6 +29,7 @@ from snapshotter.verbs.session import Session
 
 #: Of each ground (by its path): the entries that change places; None: all there is.
 Names = Mapping[str, Sequence[str] | None]
+_ACLS = ("system.posix_acl_access", "system.posix_acl_default")
 
 
 # ------------------------------------------------------------------------------------------------------- the image
@@ -138,6 +140,20 @@ def names_of(plan: Plan, profile: Profile, seen: Mapping[str, str]) -> dict[str,
         if names is not None:
             chosen[path] = sorted(n for n in names if not any(n != m and is_under("/" + n, "/" + m) for m in names))
     return chosen
+
+
+def signed_in(plan: Plan, profile: Profile, seen: Mapping[str, str]) -> dict[str, list[str]]:
+    """For a part of a node: the set's sign-state, by ground. It doesn't change places, but is looked into: what stands
+    there must not be lower, whatever part is brought back."""
+    found: dict[str, list[str]] = {}
+    places = image_places(plan, seen)
+    for pattern in sign_state.patterns(profile) if plan.only and places else ():
+        for name in files.expand(places, pattern):
+            if files.held(places, files.locate(places, name)):
+                production = _meant(plan, places, name)
+                ground = ground_of(plan, production)
+                found.setdefault(ground.path, []).append(os.path.relpath(production, ground.path))
+    return found
 
 
 def key_files(plan: Plan, places: Places) -> list[str]:
@@ -280,6 +296,29 @@ def dress(plan: Plan, places: list[tuple[str, str]], profile: Profile, names: Na
     for path in identity.secret_files(places, profile, plan.node.key_file):
         if any(is_under(path, place) for _, place in places):
             files.hide(path)
+
+
+def top_of(path: str) -> dict[str, Any]:
+    """Owner, mode and ACLs of a directory that can't be renamed itself, for the journal."""
+    found = os.stat(path)
+    acls = {name: os.getxattr(path, name).hex() for name in os.listxattr(path) if name in _ACLS}
+    return {"uid": found.st_uid, "gid": found.st_gid, "mode": stat.S_IMODE(found.st_mode), "acls": acls}
+
+
+def set_top(path: str, wanted: Mapping[str, Any]) -> None:
+    """What `top_of` said. Without root an owner stays who it is. Raises OSError."""
+    now = top_of(path)
+    if now == wanted:
+        return
+    try:
+        os.chown(path, wanted["uid"], wanted["gid"])
+    except PermissionError:
+        pass
+    for name in now["acls"].keys() - wanted["acls"].keys():
+        os.removexattr(path, name)
+    for name, value in wanted["acls"].items():
+        os.setxattr(path, name, bytes.fromhex(value))
+    os.chmod(path, wanted["mode"])  # the last: a chown clears bits, an ACL is a mode as well
 
 
 def owner_of(text: str) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import msgspec
 
 from snapshotter import checks
-from snapshotter.core.errors import JudgedBadError, NotFoundError, SnapshotterError
+from snapshotter.core.errors import JudgedBadError, NotFoundError, PreconditionError, SnapshotterError
 from snapshotter.core.model import new_attachment_id, utc_now
 from snapshotter.host import exchange, tree
 from snapshotter.host.mounts import is_under
@@ -33,6 +33,7 @@ from snapshotter.verbs import in_place_stage as staging
 from snapshotter.verbs import in_place_swap as swapping
 from snapshotter.verbs import verify
 from snapshotter.verbs.in_place_plan import different
+from snapshotter.verbs.in_place_ways import Ground
 from snapshotter.verbs.in_place_work import Work
 
 
@@ -93,12 +94,16 @@ def _make_ready(work: Work, seen: dict[str, str]) -> None:
     if not names or (wanted and not in_it):
         what = "is no database" if plan.only == "database" else "are no keys"
         raise NotFoundError(f"there {what} in it", object=plan.set_id or plan.path)
-    work.journal.append("names", names=dict(names))
+    signer = identity.validator(image, profile) if image else ""  # what stands there later may be the live key
+    signed = staging.signed_in(plan, profile, seen)
+    work.journal.append("names", names=dict(names), signer=signer, signed=signed)
+    filled = {path: names.get(path, []) for path in (*names, *signed)}
+    filled |= {path: [*chosen, *signed.get(path, ())] for path, chosen in filled.items() if chosen is not None}
     for ground in plan.grounds:
-        if ground.path in names:
+        if ground.path in filled:
             work.journal.append("staged", path=ground.staged, known=staging.make_staged(ground))
     if seen:
-        work.notes += staging.fill(work.session, plan, names, seen, 0)
+        work.notes += staging.fill(work.session, plan, filled, seen, 0)
     if not plan.only:
         staging.strip(profile, work.staged_places())
 
@@ -155,15 +160,26 @@ def keep(work: Work) -> None:
         return
     if plan.brings_key:
         _identity(work)
+    if not plan.only:
+        _add_secrets(work, _secrets(work), work.staged_places())
     signing.into_staged(work)
     staging.dress(plan, work.staged_places(), profile, work.names())
-    units = staging.units_of(plan, work.names())
+    units = signing.first(work, staging.units_of(plan, work.names()))
     above = sorted({path for unit in units for path in exchange.missing_above(unit.place)}, key=len, reverse=True)
     work.journal.append("units", units=msgspec.to_builtins(units))
     work.journal.append("above", made=[path for path in above if any(is_under(path, root) for root in plan.roots)])
     for ground in plan.grounds:
         if os.path.isdir(ground.staged):
+            _top(work, ground)
             _sync(ground.staged)
+
+
+def _top(work: Work, ground: Ground) -> None:
+    """The directory of entries that change places stays: what is its own goes along by itself."""
+    whole = ground.fixed and work.names().get(ground.path, ()) is None
+    if whole and work.journal.last("top", ground.path) is None:
+        was, to = staging.top_of(ground.path), staging.top_of(ground.staged)
+        work.journal.append("top", step=ground.path, path=ground.path, was=was, to=to)
 
 
 def _identity(work: Work) -> None:
@@ -199,6 +215,31 @@ def _carry_identity(work: Work, live: str, new: str) -> None:
     )
 
 
+Secrets = list[tuple[str, bytes, os.stat_result]]
+
+
+def _secrets(work: Work) -> Secrets:
+    """Of the old data, wherever it is. What can't be read is no reason to leave a node that is damaged as it is."""
+    saved = work.saved_roots()
+    places = [(root, saved.get(root, root)) for root in work.plan.roots]
+    try:
+        return identity.secrets_of(places, work.profile, work.plan.left_alone) if os.path.isdir(work.live) else []
+    except (PreconditionError, FileNotFoundError) as error:
+        why = error.line() if isinstance(error, PreconditionError) else str(error)
+        work.notes.append(f"whether the old data has keys that the set lacks can't be told: {why}")
+        return []
+
+
+def _add_secrets(work: Work, secrets: Secrets, places: list[tuple[str, str]]) -> None:
+    """What the old data alone has: an account made since the take would be gone with it at the discard."""
+    added, alone = identity.add_secrets(secrets, places, work.profile, replaced=work.plan.identity == "set")
+    if added:
+        work.notes.append(f"kept, as the set has none: {', '.join(added)}")
+    if alone:
+        work.notes.append(f"only what was set aside has: {', '.join(alone)}")
+    work.journal.append("alone", names=alone)
+
+
 def exchange_places(work: Work) -> None:
     work.unused(2.0)
     if work.plan.way == "swap":
@@ -218,6 +259,9 @@ def _exchange(work: Work) -> None:
     for unit in units:
         with told(unit.place):
             exchange.forward(unit)
+    for top in work.journal.all("top"):
+        with told(top["path"]):
+            staging.set_top(top["path"], top["to"])
     exchange.sync_parents([path for unit in units for path in (unit.place, unit.aside)])
     if not any(exchange.where_old(unit) == unit.staged for unit in units):
         for record in work.journal.all("staged"):
@@ -226,7 +270,11 @@ def _exchange(work: Work) -> None:
 
 def _swap(work: Work) -> None:
     plan = work.plan
+    if work.touched():
+        swapping.swap_back(work.session, plan)  # a killed run's, that nobody has used: the old is to be looked into
+    secrets = _secrets(work)
     work.notes += swapping.swap(work.session, plan, work.found())
+    _add_secrets(work, secrets, work.places())
     staging.strip(work.profile, work.places())
     for path in identity.secret_files(work.places(), work.profile, plan.node.key_file):
         files.hide(path)
@@ -257,6 +305,13 @@ def healthy(work: Work) -> None:
         min_peers=0 if seen.get("peers") == 0 else 1,
     )
     work.health = health.prove(plan.node, work.profile, expected, float(plan.node.timeout), service=work.service)
+    if old := work.users_of_old():
+        work.health = msgspec.structs.replace(
+            work.health,
+            healthy=False,
+            findings=(*work.health.findings, f"something runs on the old data: {old}"),
+            hints=(*work.health.hints, "restart what mounts it (a container sees the old directory until then)"),
+        )
     work.notes += work.health.notes
     if work.health.healthy is False:
         work.journal.append("restored", healthy=False)

@@ -257,11 +257,17 @@ def left_alone(ground: Ground, roots: list[str], table: list[Mount]) -> list[str
 def size_of(found: SnapshotSet, roots: list[str], profile: Profile, only: str) -> int | None:
     """Bytes that the copy takes, as far as that is known before the image is looked into."""
     if only:
-        tops = [path for pattern in _patterns(profile, only) for path in profiles.matches(roots[0], pattern)]
-        return sum(_used(path) for path in tops) or None
+        return sum(_used(path) for path in tops(profile, roots[0], roots, only)) or None
     if found.size_bytes is not None:
         return found.size_bytes
     return sum(_used(root) for root in roots) or None
+
+
+def tops(profile: Profile, path: str, roots: list[str], only: str) -> list[str]:
+    """What changes places, as far as it is there now."""
+    if not only:
+        return roots
+    return [os.path.realpath(top) for pattern in _patterns(profile, only) for top in profiles.matches(path, pattern)]
 
 
 def _patterns(profile: Profile, only: str) -> tuple[str, ...]:

@@ -235,6 +235,15 @@ class Work:
         tops = [*self.plan.roots, *(ground.aside for ground in self.plan.grounds if os.path.isdir(ground.aside))]
         prove_stopped(self.service, tops, patience_s=patience_s)
 
+    def users_of_old(self) -> str:
+        """Who has open what was set aside, as a refusal says it: a mount that is older than the restore (a container's)
+        still shows the old data. '' if nobody has."""
+        try:
+            prove_stopped(None, [ground.aside for ground in self.plan.grounds], patience_s=0.0)
+        except BusyError as error:
+            return f"{error.object} {error.message}"
+        return ""
+
     def let_run(self, run: bool) -> None:
         """It can be started again, and is if it is to `run`."""
         if self.service is not None:

@@ -272,9 +272,9 @@ def _refuse_unmounted(layout: Layout) -> None:
     for found in layout.roots:
         for point in mounts.awaited(found.path, table):
             raise PreconditionError(
-                f"nothing is mounted at {point}, where /etc/fstab has a disk: the set would lack what is on it",
+                f"nothing is mounted at {point}, where /etc/fstab or systemd has a disk: the set would lack that",
                 object=found.path,
-                cure=f"mount {point}; or take its line out of /etc/fstab",
+                cure=f"mount {point}; or take its line out of /etc/fstab, or disable its .mount unit",
             )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
+import struct
 import subprocess
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from tests.faults.in_place_kit import MOVING, Story, difference, lay_out, ok, picture, story
 from tests.support import NOBODY, Command, loop_file_system
 
+ACL = "system.posix_acl_access"
 WAYS = ["copy", pytest.param("btrfs", marks=pytest.mark.root)]
 EVERY_WAY = [*WAYS, pytest.param("copy-on-btrfs", marks=pytest.mark.root)]
 
@@ -273,6 +276,38 @@ def test_the_data_path_is_a_mount_point(tmp_path: Path, kind: str) -> None:
                 subprocess.run(["umount", data / "logs"], capture_output=True)
             if data != disk:
                 subprocess.run(["umount", data], capture_output=True)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("owner", ["", "nobody"])
+def test_a_mount_points_own_owner_and_mode_are_restored(tmp_path: Path, owner: str) -> None:
+    """A fresh disk is root's: the node could not write to it."""
+    with story("entries", tmp_path) as node:
+        with node.command.config.open("a") as config:
+            config.write(f'owner = "{owner}"\n' if owner else "")
+        lay_out(node.data)
+        os.chown(node.data, 4711, 4712)
+        entries = ((1, 7, -1), (2, 5, 4713), (4, 5, -1), (16, 5, -1), (32, 0, -1))  # acl(5); the second: user 4713, r-x
+        acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+        os.setxattr(node.data, ACL, acl)
+        os.chmod(node.data, 0o2750)
+        ok(node, "take", "ours")
+        os.removexattr(node.data, ACL)
+        os.chown(node.data, 0, 0)
+        os.chmod(node.data, 0o755)
+
+        def own() -> tuple[int, int, int, bytes]:
+            found = node.data.stat()
+            acl = os.getxattr(node.data, ACL) if ACL in os.listxattr(node.data) else b""
+            return found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode), acl
+
+        fresh = own()
+        ok(node, "restore", "latest", *node.in_place)
+        assert own() == (*((NOBODY, NOBODY) if owner else (4711, 4712)), 0o2750, acl)
+        ok(node, "restore", "--undo", "ours")
+        assert own() == fresh
+        ok(node, "restore", "latest", "--in-place", "--only", "database", "--yes")
+        assert own() == fresh
 
 
 @pytest.mark.root

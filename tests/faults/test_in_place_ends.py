@@ -15,7 +15,18 @@ from typing import Any
 import pytest
 
 from snapshotter.core.errors import BusyError, StorageError
-from tests.faults.in_place_kit import Story, difference, journals, ok, picture, point, run_here, story
+from tests.faults.in_place_kit import (
+    Managed,
+    Story,
+    difference,
+    journals,
+    ok,
+    own_disk,
+    picture,
+    point,
+    run_here,
+    story,
+)
 
 IN_PLACE = ("restore", "latest", "--in-place", "--yes")
 
@@ -269,3 +280,34 @@ def test_no_identity_is_put_in_while_a_restore_is_open(node: Story, tmp_path: Pa
     assert "--continue" in error["cure"] and (node.data / "key").read_bytes() == key
     ok(node, "restore", "--undo", "ours")
     ok(node, "identity", "restore", str(export), "ours", *word)
+
+
+@pytest.mark.root
+def test_a_node_that_still_sees_the_old_data_is_found_out(tmp_path: Path) -> None:
+    """It sees the data path by a mount that is older than the restore, as in a container."""
+    with own_disk(tmp_path) as place:
+        view = tmp_path / "view"
+        view.mkdir()
+        node = Story(place, tmp_path / "home", "copy")
+        node.begin()
+        node.damage()
+        subprocess.run(["mount", "--bind", node.data, view], check=True)
+        inside = Managed(tmp_path / "inside", view)
+        node.command.config.write_text(node.command.config.read_text().replace(node.service.config(), inside.config()))
+        try:
+            inside.do("start")
+            error = ok(node, "restore", "latest", "--in-place", "--yes", code=8)
+            assert "runs on the old data" in error["message"] and str(inside.pid()) in error["message"]
+            assert "restart what mounts it" in error["cure"] and error["undo_command"]
+            error = ok(node, "restore", "--discard", "ours", "--yes", code=5)
+            assert str(inside.pid()) in error["message"]
+            inside.do("stop")
+            subprocess.run(["umount", view], check=True)
+            subprocess.run(["mount", "--bind", node.data, view], check=True)
+            inside.do("start")
+            ok(node, "restore", "--continue", "ours")
+            ok(node, "restore", "--discard", "ours", "--yes")
+            assert inside.running() and node.restored() and not node.leftovers()
+        finally:
+            inside.end()
+            subprocess.run(["umount", view], check=True)

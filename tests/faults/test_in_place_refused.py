@@ -67,6 +67,42 @@ def test_a_shell_sits_in_it(node: Story) -> None:
     nothing_changed(node)
 
 
+@pytest.mark.parametrize("part", [(), ("--only", "database"), ("--only", "key")], ids=lambda part: "-".join(part))
+def test_another_node_lives_in_it(node: Story, part: tuple[str, ...]) -> None:
+    """It would go back to what it was when the set was taken, and so would what it has signed."""
+    inner = node.data / ("database/inner" if part else "inner")
+    inner.mkdir()
+    node.old = picture(node.data)
+    with node.command.config.open("a") as config:
+        config.write(f'[node.inner]\npath = "{inner}"\n')
+    if "key" in part:
+        ok(node, *IN_PLACE, *part)  # nothing of the other changes places
+        ok(node, "restore", "--undo", "ours")
+    else:
+        error = ok(node, *IN_PLACE, *part, code=3)
+        assert "node inner lives in it" in error["message"]
+        if part:
+            assert "node inner lives in it" in ok(node, "resync", "ours", "--yes", code=3)["message"]
+    nothing_changed(node)
+
+
+@pytest.mark.root
+def test_another_node_has_a_disk_of_its_own_below(node: Story, tmp_path: Path) -> None:
+    """That stays mounted where it is."""
+    inner = node.data / "inner"
+    inner.mkdir()
+    with node.command.config.open("a") as config:
+        config.write(f'[node.inner]\npath = "{inner}"\n')
+    with loop_file_system("ext4", tmp_path, 20) as disk:
+        subprocess.run(["mount", "--bind", str(disk), str(inner)], check=True)
+        try:
+            (inner / "its").write_text("its")
+            ok(node, *IN_PLACE)
+            assert (inner / "its").read_text() == "its" and os.path.ismount(inner)
+        finally:
+            subprocess.run(["umount", str(inner)], check=True)
+
+
 def test_no_service_is_known_and_a_process_runs(node: Story) -> None:
     node.command.config.write_text(f'state = "{node.command.home}/state"\n')
     pid = node.service.pid()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import random
@@ -51,6 +52,21 @@ class Validator(Story):
         new.write_text(json.dumps({"height": str(height), "round": 0, "step": 3}))
         os.rename(new, self.state)
         self.signed = max(self.signed, self.height())
+
+    def keys(self, letter: str) -> None:
+        """As `init` makes them: of the node, and of the validator, each another letter another one."""
+        for number, name in enumerate(("node_key", "priv_validator_key")):
+            raw = bytes([ord(letter), number]) * 32
+            key = {"type": "tendermint/PrivKeyEd25519", "value": base64.b64encode(raw).decode()}
+            (self.data / "config" / f"{name}.json").write_text(json.dumps({"priv_key": key}))
+
+    def key(self) -> str:
+        value = json.loads((self.data / "config" / "priv_validator_key.json").read_text())["priv_key"]["value"]
+        return chr(base64.b64decode(value)[0])
+
+    def reset(self) -> None:
+        """`unsafe-reset-all`: the keys stay."""
+        self.state.write_text(json.dumps({"height": "0", "round": 0, "step": 0}))
 
     def height(self) -> tuple[int, int, int]:
         read = json.loads(self.state.read_text())
@@ -134,6 +150,82 @@ def lost(node: Validator) -> None:
     assert picture(node.data) == before and not journals(node)
     ok(node, "restore", "latest", "--in-place", *YES, "--sign-state-from-set")
     assert node.height() == (1, 0, 3)
+
+
+@pytest.mark.parametrize("part", [(), ("--only", "database"), ("--only", "key")], ids=lambda part: "-".join(part))
+def test_a_state_that_was_reset_is_no_record(tmp_path: Path, part: tuple[str, ...]) -> None:
+    """It says less than the set, so not what was signed since: as if it were gone."""
+    with own_disk(tmp_path) as disk:
+        node = Validator(disk, tmp_path)
+        node.keys("A")
+        node.sign(4999)
+        ok(node, "take", "ours")
+        node.sign(1000)
+        node.reset()
+        before = picture(node.data)
+        restore = ("restore", "latest", "--in-place", *part, *YES)
+        error = ok(node, *restore, code=3)
+        assert "was reset" in error["message"] and "--sign-state-from-set" in error["cure"]
+        assert picture(node.data) == before and not journals(node) and not node.leftovers()
+        ok(node, *restore, "--sign-state-from-set")
+        assert node.height() == (5000, 0, 3)
+        node.sign(7)
+        ok(node, "restore", "--undo", "ours")
+        assert node.height() == (5007, 0, 3) and not node.leftovers()
+
+
+@pytest.mark.parametrize("part", [(), ("--only", "key")], ids=["whole", "key"])
+@pytest.mark.parametrize("height", [0, 5000, 9000])
+def test_another_keys_state_is_no_record(tmp_path: Path, part: tuple[str, ...], height: int) -> None:
+    """The node was made anew, and is another validator: nothing there tells what the set's has signed."""
+    with own_disk(tmp_path) as disk:
+        node = Validator(disk, tmp_path)
+        node.keys("A")
+        node.sign(4999)
+        ok(node, "take", "ours")
+        node.keys("B")
+        node.reset()
+        if height:
+            node.sign(height)
+        before = picture(node.data)
+        restore = ("restore", "latest", "--in-place", *part, "--identity", "set", *YES)
+        error = ok(node, *restore, code=3)
+        assert "another key" in error["message"] and "--sign-state-from-set" in error["cure"]
+        assert picture(node.data) == before and not journals(node) and not node.leftovers()
+        ok(node, *restore, "--sign-state-from-set")
+        assert node.key() == "A" and node.height() == (max(5000, height), 0, 3)
+        ok(node, "restore", "--undo", "ours")
+        assert node.key() == "B" and node.height() == (max(5000, height), 0, 3) and not node.leftovers()
+
+
+def test_the_live_key_stays_with_its_own_state(tmp_path: Path) -> None:
+    with own_disk(tmp_path) as disk:
+        node = Validator(disk, tmp_path)
+        node.keys("A")
+        node.sign(4999)
+        ok(node, "take", "ours")
+        node.keys("B")
+        node.reset()
+        node.sign(100)
+        for part in (("--identity", "live"), ("--only", "database")):
+            ok(node, "restore", "latest", "--in-place", *part, *YES)
+            assert node.key() == "B" and node.height() == (100, 0, 3), part
+            ok(node, "restore", "--undo", "ours")
+            assert node.key() == "B" and node.height() == (100, 0, 3) and not node.leftovers()
+
+
+def test_a_part_leaves_a_state_that_is_damaged_beside_the_sets(tmp_path: Path) -> None:
+    with own_disk(tmp_path) as disk:
+        node = Validator(disk, tmp_path)
+        node.keys("A")
+        ok(node, "take", "ours")
+        node.state.write_text("{")
+        restore = ("restore", "latest", "--in-place", "--only", "key", *YES)
+        ok(node, *restore, code=3)
+        assert node.state.read_text() == "{"
+        said = ok(node, *restore, "--sign-state-from-set")
+        (kept,) = node.state.parent.glob("*.corrupted-*")
+        assert node.height() == (1, 0, 3) and kept.read_text() == "{" and str(kept) in str(said["warnings"])
 
 
 def test_what_was_accepted_of_a_restore_is_not_of_its_undo(tmp_path: Path) -> None:

@@ -131,6 +131,36 @@ def test_disks_of_fstab_that_are_not_mounted(tmp_path: Path, monkeypatch: pytest
     assert awaited("/mnt/node", table) == ["/mnt"]
 
 
+def test_disks_of_mount_units_that_are_not_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, run = tmp_path / "etc", tmp_path / "run"
+    monkeypatch.setattr("snapshotter.host.mounts.FSTAB", str(tmp_path / "none"))
+    monkeypatch.setattr("snapshotter.host.mounts.UNITS", (str(own), str(run)))
+    table = [made("/", "8:1"), made("/srv", "8:2", number=2), made("/srv/node/in", "8:3", number=3)]
+    assert awaited("/srv/node", table) == []  # no systemd
+    for directory in (own, run):
+        (directory / "local-fs.target.wants").mkdir(parents=True)
+
+    def unit(name: str, where: str, *, enabled: bool = True, directory: Path = own) -> None:
+        (directory / name).write_text(f"[Unit]\n#Where=/srv/node/no\n[Mount]\nWhat=/dev/x\nWhere = {where}\n")
+        if enabled:
+            (own / "local-fs.target.wants" / name).symlink_to(directory / name)
+
+    unit("srv.mount", "/srv")  # it is mounted
+    unit("srv-node-in.mount", "/srv/node/in")
+    unit("srv-other.mount", "/srv/other")
+    unit("srv-node-off.mount", "/srv/node/off", enabled=False)
+    unit("srv-node-at.mount", "/srv/node/%i")
+    (own / "srv-node-masked.mount").symlink_to("/dev/null")
+    unit("srv-node-masked.mount", "/srv/node/masked", directory=run)
+    (own / "srv-node-gone.mount").symlink_to(tmp_path / "nowhere")
+    assert awaited("/srv/node", table) == []
+    unit("srv-node-ancient.mount", "/srv/node/ancient/")
+    unit("srv-node.mount", "/srv/node", directory=run)
+    assert awaited("/srv/node", table) == ["/srv/node", "/srv/node/ancient"]
+    unit("mnt.mount", "/mnt")
+    assert awaited("/mnt/node", table) == ["/mnt"] and awaited("/other", table) == []
+
+
 def test_what_zfs_mounts_of_itself() -> None:
     def of(path: str, source: str) -> bool:
         return by_hand(structs.replace(made(path, "0:99"), fstype="zfs", source=source))

@@ -217,6 +217,60 @@ def test_a_hard_link_in_the_store_keeps_what_it_had(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "store").read_text())["height"] == "10"
 
 
+# Of a restore the set's says nothing new.
+
+
+A_AND_B = sign_state.Keys(live="BB", of_set="AA")
+
+
+@pytest.mark.parametrize(
+    ("live", "incoming", "keys", "refused", "then"),
+    [
+        (0, 10, sign_state.Keys(), True, 10),  # reset
+        (9, 10, sign_state.Keys("AA", "AA"), True, 10),
+        (10, 10, sign_state.Keys("AA", "AA"), False, 10),
+        (11, 10, sign_state.Keys("AA", "AA"), False, 11),
+        (11, 10, sign_state.Keys("", "AA"), False, 11),  # the key on disk is gone
+        (0, 0, A_AND_B, True, 0),
+        (0, 10, A_AND_B, True, 10),
+        (11, 10, A_AND_B, True, 11),  # another's: whether it is high enough can't be told; nor is it ever lowered
+        (5, 10, sign_state.Keys("BB", "AA", live_stays=True), False, 5),
+        (11, 10, sign_state.Keys("BB", "AA", live_stays=True), False, 11),
+        (5, 10, sign_state.Keys("AA", "AA", live_stays=True), True, 10),
+    ],
+)
+def test_a_live_one_below_the_sets_or_of_another_key_tells_nothing(
+    tmp_path: Path, live: int, incoming: int, keys: sign_state.Keys, refused: bool, then: int
+) -> None:
+    a, b = cometbft(tmp_path / "a", live), cometbft(tmp_path / "b", incoming)
+    before = content(a), content(b)
+    if refused:
+        with pytest.raises(PreconditionError) as caught:
+            sign_state.carry_higher(str(a), str(b), COMETBFT, keys=keys)
+        assert "--sign-state-from-set" in caught.value.cure and (content(a), content(b)) == before
+    assert bool(sign_state.carry_higher(str(a), str(b), COMETBFT, keys=keys, from_set=refused)) is (
+        refused or live != incoming
+    )
+    assert json.loads((b / STATE).read_text())["height"] == str(then) and content(a) == before[0]
+
+
+def test_slashing_protection_made_anew_tells_nothing(tmp_path: Path) -> None:
+    a, b = lighthouse(tmp_path / "a", {}), lighthouse(tmp_path / "b", HISTORY)
+    with pytest.raises(PreconditionError, match="was reset"):
+        sign_state.carry_higher(str(a), str(b), LIGHTHOUSE, keys=sign_state.Keys())
+
+
+def test_an_entry_that_is_elsewhere_is_found_by_a_pattern_too(tmp_path: Path) -> None:
+    profile = profiles.Profile(
+        name="p", title="P", hot_safety=COMETBFT.hot_safety, sign_state=("*/state.json",), sign_state_format="cometbft"
+    )
+    (tmp_path / "node").mkdir()
+    (tmp_path / "staged").write_text(json.dumps({"height": 5, "round": 0, "step": 0}))
+    roots = [(str(tmp_path / "node/one/state.json"), str(tmp_path / "staged"))]
+    (found,) = sign_state.compare(str(tmp_path / "node"), str(tmp_path / "node"), profile, roots=roots)
+    assert found.order is Order.ABSENT
+
+
 # Links: the image's still name production.
 
 
@@ -426,15 +480,16 @@ while True:
 
 class Exchanges(RuleBasedStateMachine):
     """A validator that signs, sets that are taken of it, restores that exchange directories, and undos of them: each
-    carries the higher state and then exchanges; a kill may come before either, and then it is begun again. What the
-    live directory says was signed is never less than what was."""
+    carries the higher state and then exchanges; a kill may come before either, and then it is begun again. Keys come
+    and go, and states are reset. What the live directory says was signed is never less than what was."""
 
     def __init__(self) -> None:
         super().__init__()
         self.top = Path(tempfile.mkdtemp(prefix="sign-state-"))
         self.live = cometbft(self.top / "live", 0, 0, 0)
-        self.signed = (0, 0, 0)
-        self.sets: list[Path] = []
+        self.signed = (0, 0, 0)  # with the key that is live
+        self.key = "A"
+        self.sets: list[tuple[str, Path]] = []
         self.asides: list[Path] = []
         self.count = 0
 
@@ -465,24 +520,62 @@ class Exchanges(RuleBasedStateMachine):
     def take(self) -> None:
         copy = self.new("set")
         shutil.copytree(self.live, copy)
-        self.sets.append(copy)
+        self.sets.append((self.key, copy))
 
-    def exchange(self, incoming: Path, killed: bool) -> None:
+    def exchange(self, incoming: Path, killed: bool, keys: sign_state.Keys | None = None) -> None:
         if killed:  # after the carrying, before the exchange: the validator goes on, then it is begun again
-            sign_state.carry_higher(str(self.live), str(incoming), COMETBFT)
+            sign_state.carry_higher(str(self.live), str(incoming), COMETBFT, keys=keys)
             self.sign((1, 0, 1))
-        sign_state.carry_higher(str(self.live), str(incoming), COMETBFT)
+        sign_state.carry_higher(str(self.live), str(incoming), COMETBFT, keys=keys)
         aside = self.new("aside")
         self.live.rename(aside)
         incoming.rename(self.live)
         self.asides.append(aside)
 
+    def staged(self, data: st.DataObject) -> tuple[str, Path]:
+        key, of_set = data.draw(st.sampled_from(self.sets))
+        copy = self.new("staged")
+        shutil.copytree(of_set, copy)
+        return key, copy
+
     @precondition(lambda self: self.sets)
     @rule(data=st.data(), killed=st.booleans())
     def restore(self, data: st.DataObject, killed: bool) -> None:
-        copy = self.new("staged")
-        shutil.copytree(data.draw(st.sampled_from(self.sets)), copy)
-        self.exchange(copy, killed)
+        key, copy = self.staged(data)
+        if key == self.key:
+            self.exchange(copy, killed, sign_state.Keys(self.key, key))
+            return
+        with pytest.raises(PreconditionError):  # what that one has signed since isn't here
+            self.exchange(copy, killed=False, keys=sign_state.Keys(self.key, key))
+
+    @precondition(lambda self: self.sets)
+    @rule(data=st.data(), killed=st.booleans())
+    def keep_the_key(self, data: st.DataObject, killed: bool) -> None:
+        key, copy = self.staged(data)
+        self.exchange(copy, killed, sign_state.Keys(self.key, key, live_stays=True))
+
+    @rule()
+    def another_key(self) -> None:
+        """The node is made anew, and is another validator. What was set aside is of the one before: discarded."""
+        self.key += "A"
+        self.signed = (0, 0, 0)
+        self.asides.clear()
+        cometbft(self.live, *self.signed)
+
+    @precondition(lambda self: self.sets)
+    @rule(data=st.data(), to=st.sampled_from([(0, 0, 0), (1, 0, 1)]))
+    def reset(self, data: st.DataObject, to: tuple[int, int, int]) -> None:
+        """A live one below a set's was reset: refused, until the newest copy is there again."""
+        key, copy = self.staged(data)
+        kept = (self.live / STATE).read_bytes()
+        cometbft(self.live, *to)
+        of_set = json.loads((copy / STATE).read_text())
+        if (int(of_set["height"]), of_set["round"], of_set["step"]) > to or key != self.key:
+            for stays in {key == self.key, False}:
+                with pytest.raises(PreconditionError):
+                    keys = sign_state.Keys(self.key, key, live_stays=stays)
+                    sign_state.carry_higher(str(self.live), str(copy), COMETBFT, keys=keys)
+        (self.live / STATE).write_bytes(kept)
 
     @precondition(lambda self: self.asides)
     @rule(data=st.data(), killed=st.booleans())
@@ -497,8 +590,7 @@ class Exchanges(RuleBasedStateMachine):
         """A live state that can't be read is refused, and then it is still there."""
         kept = (self.live / STATE).read_bytes()
         (self.live / STATE).write_bytes(kept[:5])
-        copy = self.new("staged")
-        shutil.copytree(data.draw(st.sampled_from(self.sets)), copy)
+        _, copy = self.staged(data)
         with pytest.raises(PreconditionError):
             sign_state.carry_higher(str(self.live), str(copy), COMETBFT)
         (self.live / STATE).write_bytes(kept)
