@@ -143,6 +143,26 @@ def back(unit: Unit, *, ran: bool) -> None:
         raise _foreign(unit.place)
 
 
+def back_again(unit: Unit) -> None:
+    """The inverse of `back`, before `remove_new`: what it took from the place stands there again, also where the old
+    one is gone by now. Raises StorageError, OSError."""
+    here = known(unit.place)
+    if here not in (None, unit.old):
+        return
+    # Where there was no old one, nothing has ever been moved to `aside`.
+    places = (unit.staged, unit.aside) if unit.old is not None else (unit.staged,)
+    where = where_new(unit) or next((path for path in places if known(path) not in (None, unit.old)), None)
+    if where is None and here is not None:  # there was none, or the node had removed it
+        _make_parent(unit.aside)
+        move(unit.place, unit.aside)
+    elif where is not None and here is None:
+        move(where, unit.place)
+    elif where is not None:
+        _swap(unit.place, where, unit.staged if where != unit.staged else unit.aside)
+        if known(unit.staged) == unit.old:
+            move(unit.staged, unit.aside)
+
+
 def remove_new(unit: Unit, *, ran: bool) -> list[str]:
     """After `back`: remove the new one; returns what is kept because it is neither. Raises OSError, BusyError."""
     here = known(unit.place)

@@ -102,7 +102,7 @@ def _back(work: Work, error: BaseException | None) -> None:
         raise UndoIncompleteError(
             f"the restore could not all be undone ({said}){_after(error)}",
             object=work.plan.path,
-            left=[work.journal.path, *_stopped(work)],
+            left=[work.journal.path, *work.stopped()],
             cure="mend that",
             undo_command=f"snapshotter restore --undo {work.plan.path}",
         ) from failed
@@ -115,17 +115,6 @@ def _undo(work: Work) -> None:
         with told(work.plan.path):
             back.backward(work)
         work.journal.remove()
-
-
-def _stopped(work: Work) -> list[str]:
-    """The service, if it ran before and doesn't now: on what is half undone it can't."""
-    try:
-        ran = work.plan.running or (work.journal.last("undo") or {}).get("run_again")
-        if work.service is not None and ran and not work.service.running():
-            return [f"the service {work.service.name}, stopped"]
-    except SnapshotterError:
-        pass
-    return []
 
 
 def _unstarted(work: Work, error: BaseException | None) -> UndoIncompleteError:
@@ -147,13 +136,13 @@ def go_on(session: Session, target: str | None) -> dict[str, Any]:
     PreconditionError (the node may have run on a mix of old and new, so the end would be none of both)."""
     with _open(session, target) as work:
         work.require_disks(of_aside=work.discarding)
+        if work.discarding:  # also of one that was being undone, and could not be
+            return _discarded(work)
         if work.turned:
             _back(work, None)
             return _document(work, "undone")
-        if work.discarding:
-            return _discarded(work)
         if (done := work.journal.last("restored")) is None:
-            if work.mixed():
+            if work.mixed() and not work.lost():  # else on is the only way
                 raise PreconditionError(
                     "the node may have run on a mix of old and new since the restore was interrupted",
                     object=work.plan.path,
@@ -189,8 +178,10 @@ def to_discard(session: Session, target: str | None) -> list[str]:
     with _open(session, target, locked=False) as work:
         _refuse_unfinished(work)
         unwell = (work.journal.last("restored") or {}).get("healthy") is False
+        half = "(some of it is gone, and it was being put back: what was restored stands there again afterwards)"
         aside = [ground.aside for ground in work.plan.grounds] or [f"{s.provider}:{s.swap_id}" for s in work.plan.swaps]
-        return [*aside, *(["(the node was not well after its restore)"] if unwell else [])]
+        unwell_too = ["(the node was not well after its restore)"] if unwell else []
+        return [*aside, *unwell_too, *([half] if work.turned else [])]
 
 
 def discard(session: Session, target: str | None) -> dict[str, Any]:
@@ -201,7 +192,7 @@ def discard(session: Session, target: str | None) -> dict[str, Any]:
 
 
 def _refuse_unfinished(work: Work) -> None:
-    if not work.journal.has("restored") or work.turned:
+    if (work.turned or not work.journal.has("restored")) and not (work.turned and (work.discarding or work.lost())):
         path = work.plan.path
         raise PreconditionError(
             "the restore isn't done: what is set aside may be all there is",

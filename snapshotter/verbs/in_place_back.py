@@ -21,7 +21,8 @@ from snapshotter.verbs.in_place_work import Work
 
 def backward(work: Work) -> None:
     """The old state. Raises any of core.errors: nothing was changed if `work.turned` is still false."""
-    work.require_disks()
+    work.require_disks(all_of_it=True)
+    work.refuse_lost()
     if not work.journal.has("returned"):
         work.refuse_foreign()
     appeared = [unit for unit in work.units() if unit.old is None and exchange.known(unit.place) is not None]
@@ -162,6 +163,8 @@ def discard(work: Work) -> list[str]:
         work.journal.append("discard")
     gone = _commit_swaps(work)
     units = work.units()
+    if work.turned:
+        _turn_again(work, units)
     for unit in units:
         with told(unit.aside):
             exchange.remove_old(unit)
@@ -179,6 +182,19 @@ def discard(work: Work) -> list[str]:
         if any(mounts.is_under(u.aside, ground.aside) and u.old for u in units):
             gone.append(ground.aside)
     return gone
+
+
+def _turn_again(work: Work, units: list[Unit]) -> None:
+    """Of the undo that can't be ended, as some of the old data is gone: all of the new stands in its place again, and
+    the service runs on that."""
+    for unit in units:
+        with told(unit.place):
+            exchange.back_again(unit)
+    exchange.sync_parents([unit.place for unit in units])
+    for ground in work.plan.grounds:
+        exchange.remove_empty([unit.staged for unit in units], ground.staged)
+    work.let_run(bool(work.plan.running or (work.journal.last("undo") or {}).get("run_again")))
+    work.notes.append("it could not be undone, as some of the old data was gone: what was restored stands there again")
 
 
 def _commit_swaps(work: Work) -> list[str]:

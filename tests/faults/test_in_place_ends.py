@@ -3,6 +3,7 @@ though the node isn't well. And what else it must not trip over."""
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from snapshotter.core.errors import BusyError, StorageError
-from tests.faults.in_place_kit import Story, difference, journals, ok, picture, point, run_here, story
+from tests.faults.in_place_kit import Story, difference, journals, ok, picture, point, run_here, story, with_a_mask
 
 IN_PLACE = ("restore", "latest", "--in-place", "--yes")
 
@@ -200,6 +201,116 @@ def test_old_data_that_was_brought_back_from_another_disk_is_not_taken_for_the_n
         ok(node, "restore", "--undo", "ours")
         assert node.as_it_was(), difference(picture(node.data), node.old)
         assert node.service.running() and not node.leftovers()
+
+
+# ------------------------------------------------------------------------------------------ what was set aside is gone
+
+
+def gone(node: Story, how: str) -> None:
+    """By an operator's hand: the whole aside, or a part of it."""
+    (aside,) = map(Path, node.leftovers())
+    if how == "whole":
+        shutil.rmtree(aside)
+    elif how == "moved":
+        aside.rename(aside.parent / "elsewhere")
+    else:
+        shutil.rmtree(aside / "database")
+
+
+LOSSES = [("copy", "whole"), *(pytest.param("entries", how, marks=pytest.mark.root) for how in ("part", "moved"))]
+
+
+def as_restored(node: Story) -> bool:
+    """But for what the restored node has made, what is set aside, and what was moved away."""
+    others = ("elsewhere", "made", ".corrupted-")
+    now = {name: what for name, what in picture(node.data).items() if not name.startswith(others)}
+    return not difference(now, node.of_set)
+
+
+@pytest.mark.parametrize(("kind", "how"), LOSSES)
+def test_an_undo_without_the_old_data_is_refused_before_anything_is_stopped(
+    tmp_path: Path, kind: str, how: str
+) -> None:
+    with story(kind, tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, *IN_PLACE)
+        did = node.service.did()
+        gone(node, how)
+        error = ok(node, "restore", "--undo", "ours", code=3)
+        assert "--discard" in error["cure"] and ".corrupted-" in error["object"]
+        assert node.service.did() == did and node.service.running() and as_restored(node)
+        if how == "moved":
+            (elsewhere,) = node.data.glob("elsewhere")
+            elsewhere.rename(Path(error["object"]).parent)
+            ok(node, "restore", "--undo", "ours")
+            assert node.as_it_was() and node.service.running() and not node.leftovers()
+            return
+        ok(node, "restore", "--discard", "ours", "--yes")
+        assert node.service.did() == did and as_restored(node) and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.parametrize(("kind", "how"), LOSSES)
+def test_one_that_goes_while_it_is_put_back_leaves_a_way_out(tmp_path: Path, kind: str, how: str) -> None:
+    """The undo has begun, so the service is stopped, masked, and what is there a mix: a discard ends it, and the node
+    runs on what was restored."""
+    masked = tmp_path / "home" / "etc" / "masked"
+
+    def unasked() -> None:
+        from snapshotter.verbs.in_place_work import Work
+
+        with_a_mask(node)()
+        Work.refuse_lost = lambda _: None  # type: ignore[method-assign]
+
+    with story(kind, tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, *IN_PLACE, before=with_a_mask(node))
+        (node.data / "made.json").write_text("[]")
+        (node.data / "new").write_text("[]")
+        (node.data / "new").replace(node.data / "static-nodes.json")
+        gone(node, how)
+        ok(node, "restore", "--undo", "ours", code=7, before=unasked)
+        assert masked.exists() and not node.service.running()
+        for way in ("--undo", "--continue"):
+            error = ok(node, "restore", way, "ours", code=7, before=with_a_mask(node))
+            assert "--discard" in error["cure"] and any("stopped" in left for left in error["left"])
+        assert ok(node, "take", "ours", code=5)
+        done = ok(node, "restore", "--discard", "ours", "--yes", before=with_a_mask(node))
+        assert any("stands there again" in text for text in done["warnings"])
+        assert as_restored(node) and (node.data / "made.json").exists()
+        assert node.service.running() and not masked.exists() and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
+def test_one_that_was_cut_in_the_middle_goes_on_without_the_old_data(tmp_path: Path) -> None:
+    with story("entries", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        calls = run_here(node.command, *IN_PLACE)[2]
+        ok(node, "restore", "--undo", "ours")
+        assert run_here(node.command, *IN_PLACE, kill_at=point(calls, "after-forward", 3))[0] == -signal.SIGKILL
+        shutil.rmtree(next(path for path in node.leftovers() if ".corrupted-" in path))
+        error = ok(node, "restore", "--undo", "ours", code=3)
+        assert "--continue" in error["cure"] and "--discard" in error["cure"]
+        ok(node, "restore", "--continue", "ours")
+        assert node.service.running()
+        ok(node, "restore", "--discard", "ours", "--yes")
+        assert as_restored(node) and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
+def test_some_of_what_was_copied_to_another_disk_is_gone(tmp_path: Path) -> None:
+    with story("away", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, "restore", node.set_id, *node.in_place)
+        gone(node, "part")
+        did = node.service.did()
+        ok(node, "restore", "--undo", "ours", code=3)
+        assert node.service.did() == did and node.service.running() and node.restored()
+        ok(node, "restore", "--discard", "ours", "--yes")
+        assert node.restored() and not node.leftovers() and not journals(node)
 
 
 # ---------------------------------------------------------------------------------------------------- not well, twice
