@@ -15,6 +15,7 @@ from snapshotter.core.errors import (
     NotFoundError,
     PreconditionError,
     SnapshotterError,
+    Told,
     UndoIncompleteError,
     UsageError,
 )
@@ -48,8 +49,8 @@ def plan_resync(session: Session, target: str | None, **how: Any) -> Plan:
 
 
 def carry_out(session: Session, plan: Plan) -> dict[str, Any]:
-    """Returns the document. Raises any of core.errors: nothing has changed then, but for `Unhealthy` (restored; the
-    undo command is named) and UndoIncompleteError."""
+    """Returns the document. Raises any of core.errors: nothing has changed then, but for `Unhealthy`, what comes after
+    the start (restored; the undo command is named) and UndoIncompleteError."""
     with _locked(session, plan):
         open_restores.refuse(session, plan.target, finished=True)
         plan = planning.as_of_now(plan)  # a person was asked meanwhile
@@ -80,14 +81,22 @@ def _begin(session: Session, plan: Plan) -> Work:
 
 
 def _drive(work: Work) -> None:
-    """Forward; on any failure before the node runs on the new content, back."""
+    """Forward; on any failure before the node runs on the new content, back. After that, what it has written since is
+    nobody's to drop unasked."""
     try:
         with told(work.plan.path):
             forward(work)
     except Unhealthy:
         raise
     except BaseException as error:
-        _back(work, error)
+        if not work.started:
+            _back(work, error)
+        elif isinstance(error, Told):
+            path = work.plan.path
+            stays = f"what was restored stays in place; snapshotter restore --continue {path} ends it"
+            error.cure = f"{error.cure}; {stays}" if error.cure else stays
+            error.left = (*error.left, *work.stopped())
+            error.undo_command = error.undo_command or f"snapshotter restore --undo {path}"
         raise
 
 

@@ -239,6 +239,7 @@ def _swap(work: Work) -> None:
 
 def start(work: Work) -> None:
     work.let_run(bool(work.plan.running))
+    work.started = True
 
 
 def healthy(work: Work) -> None:
@@ -259,7 +260,7 @@ def healthy(work: Work) -> None:
     work.health = health.prove(plan.node, work.profile, expected, float(plan.node.timeout), service=work.service)
     work.notes += work.health.notes
     if work.health.healthy is False:
-        work.journal.append("restored", healthy=False)
+        work.note("restored", healthy=False)
         raise Unhealthy(
             f"restored, but the node isn't well: {'; '.join(work.health.findings)}",
             object=plan.path,

@@ -3,10 +3,12 @@ though the node isn't well. And what else it must not trip over."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 
 from snapshotter.core.errors import BusyError, StorageError
+from snapshotter.nodes import health
 from tests.faults.in_place_kit import Story, difference, journals, ok, picture, point, run_here, story, with_a_mask
 
 IN_PLACE = ("restore", "latest", "--in-place", "--yes")
@@ -328,6 +331,93 @@ def test_to_continue_one_whose_node_is_not_well_is_no_success(node: Story) -> No
     assert node.restored() and node.service.running()
     ok(node, "restore", "--undo", "ours")
     assert node.as_it_was() and node.service.running()
+
+
+# ------------------------------------------------------------------------------------------- after the node was started
+
+
+def ssh_drops() -> None:
+    """While its health is waited for."""
+
+    def prove(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(60)
+
+    health.prove = prove
+
+
+def in_the_health_wait(node: Story, how: Callable[[], None], code: int) -> None:
+    killed, said, _ = run_here(node.command, *IN_PLACE, before=how)
+    assert killed == code, said
+    assert node.service.running() and journals(node)
+    (node.data / "made-since").write_text("by weeks of work")
+
+
+def killed_then() -> None:
+    def prove(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    health.prove = prove
+
+
+def no_room_for(kind: str) -> Callable[[], None]:
+    def patch() -> None:
+        from snapshotter.core.journal import Journal
+
+        append = Journal.append
+
+        def full(self: Journal, what: str, **facts: Any) -> None:
+            if kind in (what, f"{what} {facts.get('step')}"):
+                raise StorageError("can't write the journal: No space left on device", object=self.path)
+            append(self, what, **facts)
+
+        Journal.append = full  # type: ignore[method-assign]
+
+    return patch
+
+
+def no_start() -> None:
+    """As a daemon-reload that fails."""
+    from snapshotter.verbs.in_place_work import Work
+
+    def let_run(self: Work, run: bool) -> None:
+        raise StorageError("can't unmask it: Connection timed out", object="its unit")
+
+    Work.let_run = let_run  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("cut", ["killed", "hung up"])
+def test_what_the_node_wrote_since_its_start_is_never_dropped_unasked(node: Story, cut: str) -> None:
+    how, code = (killed_then, -signal.SIGKILL) if cut == "killed" else (ssh_drops, 9)
+    in_the_health_wait(node, how, code)
+    faults = [(ssh_drops, 9), (no_room_for("done healthy"), 6), (no_room_for("restored"), 6)]
+    for fault, exit_code in faults:
+        error = ok(node, "restore", "--continue", "ours", code=exit_code, before=fault)
+        assert "--undo" in error["undo_command"] and "--continue" in error["cure"]
+        assert (node.data / "made-since").exists() and node.service.running() and journals(node)
+    ok(node, "restore", "--continue", "ours")
+    assert (node.data / "made-since").exists() and node.service.running()
+    ok(node, "restore", "--undo", "ours")
+    assert node.as_it_was() and node.service.running() and not node.leftovers()
+
+
+def test_nor_by_one_that_was_killed_as_it_started_it(node: Story) -> None:
+    calls = run_here(node.command, *IN_PLACE)[2]
+    ok(node, "restore", "--undo", "ours")
+    at = point(calls, "after-Commands.start")
+    assert run_here(node.command, *IN_PLACE, kill_at=at)[0] == -signal.SIGKILL
+    (node.data / "made-since").write_text("by weeks of work")
+    error = ok(node, "restore", "--continue", "ours", code=6, before=no_start)
+    assert "--undo" in error["undo_command"]
+    assert (node.data / "made-since").exists() and node.service.running()
+    ok(node, "restore", "--continue", "ours")
+    assert (node.data / "made-since").exists() and node.service.running()
+
+
+def test_one_that_is_not_well_says_so_also_where_its_journal_is_full(node: Story) -> None:
+    (node.service.home / "bad-start").write_text("nothing")
+    error = ok(node, *IN_PLACE, code=8, before=no_room_for("restored"))
+    assert "--undo" in error["undo_command"] and node.restored()
 
 
 # ------------------------------------------------------------------------------------------------------------ others
