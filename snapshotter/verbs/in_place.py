@@ -123,7 +123,18 @@ def _undo(work: Work) -> None:
     with deferred():
         with told(work.plan.path):
             back.backward(work)
-        work.journal.remove()
+        if not _still_masked(work):
+            work.journal.remove()
+
+
+def _still_masked(work: Work) -> bool:
+    """Whether our mask is left: the journal stays, so that the undo, done again, takes it away."""
+    if work.unstarted is None or work.service is None or not work.service.can_mask or work.plan.masked:
+        return False
+    try:
+        return work.service.masked()
+    except SnapshotterError:
+        return True
 
 
 def _unstarted(work: Work, error: BaseException | None) -> UndoIncompleteError:
@@ -132,7 +143,8 @@ def _unstarted(work: Work, error: BaseException | None) -> UndoIncompleteError:
         f"{work.plan.path} is what it was, and its service doesn't run on that ({why}){_after(error)}",
         object=work.plan.path,
         left=[f"the service {work.plan.document()['service']}, stopped"],
-        cure="see why, and start it",
+        cure="see why, and start it" if not (masked := _still_masked(work)) else "mend that",
+        undo_command=f"snapshotter restore --undo {work.plan.path}" if masked else "",
     )
 
 

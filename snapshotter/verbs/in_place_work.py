@@ -291,10 +291,15 @@ class Work:
         return []
 
     def let_run(self, run: bool) -> None:
-        """It can be started again, and is if it is to `run`."""
+        """It can be started again, and is if it is to `run`: also where unmasking it failed, but it isn't masked."""
         if self.service is not None:
             if self.service.can_mask and not self.plan.masked:
-                self.service.unmask()
+                try:
+                    self.service.unmask()
+                except SnapshotterError as error:
+                    if self.service.masked():
+                        raise
+                    self.notes.append(error.line())
             if run:
                 self.service.start()
 
