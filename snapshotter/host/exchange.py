@@ -10,6 +10,7 @@ Source: renameat2(2). RENAME_EXCHANGE is one step for the file system: at no ins
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
 from collections.abc import Iterable
@@ -163,12 +164,18 @@ def back_again(unit: Unit) -> None:
             move(unit.staged, unit.aside)
 
 
-def remove_new(unit: Unit, *, ran: bool) -> list[str]:
-    """After `back`: remove the new one; returns what is kept because it is neither. Raises OSError, BusyError."""
+def is_back(unit: Unit) -> bool:
+    """After `back`: False if there was none, and somebody has made one. Raises StorageError if it isn't the old one."""
     here = known(unit.place)
     if here != unit.old and (unit.old is not None or here == unit.new):
         raise StorageError("the old one is not in its place, so nothing is removed", object=unit.place)
-    kept = [unit.place] if here != unit.old else []  # there was none, and somebody has made one
+    return here == unit.old
+
+
+def remove_new(unit: Unit, *, ran: bool) -> list[str]:
+    """Remove the new one, once each old one `is_back`: the old run may go on with that, and make it anew; returns what
+    is kept because it is neither. Raises OSError, BusyError."""
+    kept = []
     # Where there was no old one, nothing has ever been moved to `aside`: what stands there isn't ours to remove.
     for path in (unit.staged, unit.aside) if unit.old is not None else (unit.staged,):
         found = known(path)
@@ -196,6 +203,17 @@ def remove(path: str, which: Known) -> None:
         mirror.remove_clone(path, mirror.directory_identity(path), made=True)
     else:
         os.unlink(path)
+
+
+def locked(path: str) -> bool:
+    """Whether nobody, root neither, can rename or remove the entry (chattr +i, +a)."""
+    return tree.locked(-100, path)  # AT_FDCWD
+
+
+def locked_below(top: str) -> str | None:
+    """The first such entry at or below it."""
+    below = (os.path.join(at, name) for at, *names in os.walk(top) for name in sorted(names[0] + names[1]))
+    return next((path for path in itertools.chain([top], below) if locked(path)), None)
 
 
 def remove_empty(paths: Iterable[str], top: str) -> None:

@@ -115,16 +115,30 @@ def _back(work: Work, error: BaseException | None) -> None:
             cure="mend that",
             undo_command=f"snapshotter restore --undo {work.plan.path}",
         ) from failed
-    if work.unstarted is not None:
-        raise _unstarted(work, error)
+    _refuse_unended(work, error)
 
 
 def _undo(work: Work) -> None:
     with deferred():
         with told(work.plan.path):
             back.backward(work)
-        if not _still_masked(work):
+        if not work.unremoved and not _still_masked(work):
             work.journal.remove()
+
+
+def _refuse_unended(work: Work, error: BaseException | None) -> None:
+    """Raise UndoIncompleteError where the old data is in its place, and that isn't all."""
+    if work.unremoved:
+        first, path = work.unremoved[0], work.plan.path
+        raise UndoIncompleteError(
+            f"{path} is what it was, but what was restored could not all be removed: {first.what()}{_after(error)}",
+            object=path,
+            left=[*dict.fromkeys(each.object for each in work.unremoved), *work.stopped()],
+            cure=first.cure,
+            undo_command=f"snapshotter restore --undo {path}",
+        )
+    if work.unstarted is not None:
+        raise _unstarted(work, error)
 
 
 def _still_masked(work: Work) -> bool:
@@ -189,8 +203,7 @@ def undo(session: Session, target: str | None, *, from_set: bool = False) -> dic
             if not work.turned:
                 raise  # refused: it is as it was
             _back(work, None)
-        if work.unstarted is not None:
-            raise _unstarted(work, None)
+        _refuse_unended(work, None)
         return _document(work, "undone")
 
 

@@ -8,7 +8,13 @@ import os
 
 import msgspec
 
-from snapshotter.core.errors import PreconditionError, SnapshotterError, StorageError, UndoIncompleteError
+from snapshotter.core.errors import (
+    BusyError,
+    PreconditionError,
+    SnapshotterError,
+    StorageError,
+    UndoIncompleteError,
+)
 from snapshotter.host import exchange, mounts
 from snapshotter.host.exchange import Unit
 from snapshotter.host.store import told
@@ -28,15 +34,18 @@ def backward(work: Work) -> None:
     appeared = [unit for unit in work.units() if unit.old is None and exchange.known(unit.place) is not None]
     touched = work.begun("exchange") and (bool(appeared) or work.touched())
     changed = work.begun("save") or touched or work.begun("start") or work.turned
-    if work.journal.has("returned"):
-        _let_run(work, bool((work.journal.last("undo") or {}).get("run_again")))
+    if (returned := work.journal.last("returned")) is not None:
+        undo = work.journal.last("undo") or {}
+        _let_run(work, bool(returned.get("run_again", undo.get("run_again"))))
+        _remove(work, _not_brought_back(work), bool(returned.get("ran", undo.get("ran"))))
         return
     runs = changed and work.service is not None and work.service.running()
     before = work.journal.last("undo") or {}
     ran = work.begun("start") or bool(before.get("ran"))
     run_again = bool(work.plan.running) or runs or bool(before.get("run_again"))
-    # Where the copy of the old was brought back from another disk, what stands there is that, and nobody else's.
-    units = [unit for unit in work.units() if not work.brought_back(staging.ground_of(work.plan, unit.place))]
+    units = _not_brought_back(work)
+    apart = work.plan.way == "copy" and ran and not before
+    _refuse_held([*units, *(_made(work, units) if apart else [])])
     if changed:
         try:
             if not ran and work.mixed():
@@ -46,8 +55,9 @@ def backward(work: Work) -> None:
                 )
             ran = ran or work.may_have_run()
             work.stop()
-            if work.plan.way == "copy" and ran and not before:
-                units = _with_made(work, units)
+            if work.plan.way == "copy" and ran and not before and (made := _made(work, units)):
+                units = [*units, *made]
+                work.note("units", units=msgspec.to_builtins(units))
             if work.plan.way == "copy" and (ran or work.moved()):
                 units = signing.into_old(work, units, ran=ran)
         except BaseException as error:
@@ -76,15 +86,26 @@ def backward(work: Work) -> None:
     elif changed:
         _exchange_back(work, units, ran)
     swapping.tidy(work.plan)
-    work.unstage()
-    _bring_back(work)
-    for ground in work.plan.grounds:
-        exchange.remove_empty([unit.aside for unit in units], ground.aside)
-        exchange.remove_empty([unit.staged for unit in units], ground.staged)
+    if work.away:  # the old needs the room of the new
+        _remove(work, units, ran)
+        if work.unremoved:
+            raise work.unremoved[0]
+        _bring_back(work)
     for path in (work.journal.last("above") or {"made": []})["made"]:
         exchange.remove_empty([], path)
-    work.note("returned")  # from here on what stands there is the old run's again, whatever it makes of it
-    _let_run(work, run_again)
+    # From here on what stands there is the old run's again, whatever it makes of it; and nothing that the new holds
+    # keeps it from running. Where the journal can't take that, the new goes first, so that this is never done again.
+    noted = work.note("returned", run_again=run_again, ran=ran)
+    if noted:
+        _let_run(work, run_again)
+    _remove(work, units, ran)
+    if not noted:
+        _let_run(work, run_again)
+
+
+def _not_brought_back(work: Work) -> list[Unit]:
+    """Where the copy of the old was brought back from another disk, what stands there is that, and nobody else's."""
+    return [unit for unit in work.units() if not work.brought_back(staging.ground_of(work.plan, unit.place))]
 
 
 def _let_run(work: Work, run_again: bool) -> None:
@@ -107,15 +128,16 @@ def _as_left(work: Work, units: list[Unit]) -> list[Unit]:
     return left
 
 
-def _with_made(work: Work, units: list[Unit]) -> list[Unit]:
-    """These, and what the new run has made beside them: where entries change places one by one, that is in none of
+def _made(work: Work, units: list[Unit]) -> list[Unit]:
+    """What the new run has made beside these: where entries change places one by one, that is in none of
     them. All of it is the new run's, as in a directory that changes places whole: before, the place had none of it."""
     plan = work.plan
     try:
         names = staging.names_of(plan, work.profile, {})
     except SnapshotterError as error:
-        work.notes.append(f"what the restored node has made anew stays: {error.line()}")
-        return units
+        stays = f"what the restored node has made anew stays: {error.line()}"
+        work.notes += [stays] if stays not in work.notes else []
+        return []
     known = {unit.place for unit in units}
     made = []
     for ground in plan.grounds:
@@ -124,9 +146,7 @@ def _with_made(work: Work, units: list[Unit]) -> list[Unit]:
             above = any(mounts.is_under(place, unit.place) or mounts.is_under(unit.place, place) for place in known)
             if not above and unit.old is not None:
                 made.append(msgspec.structs.replace(unit, old=None, new=unit.old))
-    if made:
-        work.note("units", units=msgspec.to_builtins([*units, *made]))
-    return [*units, *made]
+    return made
 
 
 def _exchange_back(work: Work, units: list[Unit], ran: bool) -> None:
@@ -136,8 +156,54 @@ def _exchange_back(work: Work, units: list[Unit], ran: bool) -> None:
     exchange.sync_parents([unit.place for unit in units])
     for unit in units:
         with told(unit.place):
-            for kept in exchange.remove_new(unit, ran=ran):
-                work.notes.append(f"{kept} is neither the old nor the new one, and stays")
+            if not exchange.is_back(unit):
+                work.notes.append(f"{unit.place} is neither the old nor the new one, and stays")
+
+
+def _remove(work: Work, units: list[Unit], ran: bool) -> None:
+    """What was restored goes. What can't is no reason to leave the node stopped: `work.unremoved` has it."""
+    work.unremoved = []
+    for unit in units:
+        try:
+            with told(unit.place):
+                for kept in exchange.remove_new(unit, ran=ran):
+                    work.notes.append(f"{kept} is neither the old nor the new one, and stays")
+        except SnapshotterError as error:
+            work.unremoved.append(_held(error, unit.staged, unit.aside))
+    try:
+        with told(work.plan.path):
+            work.unstage()
+    except SnapshotterError as error:
+        if not work.unremoved:
+            work.unremoved.append(_held(error, *(ground.staged for ground in work.plan.grounds)))
+    for ground in work.plan.grounds:
+        exchange.remove_empty([unit.aside for unit in units], ground.aside)
+        exchange.remove_empty([unit.staged for unit in units], ground.staged)
+
+
+def _held(error: SnapshotterError, *paths: str) -> SnapshotterError:
+    """The error, which knows what failed to be removed by its last name alone, with the real path in it."""
+    for top in paths if not isinstance(error, BusyError) else ():  # something is mounted in it: that is named
+        if (path := exchange.locked_below(top)) is not None:
+            return StorageError("is immutable or append-only", object=path, cure=f"chattr -R -ia {top}")
+    return error
+
+
+def _refuse_held(units: list[Unit]) -> None:
+    """Raise PreconditionError where an entry that is to be moved can't be, so that nothing is stopped for it."""
+    for unit in units:
+        old = exchange.where_old(unit)
+        if old == unit.place or (old is None and unit.old is not None):
+            continue
+        for path in [unit.place, os.path.dirname(unit.place), *([old] if old else [])]:
+            if exchange.locked(path):
+                raise PreconditionError(
+                    "can't be moved: it is immutable or append-only", object=path, cure=f"chattr -ia {path}"
+                )
+        if mounts.is_mount_point(os.path.realpath(unit.place)):
+            raise BusyError(
+                "can't be moved: something is mounted there", object=unit.place, cure=f"umount {unit.place}"
+            )
 
 
 def _bring_back(work: Work) -> None:

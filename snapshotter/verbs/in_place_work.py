@@ -49,6 +49,7 @@ class Work:
         self.started = self.begun("start")  # by this run or an earlier one, weeks ago perhaps: never undone unasked
         self.asked = False  # --sign-state-from-set was said of the undo
         self.unstarted: SnapshotterError | None = None  # why the service doesn't run on the old data
+        self.unremoved: list[SnapshotterError] = []  # why the new could not all be removed, behind the old
         self._found: SnapshotSet | None = None
 
     # ------------------------------------------------------------------------------------------------ the journal
@@ -62,13 +63,14 @@ class Work:
         last = next((r["kind"] for r in reversed(self.journal.records) if r["kind"] in ("discard", "kept")), "")
         return last == "discard"
 
-    def note(self, kind: str, **facts: Any) -> None:
+    def note(self, kind: str, **facts: Any) -> bool:
         """A record that is only of use after a kill. The journal's disk may be full: no reason to leave the node as it
-        is."""
+        is. Returns whether it stands there."""
         try:
             self.journal.append(kind, **facts)
         except StorageError:
-            pass
+            return False
+        return True
 
     def units(self) -> list[Unit]:
         """What changes places."""

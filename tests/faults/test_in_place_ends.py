@@ -333,6 +333,72 @@ def test_to_continue_one_whose_node_is_not_well_is_no_success(node: Story) -> No
     assert node.as_it_was() and node.service.running()
 
 
+# -------------------------------------------------------------------------------- what can't be moved, nor removed
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["copy", "entries"])
+@pytest.mark.parametrize("how", ["immutable", "mounted"])
+def test_what_was_restored_and_can_not_be_removed_keeps_no_node_stopped(tmp_path: Path, kind: str, how: str) -> None:
+    with story(kind, tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, *IN_PLACE)
+        held = node.data / "database" / ("sub" if how == "mounted" else "kept")
+        if how == "mounted":
+            held.mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(held)], check=True)
+        else:
+            held.write_text("x")
+            subprocess.run(["chattr", "+i", str(held)], check=True)
+        try:
+            error = ok(node, "restore", "--undo", "ours", code=7, before=with_a_mask(node))
+            assert node.as_it_was() or kind == "entries"  # there, what is left of it lies below
+            assert node.service.running() and not (node.command.home / "masked").exists()
+            (where,) = error["left"]
+            real = error["cure"].split()[-1]
+            assert Path(real if how == "mounted" else where).exists()
+            assert error["cure"].startswith("umount" if how == "mounted" else "chattr -R -ia")
+            assert "--undo" in error["undo_command"]
+            assert ok(node, "restore", "--continue", "ours", code=7)["left"] == [where]
+            assert node.service.running()
+            # The old run goes on meanwhile, and makes a file anew.
+            (node.data / "anew").write_text((node.data / "static-nodes.json").read_text())
+            (node.data / "anew").replace(node.data / "static-nodes.json")
+        finally:
+            for path in (node.place if kind == "copy" else node.data).rglob(held.name):
+                subprocess.run(
+                    ["umount" if how == "mounted" else "chattr", *(["-i"] if how != "mounted" else []), path]
+                )
+        subprocess.run([*error["cure"].split()], capture_output=True)
+        ok(node, "restore", "--undo", "ours")
+        assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
+def test_what_was_restored_and_can_not_be_moved_is_refused_before_anything_is_stopped(tmp_path: Path) -> None:
+    with story("entries", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, *IN_PLACE)
+        did = node.service.did()
+        (node.data / "made").write_text("x")
+        for hold, let_go, code in (
+            (["chattr", "+i", node.data / "made"], ["chattr", "-i", node.data / "made"], 3),
+            (["chattr", "+i", node.data / "key"], ["chattr", "-i", node.data / "key"], 3),
+            (["mount", "-t", "tmpfs", "tmpfs", node.data / "caches"], ["umount", node.data / "caches"], 5),
+        ):
+            (node.data / "caches").mkdir(exist_ok=True)
+            subprocess.run(hold, check=True)
+            try:
+                error = ok(node, "restore", "--undo", "ours", code=code)
+                assert error["object"] == str(hold[-1]) and node.service.did() == did
+            finally:
+                subprocess.run(let_go, check=True)
+        ok(node, "restore", "--undo", "ours")
+        assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
+
+
 # ------------------------------------------------------------------------------------------- after the node was started
 
 
