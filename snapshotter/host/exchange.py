@@ -10,6 +10,7 @@ Source: renameat2(2). RENAME_EXCHANGE is one step for the file system: at no ins
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
 from collections.abc import Iterable
@@ -143,12 +144,38 @@ def back(unit: Unit, *, ran: bool) -> None:
         raise _foreign(unit.place)
 
 
-def remove_new(unit: Unit, *, ran: bool) -> list[str]:
-    """After `back`: remove the new one; returns what is kept because it is neither. Raises OSError, BusyError."""
+def back_again(unit: Unit) -> None:
+    """The inverse of `back`, before `remove_new`: what it took from the place stands there again, also where the old
+    one is gone by now. Raises StorageError, OSError."""
+    here = known(unit.place)
+    if here not in (None, unit.old):
+        return
+    # Where there was no old one, nothing has ever been moved to `aside`.
+    places = (unit.staged, unit.aside) if unit.old is not None else (unit.staged,)
+    where = where_new(unit) or next((path for path in places if known(path) not in (None, unit.old)), None)
+    if where is None and here is not None:  # there was none, or the node had removed it
+        _make_parent(unit.aside)
+        move(unit.place, unit.aside)
+    elif where is not None and here is None:
+        move(where, unit.place)
+    elif where is not None:
+        _swap(unit.place, where, unit.staged if where != unit.staged else unit.aside)
+        if known(unit.staged) == unit.old:
+            move(unit.staged, unit.aside)
+
+
+def is_back(unit: Unit) -> bool:
+    """After `back`: False if there was none, and somebody has made one. Raises StorageError if it isn't the old one."""
     here = known(unit.place)
     if here != unit.old and (unit.old is not None or here == unit.new):
         raise StorageError("the old one is not in its place, so nothing is removed", object=unit.place)
-    kept = [unit.place] if here != unit.old else []  # there was none, and somebody has made one
+    return here == unit.old
+
+
+def remove_new(unit: Unit, *, ran: bool) -> list[str]:
+    """Remove the new one, once each old one `is_back`: the old run may go on with that, and make it anew; returns what
+    is kept because it is neither. Raises OSError, BusyError."""
+    kept = []
     # Where there was no old one, nothing has ever been moved to `aside`: what stands there isn't ours to remove.
     for path in (unit.staged, unit.aside) if unit.old is not None else (unit.staged,):
         found = known(path)
@@ -176,6 +203,17 @@ def remove(path: str, which: Known) -> None:
         mirror.remove_clone(path, mirror.directory_identity(path), made=True)
     else:
         os.unlink(path)
+
+
+def locked(path: str) -> bool:
+    """Whether nobody, root neither, can rename or remove the entry (chattr +i, +a)."""
+    return tree.locked(-100, path)  # AT_FDCWD
+
+
+def locked_below(top: str) -> str | None:
+    """The first such entry at or below it."""
+    below = (os.path.join(at, name) for at, *names in os.walk(top) for name in sorted(names[0] + names[1]))
+    return next((path for path in itertools.chain([top], below) if locked(path)), None)
 
 
 def remove_empty(paths: Iterable[str], top: str) -> None:

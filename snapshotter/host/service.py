@@ -49,6 +49,9 @@ class Service(Protocol):
     def masked(self) -> bool:
         """Whether it can't be started now, by us or by its operator. Ask before `mask`: what he masked stays so."""
 
+    def refuse_unmaskable(self) -> None:
+        """Raise PreconditionError where `mask` couldn't be done, though `can_mask`: asked before it is stopped."""
+
     def mask(self) -> None:
         """Nobody can start it from here on until `unmask`, nor does a boot. It goes on if it runs. Twice is fine;
         nothing where it can't be done. Raises PreconditionError (no permission), StorageError (it didn't take)."""
@@ -143,6 +146,13 @@ def _must(argv: Sequence[str], what: str, name: str = "") -> None:
         raise StorageError(f"can't {what} it: {outcome.said}", object=name or " ".join(argv), cure=cure)
 
 
+def _is_mask(link: str) -> bool:
+    try:
+        return os.readlink(link) == "/dev/null"
+    except OSError:
+        return False
+
+
 def cgroup2() -> str | None:
     """Where the unified cgroup hierarchy is mounted (not always /sys/fs/cgroup); None if it isn't."""
     return next((mount.path for mount in table() if mount.fstype == "cgroup2"), None)
@@ -195,6 +205,13 @@ class SystemdUnit(Struct, frozen=True):
             )
         return os.path.join(_MASKS, real)
 
+    def refuse_unmaskable(self) -> None:
+        link = at = self._link()
+        while not os.path.isdir(at := os.path.dirname(at)):
+            pass
+        if not os.access(at, os.W_OK):  # of root also false where it is mounted read-only, or immutable
+            raise PreconditionError("can't mask it: nothing can be made there", object=link, cure="run as root")
+
     def mask(self) -> None:
         from snapshotter.core.journal import sync_directory  # a take needs neither
 
@@ -216,15 +233,18 @@ class SystemdUnit(Struct, frozen=True):
     def unmask(self) -> None:
         from snapshotter.core.journal import sync_directory
 
-        link = self._link()
-        try:
-            if os.readlink(link) == "/dev/null":
+        # Ours has its own name: whose is an alias's was never made. Killed before the reload, none is left and it is
+        # masked; else a reload, which may fail, isn't needed.
+        names = {self.unit, self.unit.removesuffix(".service") + ".service"}
+        links = [link for link in (os.path.join(_MASKS, name) for name in names) if _is_mask(link)]
+        if not links and not self.masked():
+            return
+        for link in links:
+            try:
                 os.unlink(link)
                 sync_directory(_MASKS)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise PreconditionError(f"can't unmask it: {error.strerror}", object=link, cure="run as root") from None
+            except OSError as error:
+                raise PreconditionError(f"can't unmask it: {error.strerror}", object=link, cure="run as root") from None
         _must(["systemctl", "daemon-reload"], "unmask", self.unit)
 
     def control_group(self) -> str | None:
@@ -275,6 +295,9 @@ class Commands(Struct, frozen=True):
 
     def masked(self) -> bool:
         return False
+
+    def refuse_unmaskable(self) -> None:
+        return None
 
     def mask(self) -> None:
         return None

@@ -15,6 +15,7 @@ from snapshotter.core.errors import (
     NotFoundError,
     PreconditionError,
     SnapshotterError,
+    Told,
     UndoIncompleteError,
     UsageError,
 )
@@ -48,8 +49,8 @@ def plan_resync(session: Session, target: str | None, **how: Any) -> Plan:
 
 
 def carry_out(session: Session, plan: Plan) -> dict[str, Any]:
-    """Returns the document. Raises any of core.errors: nothing has changed then, but for `Unhealthy` (restored; the
-    undo command is named) and UndoIncompleteError."""
+    """Returns the document. Raises any of core.errors: nothing has changed then, but for `Unhealthy`, what comes after
+    the start (restored; the undo command is named) and UndoIncompleteError."""
     with _locked(session, plan):
         open_restores.refuse(session, plan.target, finished=True)
         plan = planning.as_of_now(plan)  # a person was asked meanwhile
@@ -80,14 +81,22 @@ def _begin(session: Session, plan: Plan) -> Work:
 
 
 def _drive(work: Work) -> None:
-    """Forward; on any failure before the node runs on the new content, back."""
+    """Forward; on any failure before the node runs on the new content, back. After that, what it has written since is
+    nobody's to drop unasked."""
     try:
         with told(work.plan.path):
             forward(work)
     except Unhealthy:
         raise
     except BaseException as error:
-        _back(work, error)
+        if not work.started:
+            _back(work, error)
+        elif isinstance(error, Told):
+            path = work.plan.path
+            stays = f"what was restored stays in place; snapshotter restore --continue {path} ends it"
+            error.cure = f"{error.cure}; {stays}" if error.cure else stays
+            error.left = (*error.left, *work.stopped())
+            error.undo_command = error.undo_command or f"snapshotter restore --undo {path}"
         raise
 
 
@@ -102,30 +111,44 @@ def _back(work: Work, error: BaseException | None) -> None:
         raise UndoIncompleteError(
             f"the restore could not all be undone ({said}){_after(error)}",
             object=work.plan.path,
-            left=[work.journal.path, *_stopped(work)],
+            left=[work.journal.path, *work.stopped()],
             cure="mend that",
             undo_command=f"snapshotter restore --undo {work.plan.path}",
         ) from failed
-    if work.unstarted is not None:
-        raise _unstarted(work, error)
+    _refuse_unended(work, error)
 
 
 def _undo(work: Work) -> None:
     with deferred():
         with told(work.plan.path):
             back.backward(work)
-        work.journal.remove()
+        if not work.unremoved and not _still_masked(work):
+            work.journal.remove()
 
 
-def _stopped(work: Work) -> list[str]:
-    """The service, if it ran before and doesn't now: on what is half undone it can't."""
+def _refuse_unended(work: Work, error: BaseException | None) -> None:
+    """Raise UndoIncompleteError where the old data is in its place, and that isn't all."""
+    if work.unremoved:
+        first, path = work.unremoved[0], work.plan.path
+        raise UndoIncompleteError(
+            f"{path} is what it was, but what was restored could not all be removed: {first.what()}{_after(error)}",
+            object=path,
+            left=[*dict.fromkeys(each.object for each in work.unremoved), *work.stopped()],
+            cure=first.cure,
+            undo_command=f"snapshotter restore --undo {path}",
+        )
+    if work.unstarted is not None:
+        raise _unstarted(work, error)
+
+
+def _still_masked(work: Work) -> bool:
+    """Whether our mask is left: the journal stays, so that the undo, done again, takes it away."""
+    if work.unstarted is None or work.service is None or not work.service.can_mask or work.plan.masked:
+        return False
     try:
-        ran = work.plan.running or (work.journal.last("undo") or {}).get("run_again")
-        if work.service is not None and ran and not work.service.running():
-            return [f"the service {work.service.name}, stopped"]
+        return work.service.masked()
     except SnapshotterError:
-        pass
-    return []
+        return True
 
 
 def _unstarted(work: Work, error: BaseException | None) -> UndoIncompleteError:
@@ -134,7 +157,8 @@ def _unstarted(work: Work, error: BaseException | None) -> UndoIncompleteError:
         f"{work.plan.path} is what it was, and its service doesn't run on that ({why}){_after(error)}",
         object=work.plan.path,
         left=[f"the service {work.plan.document()['service']}, stopped"],
-        cure="see why, and start it",
+        cure="see why, and start it" if not (masked := _still_masked(work)) else "mend that",
+        undo_command=f"snapshotter restore --undo {work.plan.path}" if masked else "",
     )
 
 
@@ -147,13 +171,13 @@ def go_on(session: Session, target: str | None) -> dict[str, Any]:
     PreconditionError (the node may have run on a mix of old and new, so the end would be none of both)."""
     with _open(session, target) as work:
         work.require_disks(of_aside=work.discarding)
+        if work.discarding:  # also of one that was being undone, and could not be
+            return _discarded(work)
         if work.turned:
             _back(work, None)
             return _document(work, "undone")
-        if work.discarding:
-            return _discarded(work)
         if (done := work.journal.last("restored")) is None:
-            if work.mixed():
+            if work.mixed() and not work.lost():  # else on is the only way
                 raise PreconditionError(
                     "the node may have run on a mix of old and new since the restore was interrupted",
                     object=work.plan.path,
@@ -179,8 +203,7 @@ def undo(session: Session, target: str | None, *, from_set: bool = False) -> dic
             if not work.turned:
                 raise  # refused: it is as it was
             _back(work, None)
-        if work.unstarted is not None:
-            raise _unstarted(work, None)
+        _refuse_unended(work, None)
         return _document(work, "undone")
 
 
@@ -189,10 +212,12 @@ def to_discard(session: Session, target: str | None) -> list[str]:
     with _open(session, target, locked=False) as work:
         _refuse_unfinished(work)
         unwell = (work.journal.last("restored") or {}).get("healthy") is False
+        half = "(some of it is gone, and it was being put back: what was restored stands there again afterwards)"
         aside = [ground.aside for ground in work.plan.grounds] or [f"{s.provider}:{s.swap_id}" for s in work.plan.swaps]
         alone = (work.journal.last("alone") or {"names": []})["names"]
         aside += [f"with the only copy of {name}" for name in alone]
-        return [*aside, *(["(the node was not well after its restore)"] if unwell else [])]
+        unwell_too = ["(the node was not well after its restore)"] if unwell else []
+        return [*aside, *unwell_too, *([half] if work.turned else [])]
 
 
 def discard(session: Session, target: str | None) -> dict[str, Any]:
@@ -203,7 +228,7 @@ def discard(session: Session, target: str | None) -> dict[str, Any]:
 
 
 def _refuse_unfinished(work: Work) -> None:
-    if not work.journal.has("restored") or work.turned:
+    if (work.turned or not work.journal.has("restored")) and not (work.turned and (work.discarding or work.lost())):
         path = work.plan.path
         raise PreconditionError(
             "the restore isn't done: what is set aside may be all there is",

@@ -46,12 +46,13 @@ def remove_saved(ground: Ground, entries: Sequence[str]) -> None:
 
 def bring_back(ground: Ground, entries: Sequence[str], report: Report) -> None:
     """The inverse of both: what is in `aside` stands in its place again, made ready beside it first. What a killed
-    `remove_saved` has left there goes. Raises StorageError."""
+    `remove_saved` has left there goes before that: there may not be room for both, and the copy is whole, and on its
+    disk. Raises StorageError."""
     there = [entry for entry in entries if os.path.lexists(os.path.join(ground.aside, entry))]
+    remove_saved(ground, entries)
     with told(ground.staged):
         _make(ground.staged)
         _copy(ground.aside, ground.staged, there, "bringing back", report)
-    remove_saved(ground, entries)
     with told(ground.path):
         for entry in there:
             exchange.move(os.path.join(ground.staged, entry).rstrip("/"), os.path.join(ground.path, entry).rstrip("/"))

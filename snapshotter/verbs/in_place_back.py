@@ -8,7 +8,13 @@ import os
 
 import msgspec
 
-from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError, UndoIncompleteError
+from snapshotter.core.errors import (
+    BusyError,
+    PreconditionError,
+    SnapshotterError,
+    StorageError,
+    UndoIncompleteError,
+)
 from snapshotter.host import exchange, mounts
 from snapshotter.host.exchange import Unit
 from snapshotter.host.store import told
@@ -22,21 +28,25 @@ from snapshotter.verbs.in_place_work import Work
 
 def backward(work: Work) -> None:
     """The old state. Raises any of core.errors: nothing was changed if `work.turned` is still false."""
-    work.require_disks()
+    work.require_disks(all_of_it=True)
+    work.refuse_lost()
     if not work.journal.has("returned"):
         work.refuse_foreign()
     appeared = [unit for unit in work.units() if unit.old is None and exchange.known(unit.place) is not None]
     touched = work.begun("exchange") and (bool(appeared) or work.touched())
     changed = work.begun("save") or touched or work.begun("start") or work.turned
-    if work.journal.has("returned"):
-        _let_run(work, bool((work.journal.last("undo") or {}).get("run_again")))
+    if (returned := work.journal.last("returned")) is not None:
+        undo = work.journal.last("undo") or {}
+        _let_run(work, bool(returned.get("run_again", undo.get("run_again"))))
+        _remove(work, _not_brought_back(work), bool(returned.get("ran", undo.get("ran"))))
         return
     runs = changed and work.service is not None and work.service.running()
     before = work.journal.last("undo") or {}
     ran = work.begun("start") or bool(before.get("ran"))
     run_again = bool(work.plan.running) or runs or bool(before.get("run_again"))
-    # Where the copy of the old was brought back from another disk, what stands there is that, and nobody else's.
-    units = [unit for unit in work.units() if not work.brought_back(staging.ground_of(work.plan, unit.place))]
+    units = _not_brought_back(work)
+    apart = work.plan.way == "copy" and ran and not before
+    _refuse_held([*units, *(_made(work, units) if apart else [])])
     if changed:
         try:
             if not ran and work.mixed():
@@ -46,8 +56,9 @@ def backward(work: Work) -> None:
                 )
             ran = ran or work.may_have_run()
             work.stop()
-            if work.plan.way == "copy" and ran and not before:
-                units = _with_made(work, units)
+            if work.plan.way == "copy" and ran and not before and (made := _made(work, units)):
+                units = [*units, *made]
+                work.note("units", units=msgspec.to_builtins(units))
             if work.plan.way == "copy" and (ran or work.moved()):
                 units = signing.into_old(work, units, ran=ran)
         except BaseException as error:
@@ -79,15 +90,26 @@ def backward(work: Work) -> None:
         with told(top["path"]):
             staging.set_top(top["path"], top["was"])
     swapping.tidy(work.plan)
-    work.unstage()
-    _bring_back(work)
-    for ground in work.plan.grounds:
-        exchange.remove_empty([unit.aside for unit in units], ground.aside)
-        exchange.remove_empty([unit.staged for unit in units], ground.staged)
+    if work.away:  # the old needs the room of the new
+        _remove(work, units, ran)
+        if work.unremoved:
+            raise work.unremoved[0]
+        _bring_back(work)
     for path in (work.journal.last("above") or {"made": []})["made"]:
         exchange.remove_empty([], path)
-    work.note("returned")  # from here on what stands there is the old run's again, whatever it makes of it
-    _let_run(work, run_again)
+    # From here on what stands there is the old run's again, whatever it makes of it; and nothing that the new holds
+    # keeps it from running. Where the journal can't take that, the new goes first, so that this is never done again.
+    noted = work.note("returned", run_again=run_again, ran=ran)
+    if noted:
+        _let_run(work, run_again)
+    _remove(work, units, ran)
+    if not noted:
+        _let_run(work, run_again)
+
+
+def _not_brought_back(work: Work) -> list[Unit]:
+    """Where the copy of the old was brought back from another disk, what stands there is that, and nobody else's."""
+    return [unit for unit in work.units() if not work.brought_back(staging.ground_of(work.plan, unit.place))]
 
 
 def _let_run(work: Work, run_again: bool) -> None:
@@ -110,15 +132,16 @@ def _as_left(work: Work, units: list[Unit]) -> list[Unit]:
     return left
 
 
-def _with_made(work: Work, units: list[Unit]) -> list[Unit]:
-    """These, and what the new run has made beside them: where entries change places one by one, that is in none of
+def _made(work: Work, units: list[Unit]) -> list[Unit]:
+    """What the new run has made beside these: where entries change places one by one, that is in none of
     them. All of it is the new run's, as in a directory that changes places whole: before, the place had none of it."""
     plan = work.plan
     try:
         names = staging.names_of(plan, work.profile, {})
     except SnapshotterError as error:
-        work.notes.append(f"what the restored node has made anew stays: {error.line()}")
-        return units
+        stays = f"what the restored node has made anew stays: {error.line()}"
+        work.notes += [stays] if stays not in work.notes else []
+        return []
     known = {unit.place for unit in units}
     made = []
     for ground in plan.grounds:
@@ -127,9 +150,7 @@ def _with_made(work: Work, units: list[Unit]) -> list[Unit]:
             above = any(mounts.is_under(place, unit.place) or mounts.is_under(unit.place, place) for place in known)
             if not above and unit.old is not None:
                 made.append(msgspec.structs.replace(unit, old=None, new=unit.old))
-    if made:
-        work.note("units", units=msgspec.to_builtins([*units, *made]))
-    return [*units, *made]
+    return made
 
 
 def _exchange_back(work: Work, units: list[Unit], ran: bool) -> None:
@@ -139,8 +160,54 @@ def _exchange_back(work: Work, units: list[Unit], ran: bool) -> None:
     exchange.sync_parents([unit.place for unit in units])
     for unit in units:
         with told(unit.place):
-            for kept in exchange.remove_new(unit, ran=ran):
-                work.notes.append(f"{kept} is neither the old nor the new one, and stays")
+            if not exchange.is_back(unit):
+                work.notes.append(f"{unit.place} is neither the old nor the new one, and stays")
+
+
+def _remove(work: Work, units: list[Unit], ran: bool) -> None:
+    """What was restored goes. What can't is no reason to leave the node stopped: `work.unremoved` has it."""
+    work.unremoved = []
+    for unit in units:
+        try:
+            with told(unit.place):
+                for kept in exchange.remove_new(unit, ran=ran):
+                    work.notes.append(f"{kept} is neither the old nor the new one, and stays")
+        except SnapshotterError as error:
+            work.unremoved.append(_held(error, unit.staged, unit.aside))
+    try:
+        with told(work.plan.path):
+            work.unstage()
+    except SnapshotterError as error:
+        if not work.unremoved:
+            work.unremoved.append(_held(error, *(ground.staged for ground in work.plan.grounds)))
+    for ground in work.plan.grounds:
+        exchange.remove_empty([unit.aside for unit in units], ground.aside)
+        exchange.remove_empty([unit.staged for unit in units], ground.staged)
+
+
+def _held(error: SnapshotterError, *paths: str) -> SnapshotterError:
+    """The error, which knows what failed to be removed by its last name alone, with the real path in it."""
+    for top in paths if not isinstance(error, BusyError) else ():  # something is mounted in it: that is named
+        if (path := exchange.locked_below(top)) is not None:
+            return StorageError("is immutable or append-only", object=path, cure=f"chattr -R -ia {top}")
+    return error
+
+
+def _refuse_held(units: list[Unit]) -> None:
+    """Raise PreconditionError where an entry that is to be moved can't be, so that nothing is stopped for it."""
+    for unit in units:
+        old = exchange.where_old(unit)
+        if old == unit.place or (old is None and unit.old is not None):
+            continue
+        for path in [unit.place, os.path.dirname(unit.place), *([old] if old else [])]:
+            if exchange.locked(path):
+                raise PreconditionError(
+                    "can't be moved: it is immutable or append-only", object=path, cure=f"chattr -ia {path}"
+                )
+        if mounts.is_mount_point(os.path.realpath(unit.place)):
+            raise BusyError(
+                "can't be moved: something is mounted there", object=unit.place, cure=f"umount {unit.place}"
+            )
 
 
 def _bring_back(work: Work) -> None:
@@ -172,6 +239,8 @@ def discard(work: Work) -> list[str]:
         work.journal.append("discard")
     gone = _commit_swaps(work)
     units = work.units()
+    if work.turned:
+        _turn_again(work, units)
     for unit in units:
         with told(unit.aside):
             exchange.remove_old(unit)
@@ -189,6 +258,19 @@ def discard(work: Work) -> list[str]:
         if any(mounts.is_under(u.aside, ground.aside) and u.old for u in units):
             gone.append(ground.aside)
     return gone
+
+
+def _turn_again(work: Work, units: list[Unit]) -> None:
+    """Of the undo that can't be ended, as some of the old data is gone: all of the new stands in its place again, and
+    the service runs on that."""
+    for unit in units:
+        with told(unit.place):
+            exchange.back_again(unit)
+    exchange.sync_parents([unit.place for unit in units])
+    for ground in work.plan.grounds:
+        exchange.remove_empty([unit.staged for unit in units], ground.staged)
+    work.let_run(bool(work.plan.running or (work.journal.last("undo") or {}).get("run_again")))
+    work.notes.append("it could not be undone, as some of the old data was gone: what was restored stands there again")
 
 
 def _commit_swaps(work: Work) -> list[str]:

@@ -341,6 +341,8 @@ def _masked(service: Service | None, running: bool | None) -> bool:
             object=service.name,
             cure=f"systemctl unmask {service.name}",
         )
+    if service is not None and service.can_mask and not masked:
+        service.refuse_unmaskable()
     return masked
 
 

@@ -287,6 +287,7 @@ def _swap(work: Work) -> None:
 
 def start(work: Work) -> None:
     work.let_run(bool(work.plan.running))
+    work.started = True
 
 
 def healthy(work: Work) -> None:
@@ -314,7 +315,7 @@ def healthy(work: Work) -> None:
         )
     work.notes += work.health.notes
     if work.health.healthy is False:
-        work.journal.append("restored", healthy=False)
+        work.note("restored", healthy=False)
         raise Unhealthy(
             f"restored, but the node isn't well: {'; '.join(work.health.findings)}",
             object=plan.path,

@@ -12,7 +12,14 @@ from typing import Any
 
 import msgspec
 
-from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.errors import (
+    BusyError,
+    NotFoundError,
+    PreconditionError,
+    SnapshotterError,
+    StorageError,
+    UndoIncompleteError,
+)
 from snapshotter.core.journal import Journal
 from snapshotter.core.model import SnapshotSet
 from snapshotter.host import exchange, mounts
@@ -39,8 +46,10 @@ class Work:
         self.notes: list[str] = []
         self.health: health.Health | None = None
         self.turned = journal.has("undo")  # what was set aside is being put back: the old state or exit 7
+        self.started = self.begun("start")  # by this run or an earlier one, weeks ago perhaps: never undone unasked
         self.asked = False  # --sign-state-from-set was said of the undo
         self.unstarted: SnapshotterError | None = None  # why the service doesn't run on the old data
+        self.unremoved: list[SnapshotterError] = []  # why the new could not all be removed, behind the old
         self._found: SnapshotSet | None = None
 
     # ------------------------------------------------------------------------------------------------ the journal
@@ -54,13 +63,14 @@ class Work:
         last = next((r["kind"] for r in reversed(self.journal.records) if r["kind"] in ("discard", "kept")), "")
         return last == "discard"
 
-    def note(self, kind: str, **facts: Any) -> None:
+    def note(self, kind: str, **facts: Any) -> bool:
         """A record that is only of use after a kill. The journal's disk may be full: no reason to leave the node as it
-        is."""
+        is. Returns whether it stands there."""
         try:
             self.journal.append(kind, **facts)
         except StorageError:
-            pass
+            return False
+        return True
 
     def units(self) -> list[Unit]:
         """What changes places."""
@@ -153,10 +163,47 @@ class Work:
         """Whether old data is only where it was copied to, on another disk."""
         return any(self.journal.last("removing", g.path) and not self.brought_back(g) for g in self.plan.grounds)
 
-    def require_disks(self, *, of_aside: bool = False) -> None:
+    def lost(self) -> list[str]:
+        """Where old data was set aside and is no more: removed by hand, or moved away. (What the old run has made anew
+        before it changed places, on a mix, is none: it was never set aside.)"""
+        if self.journal.has("returned"):
+            return []
+        mixed = not self.begun("start") and not (self.journal.last("undo") or {}).get("ran") and self.mixed()
+        return [
+            unit.aside
+            for unit in self.units()
+            if unit.old is not None
+            and exchange.where_old(unit) is None
+            and not (mixed and exchange.where_new(unit) != unit.place)
+            and not self.brought_back(staging.ground_of(self.plan, unit.place))
+        ]
+
+    def refuse_lost(self) -> None:
+        """Raise PreconditionError where not all of the old data is there any more: it must be known before the service
+        is stopped for it. UndoIncompleteError if it went while it was being put back."""
+        if not (lost := self.lost()):
+            return
+        path = self.plan.path
+        keep = f"snapshotter restore --discard {path} keeps what was restored, and removes what is left of the old data"
+        if self.turned:
+            raise UndoIncompleteError(
+                "the old data can't be put back: what was set aside is gone",
+                object=lost[0],
+                left=[self.journal.path, *self.stopped()],
+                cure=f"put it back there, then the same again; or {keep}",
+            )
+        if not self.journal.has("restored"):
+            keep = f"snapshotter restore --continue {path}, then --discard, keeps what is restored"
+        raise PreconditionError(
+            "what was set aside is gone, so there is no way back",
+            object=lost[0],
+            cure=f"put it back there, then the same again; or {keep}",
+        )
+
+    def require_disks(self, *, of_aside: bool = False, all_of_it: bool = False) -> None:
         """Raise PreconditionError where a disk that the data lay on, or was set aside on, isn't mounted now: nothing
         there must not be taken for nothing that there was, nor may anything be put below it. `of_aside`: something else
-        may be mounted over the data."""
+        may be mounted over the data. `all_of_it`: nor if only some of what was copied there is gone."""
         asides = [ground.aside for ground in self.plan.grounds]
         for path, point in self.journal.facts.get("mounts", {}).items():
             now = mounts.mount_of(os.path.realpath(path)).path
@@ -172,9 +219,9 @@ class Work:
             if saved is None or not self.journal.last("removing", ground.path) or self.brought_back(ground):
                 continue
             there = [os.path.join(ground.aside, name) for name in saved.get("there", ())]
-            if not self.discarding and (
-                not os.path.isdir(ground.aside) or (there and not any(map(os.path.lexists, there)))
-            ):
+            found = [path for path in there if os.path.lexists(path)]
+            gone = not os.path.isdir(ground.aside) or (there and not found) or (all_of_it and found != there)
+            if not self.discarding and gone:
                 raise PreconditionError(
                     "what was set aside isn't there, and it is all there is of the old data",
                     object=ground.aside,
@@ -244,11 +291,26 @@ class Work:
             return f"{error.object} {error.message}"
         return ""
 
+    def stopped(self) -> list[str]:
+        """The service, for what is `left`, if it ran before and doesn't now: on what is half undone it can't."""
+        try:
+            ran = self.plan.running or (self.journal.last("undo") or {}).get("run_again")
+            if self.service is not None and ran and not self.service.running():
+                return [f"the service {self.service.name}, stopped"]
+        except SnapshotterError:
+            pass
+        return []
+
     def let_run(self, run: bool) -> None:
-        """It can be started again, and is if it is to `run`."""
+        """It can be started again, and is if it is to `run`: also where unmasking it failed, but it isn't masked."""
         if self.service is not None:
             if self.service.can_mask and not self.plan.masked:
-                self.service.unmask()
+                try:
+                    self.service.unmask()
+                except SnapshotterError as error:
+                    if self.service.masked():
+                        raise
+                    self.notes.append(error.line())
             if run:
                 self.service.start()
 

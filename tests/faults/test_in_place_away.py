@@ -14,8 +14,10 @@ import pytest
 
 from snapshotter.core.errors import StorageError
 from snapshotter.host import mounts
+from snapshotter.verbs import in_place_away as away
 from snapshotter.verbs import in_place_ways as ways
 from tests.faults.in_place_kit import Story, journals, ok, point, run_here, story, with_a_mask
+from tests.support import loop_file_system
 
 pytestmark = pytest.mark.root
 
@@ -128,6 +130,47 @@ def test_one_that_was_killed_as_it_set_aside_ends_in_a_discard_too(node: Story) 
     assert node.restored()
     ok(node, "restore", "--discard", "ours", "--yes")
     assert node.restored() and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.parametrize("way", ["--undo", "--continue"])
+def test_one_that_was_killed_as_it_removed_what_it_had_copied_needs_no_room_for_it_twice(
+    tmp_path: Path, way: str
+) -> None:
+    """A small disk, more than half full; killed again as it brings the old data back."""
+
+    def cut() -> None:
+        def remove(path: str, _: object) -> None:
+            os.unlink(os.path.join(path, "key"))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        away.exchange.remove = remove
+
+    def cut_again() -> None:
+        copy = away._copy
+
+        def and_die(*args: object) -> None:
+            copy(*args)  # type: ignore[arg-type]
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        away._copy = and_die  # type: ignore[assignment]
+
+    with loop_file_system("ext4", tmp_path, 70) as place, loop_file_system("ext4", tmp_path, 100) as other:
+        node = Story(place, tmp_path / "home", "copy", aside=other, extra=f'store = "{tmp_path}/store"\n')
+        try:
+            node.begin(blocks=20)
+            (node.data / "database" / "big").write_bytes(os.urandom(40 << 20))
+            node.run_and_damage()
+            assert run_here(node.command, *restore(node), before=cut)[0] == -signal.SIGKILL
+            assert (node.data / "database" / "big").exists() and not (node.data / "key").exists()
+            if way == "--undo":
+                assert run_here(node.command, "restore", way, "ours", before=cut_again)[0] == -signal.SIGKILL
+            ok(node, "restore", way, "ours")
+            if way == "--continue":
+                assert node.restored() and node.service.running()
+                ok(node, "restore", "--undo", "ours")
+            assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
+        finally:
+            node.service.end()
 
 
 def test_a_disk_that_keeps_no_owners_is_refused(node: Story, monkeypatch: pytest.MonkeyPatch) -> None:

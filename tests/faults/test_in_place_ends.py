@@ -3,9 +3,12 @@ though the node isn't well. And what else it must not trip over."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -15,6 +18,7 @@ from typing import Any
 import pytest
 
 from snapshotter.core.errors import BusyError, StorageError
+from snapshotter.nodes import health
 from tests.faults.in_place_kit import (
     Managed,
     Story,
@@ -26,6 +30,7 @@ from tests.faults.in_place_kit import (
     point,
     run_here,
     story,
+    with_a_mask,
 )
 
 IN_PLACE = ("restore", "latest", "--in-place", "--yes")
@@ -213,6 +218,116 @@ def test_old_data_that_was_brought_back_from_another_disk_is_not_taken_for_the_n
         assert node.service.running() and not node.leftovers()
 
 
+# ------------------------------------------------------------------------------------------ what was set aside is gone
+
+
+def gone(node: Story, how: str) -> None:
+    """By an operator's hand: the whole aside, or a part of it."""
+    (aside,) = map(Path, node.leftovers())
+    if how == "whole":
+        shutil.rmtree(aside)
+    elif how == "moved":
+        aside.rename(aside.parent / "elsewhere")
+    else:
+        shutil.rmtree(aside / "database")
+
+
+LOSSES = [("copy", "whole"), *(pytest.param("entries", how, marks=pytest.mark.root) for how in ("part", "moved"))]
+
+
+def as_restored(node: Story) -> bool:
+    """But for what the restored node has made, what is set aside, and what was moved away."""
+    others = ("elsewhere", "made", ".corrupted-")
+    now = {name: what for name, what in picture(node.data).items() if not name.startswith(others)}
+    return not difference(now, node.of_set)
+
+
+@pytest.mark.parametrize(("kind", "how"), LOSSES)
+def test_an_undo_without_the_old_data_is_refused_before_anything_is_stopped(
+    tmp_path: Path, kind: str, how: str
+) -> None:
+    with story(kind, tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, *IN_PLACE)
+        did = node.service.did()
+        gone(node, how)
+        error = ok(node, "restore", "--undo", "ours", code=3)
+        assert "--discard" in error["cure"] and ".corrupted-" in error["object"]
+        assert node.service.did() == did and node.service.running() and as_restored(node)
+        if how == "moved":
+            (elsewhere,) = node.data.glob("elsewhere")
+            elsewhere.rename(Path(error["object"]).parent)
+            ok(node, "restore", "--undo", "ours")
+            assert node.as_it_was() and node.service.running() and not node.leftovers()
+            return
+        ok(node, "restore", "--discard", "ours", "--yes")
+        assert node.service.did() == did and as_restored(node) and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.parametrize(("kind", "how"), LOSSES)
+def test_one_that_goes_while_it_is_put_back_leaves_a_way_out(tmp_path: Path, kind: str, how: str) -> None:
+    """The undo has begun, so the service is stopped, masked, and what is there a mix: a discard ends it, and the node
+    runs on what was restored."""
+    masked = tmp_path / "home" / "etc" / "masked"
+
+    def unasked() -> None:
+        from snapshotter.verbs.in_place_work import Work
+
+        with_a_mask(node)()
+        Work.refuse_lost = lambda _: None  # type: ignore[method-assign]
+
+    with story(kind, tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, *IN_PLACE, before=with_a_mask(node))
+        (node.data / "made.json").write_text("[]")
+        (node.data / "new").write_text("[]")
+        (node.data / "new").replace(node.data / "static-nodes.json")
+        gone(node, how)
+        ok(node, "restore", "--undo", "ours", code=7, before=unasked)
+        assert masked.exists() and not node.service.running()
+        for way in ("--undo", "--continue"):
+            error = ok(node, "restore", way, "ours", code=7, before=with_a_mask(node))
+            assert "--discard" in error["cure"] and any("stopped" in left for left in error["left"])
+        assert ok(node, "take", "ours", code=5)
+        done = ok(node, "restore", "--discard", "ours", "--yes", before=with_a_mask(node))
+        assert any("stands there again" in text for text in done["warnings"])
+        assert as_restored(node) and (node.data / "made.json").exists()
+        assert node.service.running() and not masked.exists() and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
+def test_one_that_was_cut_in_the_middle_goes_on_without_the_old_data(tmp_path: Path) -> None:
+    with story("entries", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        calls = run_here(node.command, *IN_PLACE)[2]
+        ok(node, "restore", "--undo", "ours")
+        assert run_here(node.command, *IN_PLACE, kill_at=point(calls, "after-forward", 3))[0] == -signal.SIGKILL
+        shutil.rmtree(next(path for path in node.leftovers() if ".corrupted-" in path))
+        error = ok(node, "restore", "--undo", "ours", code=3)
+        assert "--continue" in error["cure"] and "--discard" in error["cure"]
+        ok(node, "restore", "--continue", "ours")
+        assert node.service.running()
+        ok(node, "restore", "--discard", "ours", "--yes")
+        assert as_restored(node) and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
+def test_some_of_what_was_copied_to_another_disk_is_gone(tmp_path: Path) -> None:
+    with story("away", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, "restore", node.set_id, *node.in_place)
+        gone(node, "part")
+        did = node.service.did()
+        ok(node, "restore", "--undo", "ours", code=3)
+        assert node.service.did() == did and node.service.running() and node.restored()
+        ok(node, "restore", "--discard", "ours", "--yes")
+        assert node.restored() and not node.leftovers() and not journals(node)
+
+
 # ---------------------------------------------------------------------------------------------------- not well, twice
 
 
@@ -228,6 +343,159 @@ def test_to_continue_one_whose_node_is_not_well_is_no_success(node: Story) -> No
     assert node.restored() and node.service.running()
     ok(node, "restore", "--undo", "ours")
     assert node.as_it_was() and node.service.running()
+
+
+# -------------------------------------------------------------------------------- what can't be moved, nor removed
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["copy", "entries"])
+@pytest.mark.parametrize("how", ["immutable", "mounted"])
+def test_what_was_restored_and_can_not_be_removed_keeps_no_node_stopped(tmp_path: Path, kind: str, how: str) -> None:
+    with story(kind, tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, *IN_PLACE)
+        held = node.data / "database" / ("sub" if how == "mounted" else "kept")
+        if how == "mounted":
+            held.mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(held)], check=True)
+        else:
+            held.write_text("x")
+            subprocess.run(["chattr", "+i", str(held)], check=True)
+        try:
+            error = ok(node, "restore", "--undo", "ours", code=7, before=with_a_mask(node))
+            assert node.as_it_was() or kind == "entries"  # there, what is left of it lies below
+            assert node.service.running() and not (node.command.home / "masked").exists()
+            (where,) = error["left"]
+            real = error["cure"].split()[-1]
+            assert Path(real if how == "mounted" else where).exists()
+            assert error["cure"].startswith("umount" if how == "mounted" else "chattr -R -ia")
+            assert "--undo" in error["undo_command"]
+            assert ok(node, "restore", "--continue", "ours", code=7)["left"] == [where]
+            assert node.service.running()
+            # The old run goes on meanwhile, and makes a file anew.
+            (node.data / "anew").write_text((node.data / "static-nodes.json").read_text())
+            (node.data / "anew").replace(node.data / "static-nodes.json")
+        finally:
+            for path in (node.place if kind == "copy" else node.data).rglob(held.name):
+                subprocess.run(
+                    ["umount" if how == "mounted" else "chattr", *(["-i"] if how != "mounted" else []), path]
+                )
+        subprocess.run([*error["cure"].split()], capture_output=True)
+        ok(node, "restore", "--undo", "ours")
+        assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
+def test_what_was_restored_and_can_not_be_moved_is_refused_before_anything_is_stopped(tmp_path: Path) -> None:
+    with story("entries", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, *IN_PLACE)
+        did = node.service.did()
+        (node.data / "made").write_text("x")
+        for hold, let_go, code in (
+            (["chattr", "+i", node.data / "made"], ["chattr", "-i", node.data / "made"], 3),
+            (["chattr", "+i", node.data / "key"], ["chattr", "-i", node.data / "key"], 3),
+            (["mount", "-t", "tmpfs", "tmpfs", node.data / "caches"], ["umount", node.data / "caches"], 5),
+        ):
+            (node.data / "caches").mkdir(exist_ok=True)
+            subprocess.run(hold, check=True)
+            try:
+                error = ok(node, "restore", "--undo", "ours", code=code)
+                assert error["object"] == str(hold[-1]) and node.service.did() == did
+            finally:
+                subprocess.run(let_go, check=True)
+        ok(node, "restore", "--undo", "ours")
+        assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
+
+
+# ------------------------------------------------------------------------------------------- after the node was started
+
+
+def ssh_drops() -> None:
+    """While its health is waited for."""
+
+    def prove(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(60)
+
+    health.prove = prove
+
+
+def in_the_health_wait(node: Story, how: Callable[[], None], code: int) -> None:
+    killed, said, _ = run_here(node.command, *IN_PLACE, before=how)
+    assert killed == code, said
+    assert node.service.running() and journals(node)
+    (node.data / "made-since").write_text("by weeks of work")
+
+
+def killed_then() -> None:
+    def prove(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    health.prove = prove
+
+
+def no_room_for(kind: str) -> Callable[[], None]:
+    def patch() -> None:
+        from snapshotter.core.journal import Journal
+
+        append = Journal.append
+
+        def full(self: Journal, what: str, **facts: Any) -> None:
+            if kind in (what, f"{what} {facts.get('step')}"):
+                raise StorageError("can't write the journal: No space left on device", object=self.path)
+            append(self, what, **facts)
+
+        Journal.append = full  # type: ignore[method-assign]
+
+    return patch
+
+
+def no_start() -> None:
+    """As a daemon-reload that fails."""
+    from snapshotter.verbs.in_place_work import Work
+
+    def let_run(self: Work, run: bool) -> None:
+        raise StorageError("can't unmask it: Connection timed out", object="its unit")
+
+    Work.let_run = let_run  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("cut", ["killed", "hung up"])
+def test_what_the_node_wrote_since_its_start_is_never_dropped_unasked(node: Story, cut: str) -> None:
+    how, code = (killed_then, -signal.SIGKILL) if cut == "killed" else (ssh_drops, 9)
+    in_the_health_wait(node, how, code)
+    faults = [(ssh_drops, 9), (no_room_for("done healthy"), 6), (no_room_for("restored"), 6)]
+    for fault, exit_code in faults:
+        error = ok(node, "restore", "--continue", "ours", code=exit_code, before=fault)
+        assert "--undo" in error["undo_command"] and "--continue" in error["cure"]
+        assert (node.data / "made-since").exists() and node.service.running() and journals(node)
+    ok(node, "restore", "--continue", "ours")
+    assert (node.data / "made-since").exists() and node.service.running()
+    ok(node, "restore", "--undo", "ours")
+    assert node.as_it_was() and node.service.running() and not node.leftovers()
+
+
+def test_nor_by_one_that_was_killed_as_it_started_it(node: Story) -> None:
+    calls = run_here(node.command, *IN_PLACE)[2]
+    ok(node, "restore", "--undo", "ours")
+    at = point(calls, "after-Commands.start")
+    assert run_here(node.command, *IN_PLACE, kill_at=at)[0] == -signal.SIGKILL
+    (node.data / "made-since").write_text("by weeks of work")
+    error = ok(node, "restore", "--continue", "ours", code=6, before=no_start)
+    assert "--undo" in error["undo_command"]
+    assert (node.data / "made-since").exists() and node.service.running()
+    ok(node, "restore", "--continue", "ours")
+    assert (node.data / "made-since").exists() and node.service.running()
+
+
+def test_one_that_is_not_well_says_so_also_where_its_journal_is_full(node: Story) -> None:
+    (node.service.home / "bad-start").write_text("nothing")
+    error = ok(node, *IN_PLACE, code=8, before=no_room_for("restored"))
+    assert "--undo" in error["undo_command"] and node.restored()
 
 
 # ------------------------------------------------------------------------------------------------------------ others

@@ -59,8 +59,9 @@ def test_a_full_disk_at_every_step(
             code, said, _ = run_here(node.command, *restore, "--json", fail_at=place)
             judged(code, said, what)
             ended[code] = ended.get(code, 0) + 1
-            if journals(node):  # it had to be done all the same, or could not all be undone
-                assert code in (0, 7), f"{what}: exit {code}, and the journal is still there\n{said}"
+            if journals(node):  # it had to be done all the same, or could not all be undone, or the node ran already
+                ran = code == 6 and "what was restored stays" in said and node.service.running()
+                assert code in (0, 7) or ran, f"{what}: exit {code}, and the journal is still there\n{said}"
                 ok(node, "restore", "--undo", "ours")
             as_before(node, what)
         measured(f"restore in place by {kind}, {sum(ended.values())} faults, by exit code: {ended}")

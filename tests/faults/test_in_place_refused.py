@@ -324,8 +324,7 @@ def test_a_signal_undoes_it(node: Story, number: signal.Signals) -> None:
     time.sleep(0.5)
     process.send_signal(number)
     said = process.communicate(timeout=120)[0]
-    if process.returncode == 0:  # it was quicker
+    assert process.returncode in (0, 9), said
+    if journals(node):  # it was quicker, or the node ran already
         ok(node, "restore", "--undo", "ours")
-    else:
-        assert process.returncode == 9, said
     nothing_changed(node)

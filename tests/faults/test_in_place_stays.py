@@ -9,12 +9,12 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from snapshotter.core.errors import StorageError
+from snapshotter.core.errors import PreconditionError, StorageError
 from snapshotter.host import exchange, mounts
 from tests.faults.in_place_kit import Story, difference, journals, ok, picture, point, run_here, story, with_a_mask
 
@@ -83,6 +83,66 @@ def test_untouched_data_runs_again_whoever_sits_in_it(node: Story, tmp_path: Pat
         assert not (node.command.home / "masked").exists()
     finally:
         os.kill(int(shell.read_text()), signal.SIGKILL)
+
+
+def maskless(node: Story, *, masked: bool) -> Callable[[], None]:
+    """A unit whose unmask fails: before the link is gone, or after."""
+
+    def patch() -> None:
+        with_a_mask(node)()
+        from snapshotter.verbs import in_place_plan
+
+        unit_of = in_place_plan.service_of
+
+        def failing(*argvs: object) -> object:
+            made = unit_of(*argvs)  # type: ignore[arg-type]
+            unmask = type(made).unmask
+
+            def no_unmask(self: object) -> None:
+                if not masked:
+                    unmask(self)  # type: ignore[arg-type]
+                raise StorageError("can't unmask it: Connection timed out")
+
+            type(made).unmask = no_unmask  # type: ignore[union-attr]
+            return made
+
+        in_place_plan.service_of = failing  # type: ignore[assignment]
+
+    return patch
+
+
+def test_a_service_that_can_not_be_masked_is_not_stopped(tmp_path: Path) -> None:
+    def patch() -> None:
+        with_a_mask(node)()
+        from snapshotter.host.service import Commands
+
+        def refuse(_: Commands) -> None:
+            raise PreconditionError("is an alias of another.service", object="its unit")
+
+        Commands.refuse_unmaskable = refuse  # type: ignore[method-assign]
+
+    with story("copy", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        did = node.service.did()
+        for words in (IN_PLACE, (*IN_PLACE, "--dry-run"), ("resync", "ours", "--yes")):
+            assert "alias" in ok(node, *words, code=3, before=patch)["message"]
+        assert node.service.did() == did and node.service.running() and node.as_it_was() and not journals(node)
+
+
+def test_one_is_started_though_its_unmask_failed_unless_it_is_masked(tmp_path: Path) -> None:
+    masked = tmp_path / "home" / "etc" / "masked"
+    with story("copy", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        done = ok(node, *IN_PLACE, before=maskless(node, masked=False))
+        assert any("can't unmask it" in text for text in done["warnings"])
+        assert node.restored() and node.service.running()
+        error = ok(node, "restore", "--undo", "ours", code=7, before=maskless(node, masked=True))
+        assert "can't unmask it" in error["message"] and any("stopped" in left for left in error["left"])
+        assert masked.exists() and not node.service.running() and node.as_it_was() and error["undo_command"]
+        ok(node, "restore", "--undo", "ours", before=with_a_mask(node))
+        assert not masked.exists() and node.service.running() and node.as_it_was() and not journals(node)
 
 
 @pytest.mark.root

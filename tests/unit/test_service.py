@@ -105,6 +105,30 @@ def test_an_alias_is_refused_by_its_own_name(systemd: Asked) -> None:
     """Masked by either name alone, the other can still be started, or says that nothing runs."""
     kind, line = systemd.python("service.SystemdUnit('alias.service').mask()")
     assert kind == "PreconditionError" and "in-etc.service" in line
+    assert systemd.python("service.SystemdUnit('alias.service').refuse_unmaskable()") == [kind, line]
+    assert systemd.python("service.SystemdUnit('alias.service').unmask()") is None, "there is no mask of ours"
+
+
+@pytest.mark.root
+def test_what_can_not_be_masked_is_said_before(systemd: Asked) -> None:
+    assert systemd.python("service.SystemdUnit('in-etc').refuse_unmaskable()") is None
+    read_only = "mount --bind /etc/systemd /etc/systemd && mount -o remount,bind,ro /etc/systemd"
+    assert systemd.enter("sh", "-c", read_only).returncode == 0
+    try:
+        kind, line = systemd.python("service.SystemdUnit('in-etc').refuse_unmaskable()")
+        assert kind == "PreconditionError" and "can't mask it" in line
+    finally:
+        systemd.enter("umount", "/etc/systemd")
+
+
+@pytest.mark.root
+def test_one_without_a_mask_of_ours_needs_no_reload(systemd: Asked) -> None:
+    fails = "def must(*_): raise service.StorageError('no reload today')\nservice._must = must\n"
+    assert systemd.python(f"{fails}service.SystemdUnit('in-etc').unmask()") is None
+    systemd.python("service.SystemdUnit('in-etc').mask()")
+    assert systemd.python(f"{fails}service.SystemdUnit('in-etc').unmask()")[0] == "StorageError"
+    said = systemd.python("unit = service.SystemdUnit('in-etc')\nunit.unmask(); answer(unit.masked())")
+    assert said is False, "the link was gone, and systemd had not been told"
 
 
 @pytest.mark.root
