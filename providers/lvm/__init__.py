@@ -94,6 +94,7 @@ class LvmProvider(Provider):
         writable_clone=True,
         swaps=True,
         needs_host=True,
+        sized_by_content=False,
         limits=LIMITS,
     )
     OPTIONS = {"size": Option(room.Size, "room of a classic snapshot, as 10G (default: by its origin's writes)")}  # noqa: RUF012
@@ -226,6 +227,14 @@ class LvmProvider(Provider):
                 if not row.thin and cow.vg == row.vg and cow.origin == row.name and cow.data is not None:
                     detail[f"{cow.id} copy-on-write percent"] = round(cow.data)
         return Space(total_bytes=total, free_bytes=free, detail=detail)
+
+    def refuse_writes(self, needs: Sequence[tuple[Mount, int]]) -> None:
+        written: dict[str, int] = {}
+        for mount, need in needs:
+            if (place := claims.below(mount)) is not None:
+                written[place.volume] = written.get(place.volume, 0) + need
+        if written and not self.availability():
+            room.check_writes(self._report(sorted({volume.partition("/")[0] for volume in written})), written)
 
     # -- making ---------------------------------------------------------------------------------------------------
 

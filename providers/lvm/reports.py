@@ -50,6 +50,7 @@ _FIELDS = {
     "data_percent": "data",
     "metadata_percent": "metadata",
     "lv_metadata_size": "metadata_size",
+    "chunk_size": "chunk",
     "lv_layout": "layout",
 }
 
@@ -75,6 +76,7 @@ class Row(msgspec.Struct, frozen=True):
     data: float | None
     metadata: float | None
     metadata_size: int
+    chunk: int  # of a thin pool, or a classic snapshot; else 0
     layout: str
 
     @property
@@ -134,7 +136,7 @@ def report_of(stdout: str) -> str:
 
 def _row(found: Mapping[str, str]) -> Row:
     values: dict[str, Any] = {to: found[field] for field, to in _FIELDS.items()}
-    for name in ("vg_size", "vg_free", "extent", "mda_size", "mda_free", "size", "metadata_size"):
+    for name in ("vg_size", "vg_free", "extent", "mda_size", "mda_free", "size", "metadata_size", "chunk"):
         values[name] = int(values[name] or 0)
     for name in ("data", "metadata"):
         values[name] = float(values[name]) if values[name] else None

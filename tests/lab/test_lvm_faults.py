@@ -216,6 +216,39 @@ def test_a_classic_snapshot_that_overflows(classic: LvmHarness, tmp_path: Path) 
     assert [entry["set_id"] for entry in command.json("list")["sets"]] == [second["set_id"]]
 
 
+@pytest.mark.parametrize("is_thin", [True, False])
+def test_a_copy_in_place_harms_no_set_and_no_pool(tmp_path: Path, is_thin: bool) -> None:
+    """It writes into free blocks of the same volume, and each counts: in every classic snapshot, or in the pool."""
+    with storage(400, pool_mb=88 if is_thin else 0) as made, harness_on(made, thin=is_thin) as harness:
+        volume = harness.volume()
+        data = Path(top(volume), "data")
+        data.mkdir()
+        data.joinpath("chain").write_bytes(os.urandom(28 * MIB))
+        lvm("sync")
+        command = Command(tmp_path / "etc")
+        size = [] if is_thin else ["-o", "size=12m"]
+        set_id = command.json("take", str(data), *size)["set_id"]
+        content = describe(str(data))
+        data.joinpath("chain").write_bytes(b"damaged")
+        if is_thin:
+            made.thin("ballast", 64)
+            with open(f"/dev/{made.vg}/ballast", "wb", buffering=0) as device:
+                while pool_percent(made) < 65:
+                    device.write(os.urandom(MIB))
+                    os.fsync(device.fileno())
+        planned = command.json("restore", set_id, "--in-place", "--dry-run")
+        assert planned["way"] == "copy" and planned["need_bytes"] != round(12 * MIB)
+        before = sorted(os.listdir(top(volume)))
+        line = refused(made, command, "restore", set_id, "--in-place", "--yes")
+        assert "lvextend" in line and sorted(os.listdir(top(volume))) == before
+        assert command.json("show", set_id)["good"] and data.joinpath("chain").read_bytes() == b"damaged"
+        for step in line.partition("lvextend")[2].partition(";")[0].split(" && "):
+            lvm("lvextend", "-qq", *step.removeprefix("lvextend").split())
+        assert command.json("restore", set_id, "--in-place", "--yes")["outcome"] == "restored"
+        assert describe(str(data)) == content and command.json("show", set_id)["good"]
+        assert not is_thin or pool_percent(made) < 100
+
+
 # ---------------------------------------------------------------------------------------------------------- odd ones
 
 

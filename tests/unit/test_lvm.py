@@ -59,13 +59,13 @@ REPORT = """
      "lv_name":"data", "lv_uuid":"txOUbv-5mg2-jugW-Z4R4-18zB-Fovf-vT9X8R",
      "lv_attr":"Vwi-aotz--", "lv_size":"1073741824",
      "lv_tags":"", "pool_lv":"pool", "origin":"", "data_percent":"4.78", "metadata_percent":"", "lv_metadata_size":"",
-     "lv_layout":"thin,sparse"},
+     "chunk_size":"0", "lv_layout":"thin,sparse"},
     {"vg_name":"tv-a", "vg_uuid":"Uc9npy-qJ9R-zcFQ-EGQV-R788-xSdG-EK0Swg", "vg_attr":"wz--n-", "vg_size":"8585740288",
      "vg_free":"6060769280", "vg_extent_size":"4194304", "vg_mda_size":"1044480", "vg_mda_free":"519680",
      "lv_name":"pool", "lv_uuid":"U6anhp-NrTY-u3E2-0gDY-DtRZ-s7CG-zbfVry",
      "lv_attr":"twi-aotz--", "lv_size":"2147483648",
      "lv_tags":"backup=1,theirs", "pool_lv":"", "origin":"", "data_percent":"2.40", "metadata_percent":"11.82",
-     "lv_metadata_size":"104857600", "lv_layout":"thin,pool"}
+     "lv_metadata_size":"104857600", "chunk_size":"65536", "lv_layout":"thin,pool"}
   ] } ] }
 """
 
@@ -268,6 +268,39 @@ def test_lvms_own_threshold_is_a_limit_too() -> None:
     for full in (pool(data=62.0), pool(metadata=62.0)):
         with pytest.raises(PreconditionError, match="limit 60 %"):
             room.check_pool(full, 0.1, 60.0)
+
+
+@given(size=st.integers(64 * MIB, 1 << 40), room_=st.integers(4 * MIB, 1 << 40), used=st.floats(0, 99), need=st.integers(1, 1 << 40))  # fmt: skip  # noqa: E501
+def test_a_copy_that_would_overflow_a_classic_snapshot_is_refused(
+    size: int, room_: int, used: float, need: int
+) -> None:
+    origin = row(name="data", pool="", layout="linear", attr="owi-aos---", size=size)
+    image = row(name="image", pool="", layout="linear", attr=CLASSIC, origin="data", size=room_, data=used)
+    left = room_ - round(room_ * used / 100)
+    try:
+        room.check_writes([origin, image], {origin.id: need})
+    except PreconditionError as refused:
+        assert room_ < room.whole(size), "one with room for all of its origin can't overflow"
+        assert re.search(r"lvextend -L\+([0-9]+)M tv-a/image", refused.cure)
+        more = int(refused.cure.partition("-L+")[2].partition("M")[0]) * MIB
+        grown = msgspec.structs.replace(image, size=room_ + more, data=100 * (room_ - left) / (room_ + more))
+        room.check_writes([origin, grown, row(name="other")], {origin.id: need})
+    else:
+        assert need <= left or size <= left or room_ >= room.whole(size)
+    lost = msgspec.structs.replace(image, data=100.0, attr="sri-I-s---")
+    room.check_writes([origin, lost], {origin.id: need})
+    room.check_writes([origin, msgspec.structs.replace(image, origin="another")], {origin.id: need})
+
+
+def test_a_copy_that_would_fill_a_thin_pool_is_refused() -> None:
+    data, other, its_pool = row(), row(name="other"), pool(data=50.0)
+    room.check_writes([data, its_pool], {data.id: 512 * MIB})
+    for full in ({"data": 80.0}, {"metadata": 94.99}):
+        with pytest.raises(PreconditionError, match="stops all") as refused:
+            room.check_writes([data, pool(**full)], {data.id: 512 * MIB})
+        assert "lvextend" in refused.value.cure and its_pool.id in refused.value.cure
+    with pytest.raises(PreconditionError):  # they share the room
+        room.check_writes([data, other, its_pool], {data.id: 512 * MIB, other.id: 512 * MIB})
 
 
 # ------------------------------------------------------------------------------------------------- other files
