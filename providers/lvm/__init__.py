@@ -275,6 +275,10 @@ class LvmProvider(Provider):
         with ExitStack() as stack:
             groups = {vg: stack.enter_context(changing(vg, wait_s)) for vg in sorted(_by_group(volumes))}
             try:
+                if covered := [each.path for each in volumes if each.id in self._covered and each.path is not None]:
+                    from snapshotter.host.quiesce import sync
+
+                    sync(covered)  # no suspension writes out what they have in memory, nor does a stop or a hook
                 for volume in volumes:
                     if hold.deadline is not None and time.monotonic() >= hold.deadline:
                         raise QuiesceError("the time for which the writers may be held is over", object=volume.id)
