@@ -29,6 +29,7 @@ from snapshotter.core.model import Snapshot, Volume
 from snapshotter.host import block
 
 FSTAB = "/etc/fstab"
+_TAGS = tuple(tag(key, "") for key in ("swap", "aside", "place", "origin", "committed"))
 _SWAP_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 Report = Callable[[], list[Row]]
 
@@ -219,12 +220,13 @@ def _take_back(group: Group, rows: Sequence[Row], swap_id: str) -> None:
             cure=f"lvrename {known.vg} {known.aside.name} {known.place} and lvchange -kn -ay it, or commit the swap",
         )
     clone = known.clone
+    theirs = _is_theirs(known)
     origin = next((row for row in rows if row.vg == known.vg and row.uuid == known.origin_uuid), None)
     if origin is None:
         raise StorageError("what it set aside is gone", object=swap_id, cure="commit it, to keep what is there")
-    if (other := hanging_on(rows, clone)) is not None:
+    if not theirs and (other := hanging_on(rows, clone)) is not None:
         raise BusyError(f"{other.id} hangs on it", object=clone.id, cure=f"lvremove {other.id}, if unneeded")
-    if clone.open:
+    if not theirs and clone.open:
         raise BusyError("is in use", object=clone.id, cure=f"see who with: fuser -vm {clone.device}")
     if clone.name == known.place:
         group.lvm("lvchange", "-an", clone.id, object=clone.id)
@@ -240,7 +242,10 @@ def _take_back(group: Group, rows: Sequence[Row], swap_id: str) -> None:
     if words:
         group.lvm("lvchange", *words, known.volume, object=known.volume)
     group.lvm("lvchange", "-ay", known.volume, object=known.volume)
-    group.remove(clone, half_made=True)
+    if theirs:  # last, as its tags say that the swap is open
+        _forget(group, clone)
+    else:
+        group.remove(clone, half_made=True)
     with suppress(PreconditionError):
         run(["udevadm", "settle", "--timeout=60"], timeout=90)
 
@@ -262,28 +267,29 @@ def swap_commit(report: Report, swap_id: str) -> bool:
         if known is None:
             return True
         clone, aside = known.clone, known.aside
-        if clone is not None and clone.name != known.place:
+        if clone is not None and clone.name != known.place and not _is_theirs(known):
             raise StorageError("the swap was never finished", object=swap_id, cure="take it back")
         if aside is not None and clone is not None and aside.name != f"{swap_id}-aside":
-            # By another name a person keeps it: it is theirs.
-            group.lvm(
-                "lvchange", *(w for text in _tags_of(aside) for w in ("--deltag", text)), aside.id, object=aside.id
-            )
+            _forget(group, aside)  # by another name a person keeps it: it is theirs
         elif aside is not None and (clone is not None or _committed(known)):
             _refuse_dependents(rows, aside)
             if not _committed(known):
                 group.lvm("lvchange", "--addtag", tag("committed", "1"), aside.id, object=aside.id)
             group.remove(aside)
         if clone is not None:  # last: while they are there the commit can be asked for again
-            gone = [
-                text for text in clone.tags if text.startswith((tag("swap", ""), tag("place", ""), tag("origin", "")))
-            ]
-            group.lvm("lvchange", *(w for text in gone for w in ("--deltag", text)), clone.id, object=clone.id)
+            _forget(group, clone)
     return True
 
 
-def _tags_of(aside: Row) -> list[str]:
-    return [text for text in aside.tags if text.startswith((tag("aside", ""), tag("place", ""), tag("committed", "")))]
+def _is_theirs(known: Swap) -> bool:
+    """Whether a person has given the clone another name, and keeps it."""
+    return known.clone is not None and known.clone.name not in (known.place, f"{known.id}-new")
+
+
+def _forget(group: Group, row: Row) -> None:
+    """It stays, and is in no swap any more."""
+    gone = [text for text in row.tags if text.startswith(_TAGS)]
+    group.lvm("lvchange", *(word for text in gone for word in ("--deltag", text)), row.id, object=row.id)
 
 
 def finish_commits(rows: Sequence[Row]) -> list[str]:

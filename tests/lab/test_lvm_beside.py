@@ -324,6 +324,27 @@ def test_a_live_volume_that_once_was_set_aside_is_not_reaped(thin: LvmHarness) -
     assert names(thin) == before and describe(top(volume)) == content
 
 
+@pytest.mark.parametrize("then", ["taken back", "committed"])
+def test_what_was_swapped_in_and_renamed_since_is_somebodys(thin: LvmHarness, then: str) -> None:
+    volume = filled(thin)
+    content, birth = describe(top(volume)), taken(thin, volume)
+    (found,) = thin.provider().snapshots(birth.set_id)
+    ruin(top(volume))
+    ruined = describe(top(volume))
+    thin.provider().swap("w1", found, volume)
+    mounts.unmount(top(volume))
+    lvm("lvrename", "-qq", volume.id, "theirs")
+    (thin.provider().swap_back if then == "taken back" else thin.provider().swap_commit)("w1")
+    mounts.unmount(top(volume))
+    lvm("mount", f"/dev/{thin.storage.vg}/theirs", top(volume))
+    assert describe(top(volume)) == content and not list(thin.provider().swaps())
+    assert thin.storage.ours() == [f"{birth.set_id}-0"] and "w1-aside" not in names(thin)
+    if then == "taken back":
+        mounts.unmount(top(volume))
+        lvm("mount", f"/dev/{volume.id}", top(volume))
+        assert describe(top(volume)) == ruined
+
+
 @pytest.mark.parametrize("then", ["undone", "kept by another name", "asked for again"])
 def test_a_commit_that_was_cut(thin: LvmHarness, monkeypatch: pytest.MonkeyPatch, then: str) -> None:
     """Killed with the set-aside marked to go, and still there."""
