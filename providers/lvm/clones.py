@@ -11,7 +11,6 @@ also after a reboot, when the device itself is gone.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -24,6 +23,7 @@ from providers.lvm.commands import Group, changing
 from providers.lvm.images import find_image, refuse_invalid
 from providers.lvm.reports import (
     NAME,
+    PREFIX,
     QUOTA,
     Row,
     attachment_record,
@@ -271,20 +271,32 @@ def settle(rows: Sequence[Row], attachment_id: str, since: datetime) -> None:
 
 
 def detach(rows: Sequence[Row], attachment_id: str) -> None:
-    """Remove every part; absent is done. Raises BusyError while one is mounted or open."""
+    """Remove every part; a renamed one only loses our tags; absent is done. Raises BusyError while one is mounted or
+    open."""
     if not ATTACHMENT_ID.fullmatch(attachment_id):
         raise ValueError(f"{attachment_id!r} is no id")
     for row in parts(rows, attachment_id):
-        name = row.name
-        if not re.fullmatch(rf"{attachment_id}-[0-9]+", name):
-            continue  # renamed by a person, who wants to keep it
-        if (other := hanging_on(rows, row)) is not None:
+        record = attachment_record(row)
+        assert record is not None
+        name = f"{attachment_id}-{record['member']}"
+        theirs = row.name != name  # renamed by a person, who wants to keep it
+        if not theirs and (other := hanging_on(rows, row)) is not None:
             raise BusyError(f"{other.id} hangs on it", object=attachment_id, cure=f"lvremove {other.id}, if unneeded")
         with changing(row.vg) as group:
             there = {device.dm_name: device for device in block.mapped()}
+            over = there.get(_dm_name(name))
+            if over is not None and over.dm_uuid == _dm_uuid(name) and theirs:
+                raise BusyError(
+                    f"{row.id}, renamed by somebody, holds what was written to {over.dm_name}, and is nothing alone",
+                    object=attachment_id,
+                    cure=f"lvrename {row.vg} {row.name} {name}",
+                )
             if _crypt_name(name) in there:
                 group.other("cryptsetup", "close", _crypt_name(name), object=attachment_id)
-            over = there.get(_dm_name(name))
+            if theirs:
+                words = [word for text in row.tags if text.startswith(PREFIX) for word in ("--deltag", text)]
+                group.lvm("lvchange", *words, row.id, object=row.id)
+                continue
             if over is not None and over.dm_uuid == _dm_uuid(name):
                 group.other("dmsetup", "remove", "--retry", _dm_name(name), object=attachment_id)
             group.remove(row, half_made=True)

@@ -273,6 +273,27 @@ def test_an_image_that_was_renamed_is_somebodys(thin: LvmHarness) -> None:
     assert not list(thin.provider().snapshots(birth.set_id))
 
 
+@pytest.mark.parametrize("is_thin", [True, False])
+def test_a_clone_that_was_renamed_is_somebodys(group: Storage, is_thin: bool) -> None:
+    """It can be released, and stays. One over a classic image is two devices: only both are worth anything."""
+    with harness_on(group, thin=is_thin) as harness:
+        volume = filled(harness)
+        birth = taken(harness, volume)
+        (found,) = harness.provider().snapshots(birth.set_id)
+        attachment_id = new_attachment_id(utc_now())
+        harness.provider().attach(found, attachment_id, Access.WRITABLE, "/nowhere")
+        lvm("lvrename", "-qq", group.vg, f"{attachment_id}-0", "theirs")
+        if not is_thin:
+            with pytest.raises(BusyError, match="renamed") as refused:
+                harness.provider().detach(attachment_id)
+            assert f"lvrename {group.vg} theirs {attachment_id}-0" in refused.value.cure
+            lvm("dmsetup", "remove", "--retry", f"snapshotter-{attachment_id}-0")
+        harness.provider().detach(attachment_id)
+        assert "theirs" in names(harness) and not list(harness.provider().attachments())
+        harness.provider().delete(birth.set_id)
+        assert not harness.storage.ours() and "theirs" in names(harness)
+
+
 def test_a_set_in_a_copied_group_is_not_guessed_at(thin: LvmHarness) -> None:
     """As after vgimportclone: every record twice. Neither is removed, and each is attached as itself."""
     volume = filled(thin)
