@@ -20,6 +20,7 @@ from contextlib import ExitStack, suppress
 from datetime import datetime
 
 import msgspec
+from msgspec.structs import replace
 
 from providers.lvm import claims, images, room
 from providers.lvm.commands import WAIT_S, Group, changing, check_target, recover_all, wait_for_dead_runs
@@ -325,7 +326,8 @@ class LvmProvider(Provider):
         sealing = bool(changes.get("sealed"))
         made = self._made.pop(set_id, None)
         if made is not None:  # known to the letter: the report would tell nothing new, and cost as much as the seal
-            origins = [part.origin for part in made]
+            parts = [(replace(part.origin, name=part.id.partition("/")[2]), part.origin) for part in made]
+            written = [row for pair in parts for row in pair]
             work = {part.id: images.retag({}, changes, [part.maker] if sealing else []) for part in made}
         else:
             rows = self._report()
@@ -338,15 +340,16 @@ class LvmProvider(Provider):
             for _, found in members.values():
                 if sealing and found.state is not ImageState.READY:
                     raise StorageError(f"can't be sealed: {found.why}", object=set_id)
-            origins = [row for row, _ in members.values()]
-            old = [text for row in origins for text in row.tags if text.startswith(tag("maker", ""))]
+            own = [row for row, _ in members.values()]
+            written = [*own, *(row for row in rows if (row.vg, row.name) in {(each.vg, each.origin) for each in own})]
+            old = [text for row in own for text in row.tags if text.startswith(tag("maker", ""))]
             work = {at: images.retag(marks(row), changes, old if sealing else []) for at, (row, _) in members.items()}
         try:
             images.carry_out(work, set_id)
         except NotFoundError:
             raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all") from None
         if sealing:
-            images.flush(origins)
+            images.flush(written)  # a classic image's own store may be on other disks than its origin
 
     def delete(self, set_id: str) -> None:
         _check_id(SET_ID, set_id)

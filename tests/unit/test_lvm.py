@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from providers.lvm import clones, commands, images, room, swaps
+from providers.lvm import LvmProvider, _Made, clones, commands, images, room, swaps
 from providers.lvm.reports import (
     Row,
     attachment_record,
@@ -45,6 +45,7 @@ from snapshotter.core.errors import (
 )
 from snapshotter.core.model import ImageState, Volume
 from snapshotter.host import block
+from snapshotter.provider import Settings
 from snapshotter.testing import make_birth
 
 #: lvm(8): what a tag may be.
@@ -380,6 +381,24 @@ def test_the_way_down_ends_where_it_forks(tmp_path: Path, monkeypatch: pytest.Mo
     # What LVM wrote is flushed through what LVM wrote to: md0 may have a journal of its own.
     assert images._physical("254:0", row()) == ["259:2"]
     assert images._physical("254:3", row()) == ["9:0"]
+
+
+@pytest.mark.parametrize("same_run", [True, False])
+def test_the_seal_reaches_the_disks_of_the_images_too(monkeypatch: pytest.MonkeyPatch, same_run: bool) -> None:
+    """What a classic image holds may be on another disk than its origin is."""
+    birth = make_birth([Volume("lvm", "tv-a/data", "/d")])
+    origin = row(attr="owi-aos---", pool="", layout="linear")
+    tags = (*birth_tags(birth, 1), maker_tag())
+    image = row(name=image_name(birth), attr=CLASSIC, pool="", layout="linear", origin="data", tags=tags)
+    flushed: list[str] = []
+    monkeypatch.setattr(images, "carry_out", lambda work, _: None)
+    monkeypatch.setattr(images, "flush", lambda rows: flushed.extend(each.device for each in rows))
+    lvm = LvmProvider(Settings("/nowhere"))
+    monkeypatch.setattr(lvm, "_report", lambda: [origin, image])
+    if same_run:
+        lvm._made[birth.set_id] = [_Made(image.id, origin, maker_tag())]
+    lvm.mark(birth.set_id, {"sealed": "20261122t100630z"})
+    assert set(flushed) == {origin.device, image.device}
 
 
 @pytest.mark.parametrize(
