@@ -217,7 +217,7 @@ def _take_back(group: Group, rows: Sequence[Row], swap_id: str) -> None:
         raise StorageError(
             "its clone is gone; what it set aside stays",
             object=known.aside.id,
-            cure=f"lvrename {known.vg} {known.aside.name} {known.place} and lvchange -kn -ay it, or commit the swap",
+            cure=f"lvrename {known.vg} {known.aside.name} {known.place} and lvchange -kn -ay it; or lvremove it",
         )
     clone = known.clone
     theirs = _is_theirs(known)
@@ -255,7 +255,7 @@ def _take_back(group: Group, rows: Sequence[Row], swap_id: str) -> None:
 
 def swap_commit(report: Report, swap_id: str) -> bool:
     """See Provider.swap_commit. False: there is no such swap. Raises BusyError while what is set aside is in use, or
-    something hangs on it."""
+    something hangs on it; StorageError where its clone isn't in its place."""
     if not _SWAP_ID.fullmatch(swap_id):
         raise ValueError(f"{swap_id!r} is no id")
     known = _one(report(), swap_id)
@@ -267,6 +267,12 @@ def swap_commit(report: Report, swap_id: str) -> bool:
         if known is None:
             return True
         clone, aside = known.clone, known.aside
+        if aside is not None and clone is None and aside.name == f"{swap_id}-aside" and not _committed(known):
+            raise StorageError(
+                "its clone is gone: this may be all there is",
+                object=aside.id,
+                cure=f"lvrename {known.vg} {aside.name} {known.place} and lvchange -kn -ay it; or lvremove it",
+            )
         if clone is not None and clone.name != known.place and not _is_theirs(known):
             raise StorageError("the swap was never finished", object=swap_id, cure="take it back")
         if aside is not None and clone is not None and aside.name != f"{swap_id}-aside":

@@ -345,6 +345,42 @@ def test_a_live_volume_that_once_was_set_aside_is_not_reaped(thin: LvmHarness) -
     assert names(thin) == before and describe(top(volume)) == content
 
 
+def test_what_is_set_aside_is_not_given_up_for_a_clone_that_is_gone(thin: LvmHarness) -> None:
+    volume = filled(thin)
+    birth = taken(thin, volume)
+    (found,) = thin.provider().snapshots(birth.set_id)
+    thin.provider().swap("w1", found, volume)
+    mounts.unmount(top(volume))
+    lvm("lvremove", "-qq", "-y", volume.id)
+    for end in (thin.provider().swap_commit, thin.provider().swap_back):
+        with pytest.raises(StorageError, match="gone") as refused:
+            end("w1")
+        assert "lvrename" in refused.value.cure and "w1-aside" in names(thin)
+
+
+def test_nothing_is_discarded_while_its_group_is_away(tmp_path: Path) -> None:
+    with storage(400, pool_mb=300) as made, harness_on(made, thin=True) as harness:
+        volume = filled(harness)
+        command = Command(tmp_path / "etc")
+        set_id = command.json("take", top(volume))["set_id"]
+        assert command.json("restore", set_id, "--in-place", "--yes")["way"] == "swap"
+        mounts.unmount(top(volume))
+        lvm("vgchange", "-qq", "-an", made.vg)
+        backing = lvm("losetup", "--noheadings", "--output", "BACK-FILE", made.disk).strip()
+        lvm("losetup", "--detach", made.disk)
+        try:
+            error = command.error("restore", "--discard", top(volume), "--yes", exit_code=3)
+            assert volume.id in error["line"]
+        finally:
+            lvm("losetup", made.disk, backing)
+            lvm("udevadm", "settle")
+            lvm("vgchange", "-qq", "-ay", made.vg)
+            harness.mount_all()
+        assert any(name.endswith("-aside") for name in names(harness))
+        assert command.json("restore", "--discard", top(volume), "--yes")["outcome"] == "discarded"
+        assert not any(name.endswith("-aside") for name in names(harness))
+
+
 @pytest.mark.parametrize("then", ["taken back", "committed"])
 def test_what_was_swapped_in_and_renamed_since_is_somebodys(thin: LvmHarness, then: str) -> None:
     volume = filled(thin)
