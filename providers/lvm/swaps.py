@@ -1,7 +1,8 @@
 """Swaps, of thin volumes only: a clone of an image takes its origin's name. Must know nothing of sets.
 
 Two renames; never a merge (it consumes the snapshot). What is set aside is deactivated and marked to be skipped, and
-the clone is not: after a reboot `/dev/group/name` is the clone, and `mount UUID=` can find nothing else.
+the clone is not: after a reboot `/dev/group/name` is the clone, and `mount UUID=` can find nothing else. So that this
+holds after a power cut at any step too, at most one of the two is ever not to be skipped: the one that has the name.
 
     clone, tagged  swap=<id>, place=<name>, origin=<UUID of what it replaces>:  <id>-new, then <name>
     origin, tagged aside=<id>, place=<name>:                                     <name>, then <id>-aside
@@ -99,9 +100,8 @@ def swap(report: Report, swap_id: str, snapshot: Snapshot, volume: Volume) -> No
         theirs = [text for text in origin.tags if not text.startswith(PREFIX)]
         room.check_group(origin, [*record, *theirs], 1)
         words = [word for text in (*record, *theirs) for word in ("--addtag", text)]
-        # Not to be skipped, and not active before it is in its place.
         group.lvm(
-            *("lvcreate", "-y", "-s", "-prw", "-kn", "-an", "-n", f"{swap_id}-new"),
+            *("lvcreate", "-y", "-s", "-prw", "-ky", "-an", "-n", f"{swap_id}-new"),
             *(*room.PAST_THRESHOLD, *words, image.id),
             object=image.id,
             suspends=[image, *([pool] if pool else [])],
@@ -115,6 +115,7 @@ def swap(report: Report, swap_id: str, snapshot: Snapshot, volume: Volume) -> No
             group.lvm("lvchange", "-ky", *set_aside, origin.id, object=origin.id)
             group.lvm("lvrename", origin.vg, origin.name, f"{swap_id}-aside", object=origin.id)
             group.lvm("lvrename", origin.vg, f"{swap_id}-new", origin.name, object=origin.id)
+            group.lvm("lvchange", "-kn", origin.id, object=origin.id)
             group.lvm("lvchange", "-ay", origin.id, object=origin.id)
             _settle(origin)
         except BaseException:
@@ -230,6 +231,9 @@ def _take_back(group: Group, rows: Sequence[Row], swap_id: str) -> None:
         raise BusyError("is in use", object=clone.id, cure=f"see who with: fuser -vm {clone.device}")
     if clone.name == known.place:
         group.lvm("lvchange", "-an", clone.id, object=clone.id)
+    if not theirs and not clone.skipped:
+        group.lvm("lvchange", "-ky", clone.id, object=clone.id)
+    if clone.name == known.place:
         group.lvm("lvrename", known.vg, known.place, f"{swap_id}-new", object=clone.id)
         clone = msgspec.structs.replace(clone, name=f"{swap_id}-new")
     if origin.name != known.place:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -400,6 +402,55 @@ def test_what_was_swapped_in_and_renamed_since_is_somebodys(thin: LvmHarness, th
         mounts.unmount(top(volume))
         lvm("mount", f"/dev/{volume.id}", top(volume))
         assert describe(top(volume)) == ruined
+
+
+@pytest.mark.parametrize("way", ["there", "back"])
+def test_a_power_cut_inside_a_swap_leaves_no_two_of_one_uuid(
+    thin: LvmHarness, monkeypatch: pytest.MonkeyPatch, way: str, full: bool
+) -> None:
+    """After each of its commands: what boot activates then is the old, the new or neither. And it can be undone."""
+    volume = filled(thin)
+    birth = taken(thin, volume)
+    (found,) = thin.provider().snapshots(birth.set_id)
+    content = describe(top(volume))
+    ruin(top(volume))
+    ruined, before = describe(top(volume)), names(thin)
+    uuid = lvm("blkid", "-p", "-o", "value", "-s", "UUID", f"/dev/{volume.id}").strip()
+    real = Group.lvm
+    calls = 0
+
+    def counted(group: Group, *argv: str, **how: Any) -> None:
+        nonlocal calls
+        real(group, *argv, **how)
+        calls += 1
+        if calls == deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Group, "lvm", counted)
+    for point in range(1, 8) if full else random.sample(range(1, 8), 3):
+        deadly = 0
+        if way == "back":
+            thin.provider().swap("w1", found, volume)
+        calls, deadly = 0, point
+        with thin.unmounted([volume.id]):
+            plain = LvmProvider(Settings("/nowhere"))
+            in_a_run_that_dies(lambda: plain.swap("w1", found, volume) if way == "there" else plain.swap_back("w1"))
+            deadly = 0
+            assert list(plain.swaps()) == ([] if (way, point) == ("back", 7) else ["w1"]), point
+            lvm("vgchange", "-qq", "-an", thin.storage.vg)
+            lvm("vgchange", "-qq", "-aay", thin.storage.vg)
+            lvm("udevadm", "settle")
+            active = [row["lv_name"] for row in thin.storage.lvs("lv_name,lv_attr") if row["lv_attr"][4] == "a"]
+            active = [name for name in active if lvm("blkid", "-p", f"/dev/{thin.storage.vg}/{name}", check=False)]
+            assert active in ([], [volume.id.partition("/")[2]]), (point, active)
+            if active:
+                lvm("mount", f"UUID={uuid}", top(volume))
+                assert describe(top(volume)) in (ruined, content), point
+                mounts.unmount(top(volume))
+        thin.provider().swap_back("w1")
+        with thin.unmounted([volume.id]):  # before there was a swap at all, nothing activated it
+            lvm("lvchange", "-qq", "-ay", volume.id)
+        assert describe(top(volume)) == ruined and names(thin) == before, point
 
 
 @pytest.mark.parametrize("then", ["undone", "kept by another name", "asked for again"])
