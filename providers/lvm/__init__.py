@@ -37,6 +37,7 @@ from providers.lvm.reports import (
     pool_of,
     read,
     snapshot,
+    suspended_with,
     tag,
     threshold_of,
 )
@@ -286,23 +287,26 @@ class LvmProvider(Provider):
                     born = birth.of_member(_member(birth, volume))
                     row = find(ready.rows, volume.id)
                     tags = [*birth_tags(born, ready.order), *quota[volume.id]]
-                    image = self._shoot(groups[row.vg], row, pool_of(ready.rows, row), born, tags, sizes.get(row.id))
+                    image = self._shoot(groups[row.vg], row, ready.rows, born, tags, sizes.get(row.id))
                     made[born.member] = Snapshot(self.name, image, born, ImageState.READY, order=ready.order)
             except BaseException:
                 for part in self._made.pop(birth.set_id, []):
                     with suppress(SnapshotterError):  # `delete`, which the core calls, tries again
-                        groups[part.origin.vg].lvm("lvremove", "-y", part.id, object=part.id, suspends=[part.origin])
+                        held = suspended_with(ready.rows, part.origin)
+                        groups[part.origin.vg].lvm(
+                            "lvremove", "-y", part.id, object=part.id, suspends=held, born=part.id.partition("/")[2]
+                        )
                 raise
         return tuple(made[_member(birth, volume)] for volume in volumes)
 
-    def _shoot(self, group: Group, row: Row, pool: Row | None, birth: Birth, tags: list[str], size: int | None) -> str:
+    def _shoot(self, group: Group, row: Row, rows: list[Row], birth: Birth, tags: list[str], size: int | None) -> str:
         """One lvcreate: the image's id. Thin ones are not activated: nothing sees a second file system of that UUID."""
         name, maker = image_name(birth), maker_tag()
         argv = ["lvcreate", "-y", "-s", "-pr", "-n", name]
         argv += ["-ky"] if size is None else ["-L", f"{size}b"]
         for text in (*tags, maker):
             argv += ["--addtag", text]
-        group.lvm(*argv, row.id, object=row.id, suspends=[row, *([pool] if pool else [])], born=name)
+        group.lvm(*argv, row.id, object=row.id, suspends=suspended_with(rows, row), born=name)
         image = f"{row.vg}/{name}"
         self._made.setdefault(birth.set_id, []).append(_Made(image, row, maker))
         return image

@@ -32,7 +32,7 @@ from providers.lvm.reports import (
     hanging_on,
     maker_lives,
     maker_tag,
-    pool_of,
+    suspended_with,
     tag,
     to_text,
 )
@@ -110,12 +110,11 @@ def attach(clone: Clone, rows: Sequence[Row], size: int | None) -> MountSpec:
     _hide_from_udev()
     with changing(image.vg) as group:
         if image.thin:
-            pool = pool_of(rows, image)
             group.lvm(
                 *("lvcreate", "-y", "-s", "-prw", "-ky", "-K", "-ay", "-n", clone.name),
                 *(*room.PAST_THRESHOLD, *words, image.id),
                 object=image.id,
-                suspends=[image, *([pool] if pool else [])],
+                suspends=suspended_with(rows, image),
                 born=clone.name,
             )
             device = f"/dev/{image.vg}/{clone.name}"

@@ -210,6 +210,14 @@ def pool_of(rows: Iterable[Row], row: Row) -> Row | None:
     return next((other for other in rows if row.pool and (other.vg, other.name) == (row.vg, row.pool)), None)
 
 
+def suspended_with(rows: Sequence[Row], row: Row) -> list[Row]:
+    """What a command that makes or removes a snapshot of this volume may suspend: it, its thin pool, and every classic
+    snapshot that there is of it."""
+    pool = pool_of(rows, row)
+    others = [other for other in rows if (other.vg, other.origin) == (row.vg, row.name) and other.attr[0] in "sS"]
+    return [row, *([pool] if pool else []), *others]
+
+
 # ---------------------------------------------------------------------------------------------------------- tags
 
 

@@ -23,7 +23,7 @@ import msgspec
 from providers.lvm import room
 from providers.lvm.commands import Group, changing
 from providers.lvm.images import find_image
-from providers.lvm.reports import PREFIX, Row, find, hanging_on, pool_of, tag
+from providers.lvm.reports import PREFIX, Row, find, hanging_on, suspended_with, tag
 from snapshotter.core.command import run
 from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.model import Snapshot, Volume
@@ -95,7 +95,6 @@ def swap(report: Report, swap_id: str, snapshot: Snapshot, volume: Volume) -> No
             if other.open and (other.id == swap_id or other.volume == volume.id):
                 raise BusyError(f"swap {other.id} is open", object=volume.id, cure="take it back or commit it")
         _check_swappable(rows, origin, image)
-        pool = pool_of(rows, image)
         record = [tag("swap", swap_id), tag("place", origin.name), tag("origin", origin.uuid)]
         theirs = [text for text in origin.tags if not text.startswith(PREFIX)]
         room.check_group(origin, [*record, *theirs], 1)
@@ -104,7 +103,7 @@ def swap(report: Report, swap_id: str, snapshot: Snapshot, volume: Volume) -> No
             *("lvcreate", "-y", "-s", "-prw", "-ky", "-an", "-n", f"{swap_id}-new"),
             *(*room.PAST_THRESHOLD, *words, image.id),
             object=image.id,
-            suspends=[image, *([pool] if pool else [])],
+            suspends=suspended_with(rows, image),
             born=f"{swap_id}-new",
         )
         try:

@@ -188,6 +188,7 @@ def test_killed_inside_lvcreate(harness: LvmHarness, volume: Volume, request: py
 
 def test_killed_with_the_origin_suspended(harness: LvmHarness, volume: Volume) -> None:
     """The worst moment: every write to the node hangs until `reap`, or the next run, resumes the device."""
+    seal(harness.provider(), take(harness.provider(), harness, [volume]))  # suspended along with it, if classic
     before, content = harness.objects(), describe(top(volume))
     for _ in range(6):
         birth = make_birth([volume])

@@ -449,6 +449,30 @@ def test_what_goes_with_a_volume() -> None:
         assert hanging_on([image, of_its_pool, other], image) == other
 
 
+def test_what_is_suspended_with_a_volume_is_on_record(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed command may leave each of them so, and only what is on record is ever resumed."""
+    origin = row(attr="owi-aos---", pool="", layout="linear")
+    kept, other = (
+        row(name=name, uuid=f"{name}-uuid", attr=CLASSIC, pool="", layout="linear", origin=of)
+        for name, of in (("kept", "data"), ("others", "another"))
+    )
+    birth = make_birth([Volume("lvm", origin.id, "/d")])
+    made = msgspec.structs.replace(kept, name=image_name(birth), uuid="made-uuid", tags=tuple(birth_tags(birth, 1)))
+    noted: list[list[str]] = []
+
+    def run(group: commands.Group, argv: Any) -> Outcome:
+        noted.append(json.loads((records / group.vg).read_text())["uuids"])
+        return Outcome(tuple(argv), 0, "", "")
+
+    monkeypatch.setattr(commands.Group, "_run", run)
+    lvm, group = LvmProvider(Settings("/nowhere")), commands.Group(origin.vg)
+    lvm._shoot(group, origin, [origin, kept, other], birth.of_member(0), [], 4 * MIB)
+    images.remove([origin, kept, other, made], birth.set_id)
+    assert len(noted) == 2
+    for uuids in noted:
+        assert {origin.dm_uuid, kept.dm_uuid} <= set(uuids) and other.dm_uuid not in uuids
+
+
 def test_what_lvm_says_before_its_report_is_no_part_of_it() -> None:
     assert parse("  Retrying metadata scan.\n" + REPORT) == parse(REPORT)
 
