@@ -20,14 +20,13 @@ import msgspec
 from providers.lvm import room
 from providers.lvm.claims import luks_uuid
 from providers.lvm.commands import Group, changing
-from providers.lvm.images import find_image, refuse_invalid
+from providers.lvm.images import find_image
 from providers.lvm.reports import (
     NAME,
     PREFIX,
     QUOTA,
     Row,
     attachment_record,
-    birth_of,
     find,
     hanging_on,
     maker_lives,
@@ -148,14 +147,12 @@ def _hide_from_udev() -> None:
 
 def _over(group: Group, image: Row, name: str, words: list[str], rows: Sequence[Row], size: int | None) -> str:
     """A writable device over a classic snapshot; its writes go to a volume of ours (dm-snapshot's persistent store)."""
-    from providers.lvm.reports import read
-
-    if not image.active:
-        group.lvm("lvchange", "-ay", f"{image.vg}/{image.origin}", object=image.id)
-        rows, _ = read([image.vg])
-        image = find(rows, image.id)
-        birth = birth_of(image)
-        refuse_invalid(image, rows, birth.set_id if birth else image.id)
+    if not image.active:  # and so is its origin: production's, which somebody may have deactivated for a reason
+        raise PreconditionError(
+            "is not active, so whether it has overflowed can't be asked",
+            object=image.id,
+            cure=f"lvchange -ay {image.vg}/{image.origin}",
+        )
     # `size` of a classic snapshot's row is its store's; its device is as large as its origin.
     origin = find(rows, f"{image.vg}/{image.origin}")
     store = room.cow_size(origin, image.vg_free, size, 0.0)

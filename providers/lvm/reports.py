@@ -324,7 +324,7 @@ def snapshot(row: Row, rows: Sequence[Row]) -> Snapshot | None:
 
 def lacks(row: Row, pool: Row | None) -> str:
     """Why this is no image that could be restored, for a person; '' if it is one. (lvs(8), "lv_attr".) Of an inactive
-    classic snapshot nothing can be asked: `attach` activates it and asks."""
+    classic snapshot nothing can be asked: `attach` refuses it."""
     state, health = row.attr[4], row.attr[8]
     if renamed(row):
         return f"somebody has renamed it to {row.name}, and keeps it for something else"

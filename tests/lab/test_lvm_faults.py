@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from providers.lvm import LvmProvider
-from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.errors import BusyError, PreconditionError, StorageError
 from snapshotter.core.model import Access, Birth, ImageState, Volume, new_attachment_id, utc_now
 from snapshotter.host import block, mounts
 from snapshotter.provider import Settings
@@ -407,7 +407,7 @@ def test_an_attachment_outlives_a_reboot_as_a_record(group: Storage, is_thin: bo
         assert content_of(harness, found) == content
 
 
-def test_an_inactive_classic_snapshot_is_asked_when_it_is_attached(classic: LvmHarness) -> None:
+def test_an_inactive_classic_snapshot_is_not_activated_with_its_origin(classic: LvmHarness) -> None:
     volume = filled(classic)
     birth = taken(classic, volume)
     (found,) = classic.provider().snapshots(birth.set_id)
@@ -415,7 +415,11 @@ def test_an_inactive_classic_snapshot_is_asked_when_it_is_attached(classic: LvmH
     mounts.unmount(top(volume))
     lvm("lvchange", "-qq", "-an", volume.id)
     attachment_id = new_attachment_id(utc_now())
-    with pytest.raises(SnapshotterError):
+    with pytest.raises(PreconditionError) as refused:
+        classic.provider().attach(found, attachment_id, Access.WRITABLE, classic.destination())
+    assert classic.storage.attr(volume.id.partition("/")[2])[4] == "-", "production's own volume"
+    lvm(*refused.value.cure.split(), check=False)
+    with pytest.raises(StorageError, match="overflowed"):
         classic.provider().attach(found, attachment_id, Access.WRITABLE, classic.destination())
     classic.provider().detach(attachment_id)
     classic.mount_all()

@@ -161,7 +161,7 @@ THIN, CLASSIC = "Vri---tz-k", "sri-a-s---"
         ("Vwi---tz-k", "twi-aotz--", False),
         ("Vri---tzpk", "twi-aotz--", False),
         (CLASSIC, "", True),
-        ("sri---s---", "", True),  # inactive: asked when it is attached
+        ("sri---s---", "", True),  # inactive: can't be asked, and isn't attached
         ("sri-I-s---", "", False),
         ("sri-S-s---", "", False),
         ("Sri-a-s---", "", False),
