@@ -153,13 +153,16 @@ def _over(group: Group, image: Row, name: str, words: list[str], rows: Sequence[
             object=image.id,
             cure=f"lvchange -ay {image.vg}/{image.origin}",
         )
-    # `size` of a classic snapshot's row is its store's; its device is as large as its origin.
+    # `size` of a classic snapshot's row is its store's. Its device is as large as its origin was then.
+    length = block.size_bytes(block.number_of(image.device) or "")
+    if not length:
+        raise StorageError("has no device", object=image.id, cure=f"lvchange -ay {image.vg}/{image.origin}")
     origin = find(rows, f"{image.vg}/{image.origin}")
     store = room.cow_size(origin, image.vg_free, size, 0.0)
     group.lvm(
         *("lvcreate", "-y", "-Wy", "-Zy", "-L", f"{store}b", "-n", name, *words, image.vg), object=image.vg, born=name
     )
-    table = f"0 {origin.size // _SECTOR} snapshot {image.device} /dev/{image.vg}/{name} P {room.CHUNK // _SECTOR}"
+    table = f"0 {length // _SECTOR} snapshot {image.device} /dev/{image.vg}/{name} P {room.CHUNK // _SECTOR}"
     made = _dm_name(name)
     group.other("dmsetup", "create", made, "--uuid", _dm_uuid(name), "--table", table, object=image.id)
     return f"/dev/mapper/{made}"

@@ -425,6 +425,21 @@ def test_an_inactive_classic_snapshot_is_not_activated_with_its_origin(classic: 
     classic.mount_all()
 
 
+def test_a_classic_image_of_before_its_origin_was_enlarged(classic: LvmHarness) -> None:
+    volume = filled(classic)
+    content, birth = describe(top(volume)), taken(classic, volume)
+    (found,) = classic.provider().snapshots(birth.set_id)
+    with classic.unmounted([volume.id]):
+        lvm("lvchange", "-qq", "-an", volume.id)
+        lvm("lvextend", "-qq", "-L+16m", volume.id)
+        lvm("lvchange", "-qq", "-ay", volume.id)
+    assert content_of(classic, found) == content
+    attached = attach(classic, found, Access.WRITABLE)
+    with open(mounts.mount_of(attached.path).source, "rb") as device:
+        assert device.seek(0, os.SEEK_END) == 80 * MIB, "what lies behind it is nobody's"
+    attached.end()
+
+
 def test_two_volumes_in_one_group_share_its_room(classic: LvmHarness, tmp_path: Path) -> None:
     volumes = [filled(classic), filled(classic)]
     provider = LvmProvider(Settings(str(tmp_path), options={"size": 1 << 40}))
