@@ -149,6 +149,14 @@ def test_what_a_clone_would_not_have_is_refused(thin: LvmHarness, tmp_path: Path
     finally:
         lvm("cryptsetup", "close", name)
     assert "logdev=" in said(source, "xfs", f"logdev=/dev/{thin.storage.vg}/log")
+    lvm("mke2fs", "-q", "-F", "-b", "4096", "-O", "journal_dev", f"/dev/{thin.storage.vg}/log")
+    lvm("mkfs.ext4", "-q", "-F", "-b", "4096", "-J", f"device=/dev/{thin.storage.vg}/log", source)
+    lvm("mount", source, point)
+    try:
+        Path(point, "file").write_text("x")
+        assert "journal on another device" in refused(thin.storage, command, "take", point)
+    finally:
+        lvm("umount", point)
 
 
 def test_a_directory_mounted_by_itself_is_refused(thin: LvmHarness) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from providers.lvm import LvmProvider, _Made, clones, commands, images, room, swaps
+from providers.lvm import LvmProvider, _Made, claims, clones, commands, images, room, swaps
 from providers.lvm.reports import (
     Row,
     attachment_record,
@@ -305,6 +307,25 @@ def test_a_copy_that_would_fill_a_thin_pool_is_refused() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- other files
+
+
+@pytest.mark.skipif(shutil.which("mkfs.ext4", path="/sbin:/usr/sbin:/usr/bin") is None, reason="needs mkfs.ext4")
+@pytest.mark.parametrize("kind", ["inside", "elsewhere", "none", "no file system"])
+def test_a_journal_on_another_device_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    image = tmp_path / "image"
+    with open(image, "wb") as file:
+        file.truncate(16 * MIB)
+    how = ["-O", "^has_journal"] if kind == "none" else []
+    if kind != "no file system":
+        subprocess.run(
+            ["mkfs.ext4", "-q", "-F", *how, str(image)], check=True, env={"PATH": "/sbin:/usr/sbin:/usr/bin"}
+        )
+    if kind == "elsewhere":  # as mke2fs -J device= would write it
+        with open(image, "r+b") as file:
+            file.seek(1024 + 0xE0)
+            file.write(bytes(4))
+    monkeypatch.setattr(block, "device", lambda number: block.Device(number, f"..{image}"))
+    assert claims.has_journal_elsewhere("254:0") is (kind == "elsewhere")
 
 
 def test_fstab_by_lvms_uuid_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
