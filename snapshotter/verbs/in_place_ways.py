@@ -329,7 +329,9 @@ def _there(path: str) -> str:
 
 def harm(session: Session, grounds: Sequence[Ground], need: int | None) -> PreconditionError | None:
     """What `refuse_writes` would probably say of the copy, whose size is known only when the image is looked into."""
-    needs = {ground.path: (need or 0) if len(grounds) == 1 else _used(ground.path) for ground in grounds}
+    if not need:
+        return None
+    needs = {ground.path: need if len(grounds) == 1 else min(need, _used(ground.path)) for ground in grounds}
     try:
         refuse_writes(session, needs)
     except PreconditionError as error:
