@@ -30,6 +30,7 @@ READING = {
     "source_of",
     "swappable",
     "sees",
+    "refuse_writes",
     "reap",
     "space",
 }
