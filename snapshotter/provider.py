@@ -53,6 +53,7 @@ class Traits(Struct, frozen=True):
     writable_clone: bool
     swaps: bool  # a clone can take its origin's place
     needs_host: bool  # works only on the host that sees the data path
+    sized_by_content: bool = True  # a snapshot's size_bytes is how much is in it, not what it pins
     subvolumes_apart: bool = False  # a snapshot ends at nested btrfs subvolumes: they are volumes of their own
     limits: LabelLimits = LabelLimits()
 
@@ -279,6 +280,12 @@ class Provider(ABC):
         nobody waited for (`finish`); return their names. Never a set with a record, an attachment, or anything that a
         live process holds. Default: nothing."""
         return []
+
+    def refuse_writes(self, needs: Sequence[tuple[Mount, int]]) -> None:
+        """Raise PreconditionError, with the cure, where so many bytes (at most) written to the file systems of these
+        mounts would harm what lies below them: fill a pool that others are in, overflow snapshots. Asked before a
+        restore copies, of every driver: the set may be another's. Default: no harm."""
+        return None
 
     @abstractmethod
     def space(self, volumes: Sequence[Volume]) -> Space:

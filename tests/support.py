@@ -142,6 +142,18 @@ class Command:
         return {**error, "line": lines[0]}
 
 
+def writes_at_last(data: Path, scratch: Path, quiesce: str) -> str:
+    """A config's node `late`, whose stop, or hold hook, writes 20 MB to `data`/late, and leaves them in memory."""
+    sign = scratch / f"stopped-{quiesce}"
+    hold = ["sh", "-c", f"dd if=/dev/urandom of={data}/late bs=1M count=20 && touch {sign}"]
+    let_go = ["rm", "-f", str(sign)]
+    lines = {"hooks": {"hold": hold, "release": let_go}}.get(
+        quiesce, {"stop": hold, "start": let_go, "status": ["sh", "-c", f"test ! -e {sign} || exit 3"]}
+    )
+    head = f'[node.late]\npath = "{data}"\nquiesce = "{quiesce}"\nbudget = "60s"\n'
+    return head + "".join(f"{key} = {json.dumps(argv)}\n" for key, argv in lines.items())
+
+
 class Node:
     """A Besu-shaped node under synced load, as a process of its own."""
 

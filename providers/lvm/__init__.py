@@ -20,6 +20,7 @@ from contextlib import ExitStack, suppress
 from datetime import datetime
 
 import msgspec
+from msgspec.structs import replace
 
 from providers.lvm import claims, images, room
 from providers.lvm.commands import WAIT_S, Group, changing, check_target, recover_all, wait_for_dead_runs
@@ -36,6 +37,7 @@ from providers.lvm.reports import (
     pool_of,
     read,
     snapshot,
+    suspended_with,
     tag,
     threshold_of,
 )
@@ -94,6 +96,7 @@ class LvmProvider(Provider):
         writable_clone=True,
         swaps=True,
         needs_host=True,
+        sized_by_content=False,
         limits=LIMITS,
     )
     OPTIONS = {"size": Option(room.Size, "room of a classic snapshot, as 10G (default: by its origin's writes)")}  # noqa: RUF012
@@ -227,6 +230,14 @@ class LvmProvider(Provider):
                     detail[f"{cow.id} copy-on-write percent"] = round(cow.data)
         return Space(total_bytes=total, free_bytes=free, detail=detail)
 
+    def refuse_writes(self, needs: Sequence[tuple[Mount, int]]) -> None:
+        written: dict[str, int] = {}
+        for mount, need in needs:
+            if (place := claims.below(mount)) is not None:
+                written[place.volume] = written.get(place.volume, 0) + need
+        if written and not self.availability():
+            room.check_writes(self._report(sorted({volume.partition("/")[0] for volume in written})), written)
+
     # -- making ---------------------------------------------------------------------------------------------------
 
     def prepare(self, volumes: Sequence[Volume], birth: Birth, budget: float) -> None:
@@ -266,29 +277,36 @@ class LvmProvider(Provider):
         with ExitStack() as stack:
             groups = {vg: stack.enter_context(changing(vg, wait_s)) for vg in sorted(_by_group(volumes))}
             try:
+                if covered := [each.path for each in volumes if each.id in self._covered and each.path is not None]:
+                    from snapshotter.host.quiesce import sync
+
+                    sync(covered)  # no suspension writes out what they have in memory, nor does a stop or a hook
                 for volume in volumes:
                     if hold.deadline is not None and time.monotonic() >= hold.deadline:
                         raise QuiesceError("the time for which the writers may be held is over", object=volume.id)
                     born = birth.of_member(_member(birth, volume))
                     row = find(ready.rows, volume.id)
                     tags = [*birth_tags(born, ready.order), *quota[volume.id]]
-                    image = self._shoot(groups[row.vg], row, pool_of(ready.rows, row), born, tags, sizes.get(row.id))
+                    image = self._shoot(groups[row.vg], row, ready.rows, born, tags, sizes.get(row.id))
                     made[born.member] = Snapshot(self.name, image, born, ImageState.READY, order=ready.order)
             except BaseException:
                 for part in self._made.pop(birth.set_id, []):
                     with suppress(SnapshotterError):  # `delete`, which the core calls, tries again
-                        groups[part.origin.vg].lvm("lvremove", "-y", part.id, object=part.id, suspends=[part.origin])
+                        held = suspended_with(ready.rows, part.origin)
+                        groups[part.origin.vg].lvm(
+                            "lvremove", "-y", part.id, object=part.id, suspends=held, born=part.id.partition("/")[2]
+                        )
                 raise
         return tuple(made[_member(birth, volume)] for volume in volumes)
 
-    def _shoot(self, group: Group, row: Row, pool: Row | None, birth: Birth, tags: list[str], size: int | None) -> str:
+    def _shoot(self, group: Group, row: Row, rows: list[Row], birth: Birth, tags: list[str], size: int | None) -> str:
         """One lvcreate: the image's id. Thin ones are not activated: nothing sees a second file system of that UUID."""
         name, maker = image_name(birth), maker_tag()
         argv = ["lvcreate", "-y", "-s", "-pr", "-n", name]
         argv += ["-ky"] if size is None else ["-L", f"{size}b"]
         for text in (*tags, maker):
             argv += ["--addtag", text]
-        group.lvm(*argv, row.id, object=row.id, suspends=[row, *([pool] if pool else [])], born=name)
+        group.lvm(*argv, row.id, object=row.id, suspends=suspended_with(rows, row), born=name)
         image = f"{row.vg}/{name}"
         self._made.setdefault(birth.set_id, []).append(_Made(image, row, maker))
         return image
@@ -312,7 +330,8 @@ class LvmProvider(Provider):
         sealing = bool(changes.get("sealed"))
         made = self._made.pop(set_id, None)
         if made is not None:  # known to the letter: the report would tell nothing new, and cost as much as the seal
-            origins = [part.origin for part in made]
+            parts = [(replace(part.origin, name=part.id.partition("/")[2]), part.origin) for part in made]
+            written = [row for pair in parts for row in pair]
             work = {part.id: images.retag({}, changes, [part.maker] if sealing else []) for part in made}
         else:
             rows = self._report()
@@ -325,15 +344,16 @@ class LvmProvider(Provider):
             for _, found in members.values():
                 if sealing and found.state is not ImageState.READY:
                     raise StorageError(f"can't be sealed: {found.why}", object=set_id)
-            origins = [row for row, _ in members.values()]
-            old = [text for row in origins for text in row.tags if text.startswith(tag("maker", ""))]
+            own = [row for row, _ in members.values()]
+            written = [*own, *(row for row in rows if (row.vg, row.name) in {(each.vg, each.origin) for each in own})]
+            old = [text for row in own for text in row.tags if text.startswith(tag("maker", ""))]
             work = {at: images.retag(marks(row), changes, old if sealing else []) for at, (row, _) in members.items()}
         try:
             images.carry_out(work, set_id)
         except NotFoundError:
             raise NotFoundError("no such set", object=set_id, cure="`snapshotter list` shows all") from None
         if sealing:
-            images.flush(origins)
+            images.flush(written)  # a classic image's own store may be on other disks than its origin
 
     def delete(self, set_id: str) -> None:
         _check_id(SET_ID, set_id)

@@ -11,6 +11,7 @@ from snapshotter.host import block
 from snapshotter.host.mounts import Mount
 
 _COPY = "use --provider copy"
+_SUPERBLOCK = (0x38, 2), (0x5C, 4), (0xE0, 4)
 _LUKS = b"LUKS\xba\xbe"
 
 
@@ -68,12 +69,30 @@ def refuse(place: Place, mount: Mount, path: str) -> None:
             object=path,
             cure=_COPY,
         )
+    if mount.fstype in ("ext3", "ext4") and has_journal_elsewhere(mount.device):
+        raise PreconditionError(
+            f"keeps its journal on another device, which no snapshot of {place.volume} has", object=path, cure=_COPY
+        )
     if mount.root != "/":
         raise PreconditionError(
             f"is seen through a mount of its directory {mount.root} alone, so a restore could not find its place",
             object=path,
             cure=f"mount {place.volume} as a whole too, and name the path there",
         )
+
+
+def has_journal_elsewhere(number: str) -> bool:
+    """Of the ext4 on the device of this number: what is mounted doesn't tell. (ext4(5) and the kernel's
+    Documentation/filesystems/ext4: superblock at 1024, s_magic 0x38, s_feature_compat 0x5C, s_journal_inum 0xE0.)"""
+    found = block.device(number)
+    try:
+        with open(f"/dev/{found.name}" if found else "", "rb") as file:
+            file.seek(1024)
+            head = file.read(1024)
+    except OSError:
+        return False  # not root, who alone can take it
+    magic, compat, journal = (int.from_bytes(head[at : at + size], "little") for at, size in _SUPERBLOCK)
+    return magic == 0xEF53 and bool(compat & 0x4) and journal == 0
 
 
 def check_header(device: str, luks: str) -> None:

@@ -11,7 +11,6 @@ also after a reboot, when the device itself is gone.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -21,18 +20,18 @@ import msgspec
 from providers.lvm import room
 from providers.lvm.claims import luks_uuid
 from providers.lvm.commands import Group, changing
-from providers.lvm.images import find_image, refuse_invalid
+from providers.lvm.images import find_image
 from providers.lvm.reports import (
     NAME,
+    PREFIX,
     QUOTA,
     Row,
     attachment_record,
-    birth_of,
     find,
     hanging_on,
     maker_lives,
     maker_tag,
-    pool_of,
+    suspended_with,
     tag,
     to_text,
 )
@@ -110,12 +109,11 @@ def attach(clone: Clone, rows: Sequence[Row], size: int | None) -> MountSpec:
     _hide_from_udev()
     with changing(image.vg) as group:
         if image.thin:
-            pool = pool_of(rows, image)
             group.lvm(
                 *("lvcreate", "-y", "-s", "-prw", "-ky", "-K", "-ay", "-n", clone.name),
                 *(*room.PAST_THRESHOLD, *words, image.id),
                 object=image.id,
-                suspends=[image, *([pool] if pool else [])],
+                suspends=suspended_with(rows, image),
                 born=clone.name,
             )
             device = f"/dev/{image.vg}/{clone.name}"
@@ -149,21 +147,22 @@ def _hide_from_udev() -> None:
 
 def _over(group: Group, image: Row, name: str, words: list[str], rows: Sequence[Row], size: int | None) -> str:
     """A writable device over a classic snapshot; its writes go to a volume of ours (dm-snapshot's persistent store)."""
-    from providers.lvm.reports import read
-
-    if not image.active:
-        group.lvm("lvchange", "-ay", f"{image.vg}/{image.origin}", object=image.id)
-        rows, _ = read([image.vg])
-        image = find(rows, image.id)
-        birth = birth_of(image)
-        refuse_invalid(image, rows, birth.set_id if birth else image.id)
-    # `size` of a classic snapshot's row is its store's; its device is as large as its origin.
+    if not image.active:  # and so is its origin: production's, which somebody may have deactivated for a reason
+        raise PreconditionError(
+            "is not active, so whether it has overflowed can't be asked",
+            object=image.id,
+            cure=f"lvchange -ay {image.vg}/{image.origin}",
+        )
+    # `size` of a classic snapshot's row is its store's. Its device is as large as its origin was then.
+    length = block.size_bytes(block.number_of(image.device) or "")
+    if not length:
+        raise StorageError("has no device", object=image.id, cure=f"lvchange -ay {image.vg}/{image.origin}")
     origin = find(rows, f"{image.vg}/{image.origin}")
     store = room.cow_size(origin, image.vg_free, size, 0.0)
     group.lvm(
         *("lvcreate", "-y", "-Wy", "-Zy", "-L", f"{store}b", "-n", name, *words, image.vg), object=image.vg, born=name
     )
-    table = f"0 {origin.size // _SECTOR} snapshot {image.device} /dev/{image.vg}/{name} P {room.CHUNK // _SECTOR}"
+    table = f"0 {length // _SECTOR} snapshot {image.device} /dev/{image.vg}/{name} P {room.CHUNK // _SECTOR}"
     made = _dm_name(name)
     group.other("dmsetup", "create", made, "--uuid", _dm_uuid(name), "--table", table, object=image.id)
     return f"/dev/mapper/{made}"
@@ -271,20 +270,32 @@ def settle(rows: Sequence[Row], attachment_id: str, since: datetime) -> None:
 
 
 def detach(rows: Sequence[Row], attachment_id: str) -> None:
-    """Remove every part; absent is done. Raises BusyError while one is mounted or open."""
+    """Remove every part; a renamed one only loses our tags; absent is done. Raises BusyError while one is mounted or
+    open."""
     if not ATTACHMENT_ID.fullmatch(attachment_id):
         raise ValueError(f"{attachment_id!r} is no id")
     for row in parts(rows, attachment_id):
-        name = row.name
-        if not re.fullmatch(rf"{attachment_id}-[0-9]+", name):
-            continue  # renamed by a person, who wants to keep it
-        if (other := hanging_on(rows, row)) is not None:
+        record = attachment_record(row)
+        assert record is not None
+        name = f"{attachment_id}-{record['member']}"
+        theirs = row.name != name  # renamed by a person, who wants to keep it
+        if not theirs and (other := hanging_on(rows, row)) is not None:
             raise BusyError(f"{other.id} hangs on it", object=attachment_id, cure=f"lvremove {other.id}, if unneeded")
         with changing(row.vg) as group:
             there = {device.dm_name: device for device in block.mapped()}
+            over = there.get(_dm_name(name))
+            if over is not None and over.dm_uuid == _dm_uuid(name) and theirs:
+                raise BusyError(
+                    f"{row.id}, renamed by somebody, holds what was written to {over.dm_name}, and is nothing alone",
+                    object=attachment_id,
+                    cure=f"lvrename {row.vg} {row.name} {name}",
+                )
             if _crypt_name(name) in there:
                 group.other("cryptsetup", "close", _crypt_name(name), object=attachment_id)
-            over = there.get(_dm_name(name))
+            if theirs:
+                words = [word for text in row.tags if text.startswith(PREFIX) for word in ("--deltag", text)]
+                group.lvm("lvchange", *words, row.id, object=row.id)
+                continue
             if over is not None and over.dm_uuid == _dm_uuid(name):
                 group.other("dmsetup", "remove", "--retry", _dm_name(name), object=attachment_id)
             group.remove(row, half_made=True)

@@ -22,6 +22,7 @@ from providers.lvm.reports import (
     marks,
     pool_of,
     renamed,
+    suspended_with,
     tag,
 )
 from snapshotter.core.errors import BusyError, NotFoundError, StorageError
@@ -87,13 +88,14 @@ def remove(rows: Sequence[Row], set_id: str) -> None:
     for vg in sorted({row.vg for row in members}):
         theirs = [row for row in members if row.vg == vg]
         origins = [row for row in rows if row.vg == vg and row.name in {each.origin for each in theirs}]
+        held = [each for origin in origins for each in suspended_with(rows, origin)]
         with changing(vg) as group:
             for row in theirs:
                 if renamed(row):
                     words = [word for text in row.tags if text.startswith(PREFIX) for word in ("--deltag", text)]
                     group.lvm("lvchange", *words, row.id, object=row.id)
                 else:
-                    group.remove(row, suspends=origins, half_made="sealed" not in marks(row))
+                    group.remove(row, suspends=held, half_made="sealed" not in marks(row))
 
 
 def leftovers(rows: Sequence[Row], volumes: Sequence[Volume]) -> list[str]:

@@ -50,6 +50,7 @@ _FIELDS = {
     "data_percent": "data",
     "metadata_percent": "metadata",
     "lv_metadata_size": "metadata_size",
+    "chunk_size": "chunk",
     "lv_layout": "layout",
 }
 
@@ -75,6 +76,7 @@ class Row(msgspec.Struct, frozen=True):
     data: float | None
     metadata: float | None
     metadata_size: int
+    chunk: int  # of a thin pool, or a classic snapshot; else 0
     layout: str
 
     @property
@@ -134,7 +136,7 @@ def report_of(stdout: str) -> str:
 
 def _row(found: Mapping[str, str]) -> Row:
     values: dict[str, Any] = {to: found[field] for field, to in _FIELDS.items()}
-    for name in ("vg_size", "vg_free", "extent", "mda_size", "mda_free", "size", "metadata_size"):
+    for name in ("vg_size", "vg_free", "extent", "mda_size", "mda_free", "size", "metadata_size", "chunk"):
         values[name] = int(values[name] or 0)
     for name in ("data", "metadata"):
         values[name] = float(values[name]) if values[name] else None
@@ -206,6 +208,14 @@ def hanging_on(rows: Iterable[Row], row: Row) -> Row | None:
 def pool_of(rows: Iterable[Row], row: Row) -> Row | None:
     """The thin pool of a thin volume."""
     return next((other for other in rows if row.pool and (other.vg, other.name) == (row.vg, row.pool)), None)
+
+
+def suspended_with(rows: Sequence[Row], row: Row) -> list[Row]:
+    """What a command that makes or removes a snapshot of this volume may suspend: it, its thin pool, and every classic
+    snapshot that there is of it."""
+    pool = pool_of(rows, row)
+    others = [other for other in rows if (other.vg, other.origin) == (row.vg, row.name) and other.attr[0] in "sS"]
+    return [row, *([pool] if pool else []), *others]
 
 
 # ---------------------------------------------------------------------------------------------------------- tags
@@ -314,7 +324,7 @@ def snapshot(row: Row, rows: Sequence[Row]) -> Snapshot | None:
 
 def lacks(row: Row, pool: Row | None) -> str:
     """Why this is no image that could be restored, for a person; '' if it is one. (lvs(8), "lv_attr".) Of an inactive
-    classic snapshot nothing can be asked: `attach` activates it and asks."""
+    classic snapshot nothing can be asked: `attach` refuses it."""
     state, health = row.attr[4], row.attr[8]
     if renamed(row):
         return f"somebody has renamed it to {row.name}, and keeps it for something else"

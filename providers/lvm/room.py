@@ -3,7 +3,9 @@ snapshot should be. Changes nothing, runs nothing."""
 
 from __future__ import annotations
 
-from providers.lvm.reports import THRESHOLD, Row
+from collections.abc import Mapping, Sequence
+
+from providers.lvm.reports import THRESHOLD, Row, find, pool_of
 from snapshotter.core.errors import PreconditionError
 from snapshotter.host import block
 
@@ -16,6 +18,12 @@ SMALLEST = 16 << 20
 CHUNK = 4096
 #: A new image may wait until there is room; a restore may not.
 PAST_THRESHOLD = ("--config", f"{THRESHOLD}=100")
+#: What a file system writes beside what is copied into it: a sixteenth, and at least so many bytes.
+_BESIDE = 4 << 20
+_FULL = 95.0  # of a thin pool, percent: a restore may pass LVM's threshold, and what runs on it needs some too
+_MAPPING = 48  # bytes of a pool's metadata for a chunk (thin_metadata_size)
+_AND = " && "
+_ELSEWHERE = "or restore elsewhere with --to"
 #: LVM's text for one more volume, beside its tags (seen: 300 to 700 bytes).
 VOLUME_TEXT = 1000
 
@@ -80,6 +88,65 @@ def check_pool(pool: Row, floor: float, threshold: float = 100.0) -> None:
         )
 
 
+def check_writes(rows: Sequence[Row], written: Mapping[str, int]) -> None:
+    """Is there room below these volumes for so many bytes written to each? A classic snapshot that overflows is lost
+    for good, and a full pool stops all that is in it. Each block counts as new: which ones were copied out before,
+    LVM doesn't tell. (One that was costs nothing, so a snapshot as large as its origin never overflows.) Raises
+    PreconditionError with what to run."""
+    pools: dict[str, int] = {}
+    for volume, need in written.items():
+        row = find(rows, volume)
+        cost = min(need + need // 16 + _BESIDE, row.size) if need else 0
+        pool = pool_of(rows, row) if row.thin else None
+        if pool is not None:
+            pools[pool.id] = pools.get(pool.id, 0) + cost
+        lacking: dict[str, int] = {}
+        for cow in rows:
+            if (cow.vg, cow.origin) != (row.vg, row.name) or cow.attr[0] != "s":
+                continue
+            if cow.data is None or cow.data >= 100 or cow.attr[4] in "IS":
+                continue  # lost already
+            used = round(cow.size * cow.data / 100)
+            lack = min(whole(cost), whole(row.size) - used) - (cow.size - used)
+            if cost and lack > 0:
+                lacking[cow.id] = lack
+        if lacking:
+            raise PreconditionError(
+                f"up to {cost >> 20} MiB would be written to it, and overflow its classic snapshots: {len(lacking)} of "
+                "them would be lost",
+                object=row.id,
+                cure=f"{_AND.join(f'lvextend -L+{_mib(lack)}M {id}' for id, lack in lacking.items())}; {_ELSEWHERE}",
+            )
+    for id, cost in pools.items():
+        pool = find(rows, id)
+        lack = cost - round(pool.size * (_FULL - (pool.data or 0)) / 100)
+        if cost and lack > 0:
+            raise PreconditionError(
+                f"up to {cost >> 20} MiB would be written to the thin pool, which is {pool.data or 0:.0f} % full: a "
+                "full one stops all that is in it",
+                object=id,
+                cure=f"lvextend -L+{_mib(lack)}M {id}; {_ELSEWHERE}",
+            )
+        mapped = _MAPPING * (cost // pool.chunk if pool.chunk else 0)
+        lack = mapped - round(pool.metadata_size * (_FULL - (pool.metadata or 0)) / 100)
+        if cost and pool.metadata_size and lack > 0:
+            raise PreconditionError(
+                f"up to {cost >> 20} MiB would be written to the thin pool, whose metadata is "
+                f"{pool.metadata or 0:.0f} % full: a full one stops all that is in it",
+                object=id,
+                cure=f"lvextend --poolmetadatasize +{_mib(lack)}M {id}; {_ELSEWHERE}",
+            )
+
+
+def _mib(size: int) -> int:
+    return -(-size // (1 << 20))
+
+
+def whole(size: int) -> int:
+    """Bytes of a classic snapshot of which so many of the origin's are written, each once."""
+    return size + size // (CHUNK // 16) + 4 * CHUNK
+
+
 def _more(size: int, least: int) -> str:
     return f"{max(size // 5, least) >> 20}M"
 
@@ -88,15 +155,15 @@ def cow_size(row: Row, free: int, wanted: int | None, written_per_s: float) -> i
     """Bytes for a classic snapshot of this volume (or a clone's own store): as `wanted`; else for a day of what was
     written to it on average, twice over, and a tenth of it at least; never more than could be used, nor than is `free`
     in its group. Raises PreconditionError if not even an hour would fit."""
-    whole = row.size + row.size // (CHUNK // 16) + 4 * CHUNK  # every chunk written: LVM makes none larger
+    most = whole(row.size)  # LVM makes none larger
     if wanted is not None:
-        size = min(wanted, whole)
+        size = min(wanted, most)
     else:
-        size = min(max(2 * round(written_per_s * HORIZON_S), row.size // 10, SMALLEST), whole)
+        size = min(max(2 * round(written_per_s * HORIZON_S), row.size // 10, SMALLEST), most)
     size = -(-size // row.extent) * row.extent
     if size <= free:
         return size
-    least = min(max(round(written_per_s * LEAST_S), row.size // 100, SMALLEST), whole)
+    least = min(max(round(written_per_s * LEAST_S), row.size // 100, SMALLEST), most)
     if wanted is None and least <= free:
         return free // row.extent * row.extent
     raise PreconditionError(

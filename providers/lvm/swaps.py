@@ -1,7 +1,8 @@
 """Swaps, of thin volumes only: a clone of an image takes its origin's name. Must know nothing of sets.
 
 Two renames; never a merge (it consumes the snapshot). What is set aside is deactivated and marked to be skipped, and
-the clone is not: after a reboot `/dev/group/name` is the clone, and `mount UUID=` can find nothing else.
+the clone is not: after a reboot `/dev/group/name` is the clone, and `mount UUID=` can find nothing else. So that this
+holds after a power cut at any step too, at most one of the two is ever not to be skipped: the one that has the name.
 
     clone, tagged  swap=<id>, place=<name>, origin=<UUID of what it replaces>:  <id>-new, then <name>
     origin, tagged aside=<id>, place=<name>:                                     <name>, then <id>-aside
@@ -22,13 +23,14 @@ import msgspec
 from providers.lvm import room
 from providers.lvm.commands import Group, changing
 from providers.lvm.images import find_image
-from providers.lvm.reports import PREFIX, Row, find, hanging_on, pool_of, tag
+from providers.lvm.reports import PREFIX, Row, find, hanging_on, suspended_with, tag
 from snapshotter.core.command import run
 from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.model import Snapshot, Volume
 from snapshotter.host import block
 
 FSTAB = "/etc/fstab"
+_TAGS = tuple(tag(key, "") for key in ("swap", "aside", "place", "origin", "committed"))
 _SWAP_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 Report = Callable[[], list[Row]]
 
@@ -93,17 +95,15 @@ def swap(report: Report, swap_id: str, snapshot: Snapshot, volume: Volume) -> No
             if other.open and (other.id == swap_id or other.volume == volume.id):
                 raise BusyError(f"swap {other.id} is open", object=volume.id, cure="take it back or commit it")
         _check_swappable(rows, origin, image)
-        pool = pool_of(rows, image)
         record = [tag("swap", swap_id), tag("place", origin.name), tag("origin", origin.uuid)]
         theirs = [text for text in origin.tags if not text.startswith(PREFIX)]
         room.check_group(origin, [*record, *theirs], 1)
         words = [word for text in (*record, *theirs) for word in ("--addtag", text)]
-        # Not to be skipped, and not active before it is in its place.
         group.lvm(
-            *("lvcreate", "-y", "-s", "-prw", "-kn", "-an", "-n", f"{swap_id}-new"),
+            *("lvcreate", "-y", "-s", "-prw", "-ky", "-an", "-n", f"{swap_id}-new"),
             *(*room.PAST_THRESHOLD, *words, image.id),
             object=image.id,
-            suspends=[image, *([pool] if pool else [])],
+            suspends=suspended_with(rows, image),
             born=f"{swap_id}-new",
         )
         try:
@@ -114,6 +114,7 @@ def swap(report: Report, swap_id: str, snapshot: Snapshot, volume: Volume) -> No
             group.lvm("lvchange", "-ky", *set_aside, origin.id, object=origin.id)
             group.lvm("lvrename", origin.vg, origin.name, f"{swap_id}-aside", object=origin.id)
             group.lvm("lvrename", origin.vg, f"{swap_id}-new", origin.name, object=origin.id)
+            group.lvm("lvchange", "-kn", origin.id, object=origin.id)
             group.lvm("lvchange", "-ay", origin.id, object=origin.id)
             _settle(origin)
         except BaseException:
@@ -216,18 +217,22 @@ def _take_back(group: Group, rows: Sequence[Row], swap_id: str) -> None:
         raise StorageError(
             "its clone is gone; what it set aside stays",
             object=known.aside.id,
-            cure=f"lvrename {known.vg} {known.aside.name} {known.place} and lvchange -kn -ay it, or commit the swap",
+            cure=f"lvrename {known.vg} {known.aside.name} {known.place} and lvchange -kn -ay it; or lvremove it",
         )
     clone = known.clone
+    theirs = _is_theirs(known)
     origin = next((row for row in rows if row.vg == known.vg and row.uuid == known.origin_uuid), None)
     if origin is None:
         raise StorageError("what it set aside is gone", object=swap_id, cure="commit it, to keep what is there")
-    if (other := hanging_on(rows, clone)) is not None:
+    if not theirs and (other := hanging_on(rows, clone)) is not None:
         raise BusyError(f"{other.id} hangs on it", object=clone.id, cure=f"lvremove {other.id}, if unneeded")
-    if clone.open:
+    if not theirs and clone.open:
         raise BusyError("is in use", object=clone.id, cure=f"see who with: fuser -vm {clone.device}")
     if clone.name == known.place:
         group.lvm("lvchange", "-an", clone.id, object=clone.id)
+    if not theirs and not clone.skipped:
+        group.lvm("lvchange", "-ky", clone.id, object=clone.id)
+    if clone.name == known.place:
         group.lvm("lvrename", known.vg, known.place, f"{swap_id}-new", object=clone.id)
         clone = msgspec.structs.replace(clone, name=f"{swap_id}-new")
     if origin.name != known.place:
@@ -240,7 +245,10 @@ def _take_back(group: Group, rows: Sequence[Row], swap_id: str) -> None:
     if words:
         group.lvm("lvchange", *words, known.volume, object=known.volume)
     group.lvm("lvchange", "-ay", known.volume, object=known.volume)
-    group.remove(clone, half_made=True)
+    if theirs:  # last, as its tags say that the swap is open
+        _forget(group, clone)
+    else:
+        group.remove(clone, half_made=True)
     with suppress(PreconditionError):
         run(["udevadm", "settle", "--timeout=60"], timeout=90)
 
@@ -250,7 +258,7 @@ def _take_back(group: Group, rows: Sequence[Row], swap_id: str) -> None:
 
 def swap_commit(report: Report, swap_id: str) -> bool:
     """See Provider.swap_commit. False: there is no such swap. Raises BusyError while what is set aside is in use, or
-    something hangs on it."""
+    something hangs on it; StorageError where its clone isn't in its place."""
     if not _SWAP_ID.fullmatch(swap_id):
         raise ValueError(f"{swap_id!r} is no id")
     known = _one(report(), swap_id)
@@ -262,28 +270,35 @@ def swap_commit(report: Report, swap_id: str) -> bool:
         if known is None:
             return True
         clone, aside = known.clone, known.aside
-        if clone is not None and clone.name != known.place:
+        if aside is not None and clone is None and aside.name == f"{swap_id}-aside" and not _committed(known):
+            raise StorageError(
+                "its clone is gone: this may be all there is",
+                object=aside.id,
+                cure=f"lvrename {known.vg} {aside.name} {known.place} and lvchange -kn -ay it; or lvremove it",
+            )
+        if clone is not None and clone.name != known.place and not _is_theirs(known):
             raise StorageError("the swap was never finished", object=swap_id, cure="take it back")
         if aside is not None and clone is not None and aside.name != f"{swap_id}-aside":
-            # By another name a person keeps it: it is theirs.
-            group.lvm(
-                "lvchange", *(w for text in _tags_of(aside) for w in ("--deltag", text)), aside.id, object=aside.id
-            )
+            _forget(group, aside)  # by another name a person keeps it: it is theirs
         elif aside is not None and (clone is not None or _committed(known)):
             _refuse_dependents(rows, aside)
             if not _committed(known):
                 group.lvm("lvchange", "--addtag", tag("committed", "1"), aside.id, object=aside.id)
             group.remove(aside)
         if clone is not None:  # last: while they are there the commit can be asked for again
-            gone = [
-                text for text in clone.tags if text.startswith((tag("swap", ""), tag("place", ""), tag("origin", "")))
-            ]
-            group.lvm("lvchange", *(w for text in gone for w in ("--deltag", text)), clone.id, object=clone.id)
+            _forget(group, clone)
     return True
 
 
-def _tags_of(aside: Row) -> list[str]:
-    return [text for text in aside.tags if text.startswith((tag("aside", ""), tag("place", ""), tag("committed", "")))]
+def _is_theirs(known: Swap) -> bool:
+    """Whether a person has given the clone another name, and keeps it."""
+    return known.clone is not None and known.clone.name not in (known.place, f"{known.id}-new")
+
+
+def _forget(group: Group, row: Row) -> None:
+    """It stays, and is in no swap any more."""
+    gone = [text for text in row.tags if text.startswith(_TAGS)]
+    group.lvm("lvchange", *(word for text in gone for word in ("--deltag", text)), row.id, object=row.id)
 
 
 def finish_commits(rows: Sequence[Row]) -> list[str]:

@@ -108,6 +108,11 @@ def flush(numbers: list[str]) -> None:
             os.close(fd)
 
 
+def size_bytes(number: str) -> int:
+    """How large the device is; 0 where there is none."""
+    return int(_read(os.path.join(SYS_BLOCK, number, "size")) or 0) * _SECTOR
+
+
 def written_bytes(number: str) -> int:
     """What was written to the device since the kernel knows it (Documentation/block/stat.rst: 7th field, sectors)."""
     fields = _read(os.path.join(SYS_BLOCK, number, "stat")).split()

@@ -166,6 +166,9 @@ class Proxy(Provider):
     def reap(self) -> list[str]:
         return self.inner.reap()
 
+    def refuse_writes(self, needs: Sequence[tuple[Mount, int]]) -> None:
+        self.inner.refuse_writes(needs)
+
     def space(self, volumes: Sequence[Volume]) -> Space:
         return self.inner.space(volumes)
 

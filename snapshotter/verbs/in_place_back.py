@@ -229,6 +229,14 @@ def discard(work: Work) -> list[str]:
     """Remove what was set aside; returns its names. The journal has it before the first of it goes: from then on, there
     is no way back but where a provider refuses, and has let go of nothing."""
     work.require_disks(of_aside=True)
+    for swap in work.plan.swaps:
+        if not work.session.provider(swap.provider, work.plan.node, chosen=False).sees(swap.volume):
+            raise PreconditionError(
+                "what it lies on isn't here, nor what was set aside",
+                object=f"{swap.provider}:{swap.volume}",
+                cure="bring it back (connect its disks, import its pool, mount it), then the same again; "
+                f"if it is gone for good: rm {work.journal.path}",
+            )
     if old := work.users_of_old():
         raise BusyError(
             f"something runs on what would be removed: {old}",

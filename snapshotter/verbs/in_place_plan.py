@@ -279,8 +279,12 @@ def _plan(
             entry for ground in grounds for entry in ways.left_alone(ground, [g.path for g in grounds], table)
         )
     _refuse_others(session, path, ways.tops(profile, path, roots, only), left)
-    need = ways.size_of(found, roots, profile, only) if found and not swaps else 0
-    free, rate = ways.room_at(path, measure=measure)
+    need = ways.size_of(session, found, roots, profile, only) if found and not swaps else 0
+    if (harm := ways.harm(session, grounds, need)) is not None:
+        if any(ground.away for ground in grounds):
+            raise harm  # the image is looked into only when the node is stopped already
+        warnings = [*warnings, harm.line()]
+    free, rate = ways.room_at(path, measure=measure and ways.bears_probe(session, path))
     if choice == "live" and not os.path.isdir(path):
         raise PreconditionError("there is no live key to keep", object=path, cure="--identity set takes the set's")
     masked = _masked(service, running)

@@ -23,7 +23,7 @@ from snapshotter.nodes import files, identity, sign_state
 from snapshotter.nodes.files import Places
 from snapshotter.nodes.profiles import Profile
 from snapshotter.verbs.in_place_plan import Plan
-from snapshotter.verbs.in_place_ways import Ground, left_alone, refuse_no_room, set_aside_in_image
+from snapshotter.verbs.in_place_ways import Ground, left_alone, refuse_no_room, refuse_writes, set_aside_in_image
 from snapshotter.verbs.restore import staging_directory
 from snapshotter.verbs.session import Session
 
@@ -235,9 +235,11 @@ def _copy(
             done += copied
             session.report(Progress("copying", done, max(done, total)))
 
-        made = Mirror(
-            source, target, step=step, must_copy=lambda: refuse_no_room(total, into, plan.path, gained=gained)
-        )
+        def must_fit() -> None:
+            refuse_no_room(total, into, plan.path, gained=gained)
+            refuse_writes(session, {into: total})
+
+        made = Mirror(source, target, step=step, must_copy=must_fit)
         made.update(now)
         if missing := next((path for path in now if path not in made.have), ""):
             raise JudgedBadError(f"{missing!r} went while it was copied", object=plan.set_id)

@@ -9,6 +9,7 @@ import re
 import stat
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
@@ -254,11 +255,12 @@ def left_alone(ground: Ground, roots: list[str], table: list[Mount]) -> list[str
 # ---------------------------------------------------------------------------------------------------- room and time
 
 
-def size_of(found: SnapshotSet, roots: list[str], profile: Profile, only: str) -> int | None:
+def size_of(session: Session, found: SnapshotSet, roots: list[str], profile: Profile, only: str) -> int | None:
     """Bytes that the copy takes, as far as that is known before the image is looked into."""
     if only:
         return sum(_used(path) for path in tops(profile, roots[0], roots, only)) or None
-    if found.size_bytes is not None:
+    kinds = [session.provider(member.provider, chosen=False) for member in found.birth.members]
+    if found.size_bytes is not None and all(kind.traits.sized_by_content for kind in kinds):
         return found.size_bytes
     return sum(_used(root) for root in roots) or None
 
@@ -335,3 +337,39 @@ def refuse_no_room(need: int, path: str, node: str, *, gained: int = 0) -> None:
             cure=f"free some space; or --aside DIR on another disk takes the old data there first; or, without a "
             f"backup's help: snapshotter resync {node}",
         )
+
+
+def refuse_writes(session: Session, needs: Mapping[str, int]) -> None:
+    """Raise PreconditionError where so many bytes, written at these paths, would harm what lies below the file systems
+    there. (Space that is gained there first is no help: a block that is written anew is as good as a new one.)"""
+    table = mounts.table()
+    here = [(mount_at(_there(path), table), need) for path, need in needs.items()]
+    for provider in {provider.name: provider for provider in session.everywhere()[0]}.values():
+        provider.refuse_writes(here)
+
+
+def _there(path: str) -> str:
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return os.path.realpath(path)
+
+
+def harm(session: Session, grounds: Sequence[Ground], need: int | None) -> PreconditionError | None:
+    """What `refuse_writes` would probably say of the copy, whose size is known only when the image is looked into."""
+    if not need:
+        return None
+    needs = {ground.path: need if len(grounds) == 1 else min(need, _used(ground.path)) for ground in grounds}
+    try:
+        refuse_writes(session, needs)
+    except PreconditionError as error:
+        return error
+    return None
+
+
+def bears_probe(session: Session, path: str) -> bool:
+    """Whether the file of `room_at` may be written there."""
+    try:
+        refuse_writes(session, {path: _PROBE_BYTES})
+    except PreconditionError:
+        return False
+    return True

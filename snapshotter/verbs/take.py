@@ -147,6 +147,7 @@ def _carry_out(session: Session, plan: Plan) -> list[str]:
             marks["sealed"] = compact_time(utc_now())
         with _kept(set_id, undo), deferred() if at_birth else nullcontext():
             with _hold(plan, marks if at_birth else {}) as held:
+                _write_out(plan)
                 first = time.monotonic()
                 for provider, volumes in groups:
                     provider.create(volumes, plan.birth, held.hold)
@@ -217,6 +218,18 @@ def _hold(plan: Plan, marks: Mapping[str, str]) -> AbstractContextManager[Any]:
             return holding.stop(service_of(plan.node), what, plan.budget_s, paths)
         case _:
             return holding.hooks(plan.node.hold, plan.node.release, plan.budget_s, what=what)
+
+
+def _write_out(plan: Plan) -> None:
+    """What held writers have left in memory is in no image that is made below this host's file systems. (A freeze has
+    written it.) Raises StorageError."""
+    if plan.quiesce in (Quiesce.NONE, Quiesce.FREEZE):
+        return
+    groups = [volumes for provider, volumes in plan.by_provider() if provider.traits.quiesce is Quiesce.FREEZE]
+    if paths := [volume.path for volumes in groups for volume in volumes if volume.path is not None]:
+        from snapshotter.host import quiesce as holding
+
+        holding.sync(paths)
 
 
 def service_of(node: Node) -> Service:

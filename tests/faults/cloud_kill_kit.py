@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 from snapshotter.core.model import Volume
 from snapshotter.host.mounts import is_mount_point
+from snapshotter.testing.conformance import content_of
 from snapshotter.testing.harness import describe, ruin
-from tests.support import Command
+from tests.support import Command, writes_at_last
 
 #: (action, which of its calls); ("*", n): the n-th call, whatever it is.
 Places = list[tuple[str, int]]
@@ -83,6 +84,16 @@ class World:
         snapshots = {part["id"] for found in listed for part in found["snapshots"]}
         assert self.harness.objects() == snapshots, "a stray object"
         return [found["set_id"] for found in listed]
+
+
+def what_a_held_writer_left_in_memory(world: World, scratch: Path) -> None:
+    """Nothing is frozen: it must be written out before the cloud makes its image."""
+    for quiesce in ("stop", "hooks"):
+        world.command.config.write_text(writes_at_last(Path(world.path), scratch, quiesce))
+        taken = world.command.json("take", "late")
+        assert (taken["quiesce"], taken["good"]) == (quiesce, True)
+        (found,) = world.harness.provider().snapshots(taken["set_id"])
+        assert content_of(world.harness, found)["late"] == describe(world.path)["late"]
 
 
 def the_tour(world: World, clone: Path) -> None:

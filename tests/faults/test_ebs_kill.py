@@ -20,6 +20,7 @@ from tests.faults.cloud_kill_kit import (
     killed_at_calls_of_take,
     places,
     the_tour,
+    what_a_held_writer_left_in_memory,
 )
 from tests.unit.ebs_kit import ebs_harness
 
@@ -45,6 +46,10 @@ def whole(request: pytest.FixtureRequest) -> bool:
 
 def test_the_tour(world: World, tmp_path: Path) -> None:
     the_tour(world, tmp_path / "clone")
+
+
+def test_what_a_held_writer_left_in_memory(world: World, tmp_path: Path) -> None:
+    what_a_held_writer_left_in_memory(world, tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,6 +19,7 @@ from tests.faults.cloud_kill_kit import (
     killed_at_calls_of_restore,
     killed_at_calls_of_take,
     the_tour,
+    what_a_held_writer_left_in_memory,
 )
 from tests.unit.gce_kit import gce_harness
 
@@ -56,6 +57,10 @@ def grouped(tmp_path: Path) -> Iterator[World]:
 @pytest.fixture
 def whole(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--full"))
+
+
+def test_what_a_held_writer_left_in_memory(world: World, tmp_path: Path) -> None:
+    what_a_held_writer_left_in_memory(world, tmp_path)
 
 
 def test_the_tour_on_gce(world: World, tmp_path: Path) -> None:

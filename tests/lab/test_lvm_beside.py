@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -273,6 +275,27 @@ def test_an_image_that_was_renamed_is_somebodys(thin: LvmHarness) -> None:
     assert not list(thin.provider().snapshots(birth.set_id))
 
 
+@pytest.mark.parametrize("is_thin", [True, False])
+def test_a_clone_that_was_renamed_is_somebodys(group: Storage, is_thin: bool) -> None:
+    """It can be released, and stays. One over a classic image is two devices: only both are worth anything."""
+    with harness_on(group, thin=is_thin) as harness:
+        volume = filled(harness)
+        birth = taken(harness, volume)
+        (found,) = harness.provider().snapshots(birth.set_id)
+        attachment_id = new_attachment_id(utc_now())
+        harness.provider().attach(found, attachment_id, Access.WRITABLE, "/nowhere")
+        lvm("lvrename", "-qq", group.vg, f"{attachment_id}-0", "theirs")
+        if not is_thin:
+            with pytest.raises(BusyError, match="renamed") as refused:
+                harness.provider().detach(attachment_id)
+            assert f"lvrename {group.vg} theirs {attachment_id}-0" in refused.value.cure
+            lvm("dmsetup", "remove", "--retry", f"snapshotter-{attachment_id}-0")
+        harness.provider().detach(attachment_id)
+        assert "theirs" in names(harness) and not list(harness.provider().attachments())
+        harness.provider().delete(birth.set_id)
+        assert not harness.storage.ours() and "theirs" in names(harness)
+
+
 def test_a_set_in_a_copied_group_is_not_guessed_at(thin: LvmHarness) -> None:
     """As after vgimportclone: every record twice. Neither is removed, and each is attached as itself."""
     volume = filled(thin)
@@ -322,6 +345,112 @@ def test_a_live_volume_that_once_was_set_aside_is_not_reaped(thin: LvmHarness) -
         thin.provider().swap_back("w1")
     assert thin.provider().reap() == []
     assert names(thin) == before and describe(top(volume)) == content
+
+
+def test_what_is_set_aside_is_not_given_up_for_a_clone_that_is_gone(thin: LvmHarness) -> None:
+    volume = filled(thin)
+    birth = taken(thin, volume)
+    (found,) = thin.provider().snapshots(birth.set_id)
+    thin.provider().swap("w1", found, volume)
+    mounts.unmount(top(volume))
+    lvm("lvremove", "-qq", "-y", volume.id)
+    for end in (thin.provider().swap_commit, thin.provider().swap_back):
+        with pytest.raises(StorageError, match="gone") as refused:
+            end("w1")
+        assert "lvrename" in refused.value.cure and "w1-aside" in names(thin)
+
+
+def test_nothing_is_discarded_while_its_group_is_away(tmp_path: Path) -> None:
+    with storage(400, pool_mb=300) as made, harness_on(made, thin=True) as harness:
+        volume = filled(harness)
+        command = Command(tmp_path / "etc")
+        set_id = command.json("take", top(volume))["set_id"]
+        assert command.json("restore", set_id, "--in-place", "--yes")["way"] == "swap"
+        mounts.unmount(top(volume))
+        lvm("vgchange", "-qq", "-an", made.vg)
+        backing = lvm("losetup", "--noheadings", "--output", "BACK-FILE", made.disk).strip()
+        lvm("losetup", "--detach", made.disk)
+        try:
+            error = command.error("restore", "--discard", top(volume), "--yes", exit_code=3)
+            assert volume.id in error["line"]
+        finally:
+            lvm("losetup", made.disk, backing)
+            lvm("udevadm", "settle")
+            lvm("vgchange", "-qq", "-ay", made.vg)
+            harness.mount_all()
+        assert any(name.endswith("-aside") for name in names(harness))
+        assert command.json("restore", "--discard", top(volume), "--yes")["outcome"] == "discarded"
+        assert not any(name.endswith("-aside") for name in names(harness))
+
+
+@pytest.mark.parametrize("then", ["taken back", "committed"])
+def test_what_was_swapped_in_and_renamed_since_is_somebodys(thin: LvmHarness, then: str) -> None:
+    volume = filled(thin)
+    content, birth = describe(top(volume)), taken(thin, volume)
+    (found,) = thin.provider().snapshots(birth.set_id)
+    ruin(top(volume))
+    ruined = describe(top(volume))
+    thin.provider().swap("w1", found, volume)
+    mounts.unmount(top(volume))
+    lvm("lvrename", "-qq", volume.id, "theirs")
+    (thin.provider().swap_back if then == "taken back" else thin.provider().swap_commit)("w1")
+    mounts.unmount(top(volume))
+    lvm("mount", f"/dev/{thin.storage.vg}/theirs", top(volume))
+    assert describe(top(volume)) == content and not list(thin.provider().swaps())
+    assert thin.storage.ours() == [f"{birth.set_id}-0"] and "w1-aside" not in names(thin)
+    if then == "taken back":
+        mounts.unmount(top(volume))
+        lvm("mount", f"/dev/{volume.id}", top(volume))
+        assert describe(top(volume)) == ruined
+
+
+@pytest.mark.parametrize("way", ["there", "back"])
+def test_a_power_cut_inside_a_swap_leaves_no_two_of_one_uuid(
+    thin: LvmHarness, monkeypatch: pytest.MonkeyPatch, way: str, full: bool
+) -> None:
+    """After each of its commands: what boot activates then is the old, the new or neither. And it can be undone."""
+    volume = filled(thin)
+    birth = taken(thin, volume)
+    (found,) = thin.provider().snapshots(birth.set_id)
+    content = describe(top(volume))
+    ruin(top(volume))
+    ruined, before = describe(top(volume)), names(thin)
+    uuid = lvm("blkid", "-p", "-o", "value", "-s", "UUID", f"/dev/{volume.id}").strip()
+    real = Group.lvm
+    calls = 0
+
+    def counted(group: Group, *argv: str, **how: Any) -> None:
+        nonlocal calls
+        real(group, *argv, **how)
+        calls += 1
+        if calls == deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Group, "lvm", counted)
+    for point in range(1, 8) if full else random.sample(range(1, 8), 3):
+        deadly = 0
+        if way == "back":
+            thin.provider().swap("w1", found, volume)
+        calls, deadly = 0, point
+        with thin.unmounted([volume.id]):
+            plain = LvmProvider(Settings("/nowhere"))
+            in_a_run_that_dies(lambda: plain.swap("w1", found, volume) if way == "there" else plain.swap_back("w1"))
+            deadly = 0
+            assert list(plain.swaps()) == ([] if (way, point) == ("back", 7) else ["w1"]), point
+            lvm("vgchange", "-qq", "-an", thin.storage.vg)
+            lvm("vgchange", "-qq", "-aay", thin.storage.vg)
+            lvm("udevadm", "settle")
+            active = [row["lv_name"] for row in thin.storage.lvs("lv_name,lv_attr") if row["lv_attr"][4] == "a"]
+            active = [name for name in active if lvm("blkid", "-p", f"/dev/{thin.storage.vg}/{name}", check=False)]
+            assert active in ([], [volume.id.partition("/")[2]]), (point, active)
+            if active:
+                lvm("mount", f"UUID={uuid}", top(volume))
+                assert describe(top(volume)) in (ruined, content), point
+                mounts.unmount(top(volume))
+        thin.provider().swap_back("w1")
+        with thin.unmounted([volume.id]):  # before there was a swap at all, nothing activated it
+            lvm("lvchange", "-qq", "-ay", volume.id)
+        assert describe(top(volume)) == ruined and names(thin) == before, point
 
 
 @pytest.mark.parametrize("then", ["undone", "kept by another name", "asked for again"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from providers.lvm import LvmProvider
-from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.errors import BusyError, PreconditionError, StorageError
 from snapshotter.core.model import Access, Birth, ImageState, Volume, new_attachment_id, utc_now
 from snapshotter.host import block, mounts
 from snapshotter.provider import Settings
@@ -216,6 +216,39 @@ def test_a_classic_snapshot_that_overflows(classic: LvmHarness, tmp_path: Path) 
     assert [entry["set_id"] for entry in command.json("list")["sets"]] == [second["set_id"]]
 
 
+@pytest.mark.parametrize("is_thin", [True, False])
+def test_a_copy_in_place_harms_no_set_and_no_pool(tmp_path: Path, is_thin: bool) -> None:
+    """It writes into free blocks of the same volume, and each counts: in every classic snapshot, or in the pool."""
+    with storage(400, pool_mb=88 if is_thin else 0) as made, harness_on(made, thin=is_thin) as harness:
+        volume = harness.volume()
+        data = Path(top(volume), "data")
+        data.mkdir()
+        data.joinpath("chain").write_bytes(os.urandom(28 * MIB))
+        lvm("sync")
+        command = Command(tmp_path / "etc")
+        size = [] if is_thin else ["-o", "size=12m"]
+        set_id = command.json("take", str(data), *size)["set_id"]
+        content = describe(str(data))
+        data.joinpath("chain").write_bytes(b"damaged")
+        if is_thin:
+            made.thin("ballast", 64)
+            with open(f"/dev/{made.vg}/ballast", "wb", buffering=0) as device:
+                while pool_percent(made) < 65:
+                    device.write(os.urandom(MIB))
+                    os.fsync(device.fileno())
+        planned = command.json("restore", set_id, "--in-place", "--dry-run")
+        assert planned["way"] == "copy" and planned["need_bytes"] != round(12 * MIB)
+        before = sorted(os.listdir(top(volume)))
+        line = refused(made, command, "restore", set_id, "--in-place", "--yes")
+        assert "lvextend" in line and sorted(os.listdir(top(volume))) == before
+        assert command.json("show", set_id)["good"] and data.joinpath("chain").read_bytes() == b"damaged"
+        for step in line.partition("lvextend")[2].partition(";")[0].split(" && "):
+            lvm("lvextend", "-qq", *step.removeprefix("lvextend").split())
+        assert command.json("restore", set_id, "--in-place", "--yes")["outcome"] == "restored"
+        assert describe(str(data)) == content and command.json("show", set_id)["good"]
+        assert not is_thin or pool_percent(made) < 100
+
+
 # ---------------------------------------------------------------------------------------------------------- odd ones
 
 
@@ -374,7 +407,7 @@ def test_an_attachment_outlives_a_reboot_as_a_record(group: Storage, is_thin: bo
         assert content_of(harness, found) == content
 
 
-def test_an_inactive_classic_snapshot_is_asked_when_it_is_attached(classic: LvmHarness) -> None:
+def test_an_inactive_classic_snapshot_is_not_activated_with_its_origin(classic: LvmHarness) -> None:
     volume = filled(classic)
     birth = taken(classic, volume)
     (found,) = classic.provider().snapshots(birth.set_id)
@@ -382,10 +415,29 @@ def test_an_inactive_classic_snapshot_is_asked_when_it_is_attached(classic: LvmH
     mounts.unmount(top(volume))
     lvm("lvchange", "-qq", "-an", volume.id)
     attachment_id = new_attachment_id(utc_now())
-    with pytest.raises(SnapshotterError):
+    with pytest.raises(PreconditionError) as refused:
+        classic.provider().attach(found, attachment_id, Access.WRITABLE, classic.destination())
+    assert classic.storage.attr(volume.id.partition("/")[2])[4] == "-", "production's own volume"
+    lvm(*refused.value.cure.split(), check=False)
+    with pytest.raises(StorageError, match="overflowed"):
         classic.provider().attach(found, attachment_id, Access.WRITABLE, classic.destination())
     classic.provider().detach(attachment_id)
     classic.mount_all()
+
+
+def test_a_classic_image_of_before_its_origin_was_enlarged(classic: LvmHarness) -> None:
+    volume = filled(classic)
+    content, birth = describe(top(volume)), taken(classic, volume)
+    (found,) = classic.provider().snapshots(birth.set_id)
+    with classic.unmounted([volume.id]):
+        lvm("lvchange", "-qq", "-an", volume.id)
+        lvm("lvextend", "-qq", "-L+16m", volume.id)
+        lvm("lvchange", "-qq", "-ay", volume.id)
+    assert content_of(classic, found) == content
+    attached = attach(classic, found, Access.WRITABLE)
+    with open(mounts.mount_of(attached.path).source, "rb") as device:
+        assert device.seek(0, os.SEEK_END) == 80 * MIB, "what lies behind it is nobody's"
+    attached.end()
 
 
 def test_two_volumes_in_one_group_share_its_room(classic: LvmHarness, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from snapshotter.testing.conformance import content_of
 from snapshotter.testing.harness import fill
 from tests.lab.lvm_kit import LvmHarness, Storage, harness_on, lvm, make_file_system, marks, storage
 from tests.lab.test_lvm_faults import filled, refused, top
-from tests.support import Command
+from tests.support import Command, writes_at_last
 
 pytestmark = marks
 
@@ -70,6 +70,12 @@ def test_luks_on_a_volume(thin: LvmHarness, tmp_path: Path, monkeypatch: pytest.
         uuid = lvm("cryptsetup", "luksUUID", device).strip()
         table.write_text(f"data UUID={uuid} {key} luks\n")
         assert content_of(thin, found) == content
+        for quiesce in ("stop", "hooks"):  # the suspension of the volume freezes no file system
+            late = Command(tmp_path / quiesce, config=writes_at_last(Path(point), tmp_path, quiesce))
+            taken = late.json("take", "late")
+            assert (taken["quiesce"], taken["good"]) == (quiesce, True)
+            (found,) = thin.provider().snapshots(taken["set_id"])
+            assert content_of(thin, found)["late"] == describe(point)["late"], quiesce
         assert not [each for each in block.mapped() if each.dm_name.startswith("snapshotter-")]
     finally:
         lvm("umount", point, check=False)
@@ -143,6 +149,14 @@ def test_what_a_clone_would_not_have_is_refused(thin: LvmHarness, tmp_path: Path
     finally:
         lvm("cryptsetup", "close", name)
     assert "logdev=" in said(source, "xfs", f"logdev=/dev/{thin.storage.vg}/log")
+    lvm("mke2fs", "-q", "-F", "-b", "4096", "-O", "journal_dev", f"/dev/{thin.storage.vg}/log")
+    lvm("mkfs.ext4", "-q", "-F", "-b", "4096", "-J", f"device=/dev/{thin.storage.vg}/log", source)
+    lvm("mount", source, point)
+    try:
+        Path(point, "file").write_text("x")
+        assert "journal on another device" in refused(thin.storage, command, "take", point)
+    finally:
+        lvm("umount", point)
 
 
 def test_a_directory_mounted_by_itself_is_refused(thin: LvmHarness) -> None:

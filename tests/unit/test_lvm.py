@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from providers.lvm import clones, commands, images, room, swaps
+from providers.lvm import LvmProvider, _Made, claims, clones, commands, images, room, swaps
 from providers.lvm.reports import (
     Row,
     attachment_record,
@@ -45,6 +47,7 @@ from snapshotter.core.errors import (
 )
 from snapshotter.core.model import ImageState, Volume
 from snapshotter.host import block
+from snapshotter.provider import Settings
 from snapshotter.testing import make_birth
 
 #: lvm(8): what a tag may be.
@@ -59,13 +62,13 @@ REPORT = """
      "lv_name":"data", "lv_uuid":"txOUbv-5mg2-jugW-Z4R4-18zB-Fovf-vT9X8R",
      "lv_attr":"Vwi-aotz--", "lv_size":"1073741824",
      "lv_tags":"", "pool_lv":"pool", "origin":"", "data_percent":"4.78", "metadata_percent":"", "lv_metadata_size":"",
-     "lv_layout":"thin,sparse"},
+     "chunk_size":"0", "lv_layout":"thin,sparse"},
     {"vg_name":"tv-a", "vg_uuid":"Uc9npy-qJ9R-zcFQ-EGQV-R788-xSdG-EK0Swg", "vg_attr":"wz--n-", "vg_size":"8585740288",
      "vg_free":"6060769280", "vg_extent_size":"4194304", "vg_mda_size":"1044480", "vg_mda_free":"519680",
      "lv_name":"pool", "lv_uuid":"U6anhp-NrTY-u3E2-0gDY-DtRZ-s7CG-zbfVry",
      "lv_attr":"twi-aotz--", "lv_size":"2147483648",
      "lv_tags":"backup=1,theirs", "pool_lv":"", "origin":"", "data_percent":"2.40", "metadata_percent":"11.82",
-     "lv_metadata_size":"104857600", "lv_layout":"thin,pool"}
+     "lv_metadata_size":"104857600", "chunk_size":"65536", "lv_layout":"thin,pool"}
   ] } ] }
 """
 
@@ -160,7 +163,7 @@ THIN, CLASSIC = "Vri---tz-k", "sri-a-s---"
         ("Vwi---tz-k", "twi-aotz--", False),
         ("Vri---tzpk", "twi-aotz--", False),
         (CLASSIC, "", True),
-        ("sri---s---", "", True),  # inactive: asked when it is attached
+        ("sri---s---", "", True),  # inactive: can't be asked, and isn't attached
         ("sri-I-s---", "", False),
         ("sri-S-s---", "", False),
         ("Sri-a-s---", "", False),
@@ -270,7 +273,59 @@ def test_lvms_own_threshold_is_a_limit_too() -> None:
             room.check_pool(full, 0.1, 60.0)
 
 
+@given(size=st.integers(64 * MIB, 1 << 40), room_=st.integers(4 * MIB, 1 << 40), used=st.floats(0, 99), need=st.integers(1, 1 << 40))  # fmt: skip  # noqa: E501
+def test_a_copy_that_would_overflow_a_classic_snapshot_is_refused(
+    size: int, room_: int, used: float, need: int
+) -> None:
+    origin = row(name="data", pool="", layout="linear", attr="owi-aos---", size=size)
+    image = row(name="image", pool="", layout="linear", attr=CLASSIC, origin="data", size=room_, data=used)
+    left = room_ - round(room_ * used / 100)
+    try:
+        room.check_writes([origin, image], {origin.id: need})
+    except PreconditionError as refused:
+        assert room_ < room.whole(size), "one with room for all of its origin can't overflow"
+        assert re.search(r"lvextend -L\+([0-9]+)M tv-a/image", refused.cure)
+        more = int(refused.cure.partition("-L+")[2].partition("M")[0]) * MIB
+        grown = msgspec.structs.replace(image, size=room_ + more, data=100 * (room_ - left) / (room_ + more))
+        room.check_writes([origin, grown, row(name="other")], {origin.id: need})
+    else:
+        assert need <= left or size <= left or room_ >= room.whole(size)
+    lost = msgspec.structs.replace(image, data=100.0, attr="sri-I-s---")
+    room.check_writes([origin, lost], {origin.id: need})
+    room.check_writes([origin, msgspec.structs.replace(image, origin="another")], {origin.id: need})
+
+
+def test_a_copy_that_would_fill_a_thin_pool_is_refused() -> None:
+    data, other, its_pool = row(), row(name="other"), pool(data=50.0)
+    room.check_writes([data, its_pool], {data.id: 512 * MIB})
+    for full in ({"data": 80.0}, {"metadata": 94.99}):
+        with pytest.raises(PreconditionError, match="stops all") as refused:
+            room.check_writes([data, pool(**full)], {data.id: 512 * MIB})
+        assert "lvextend" in refused.value.cure and its_pool.id in refused.value.cure
+    with pytest.raises(PreconditionError):  # they share the room
+        room.check_writes([data, other, its_pool], {data.id: 512 * MIB, other.id: 512 * MIB})
+
+
 # ------------------------------------------------------------------------------------------------- other files
+
+
+@pytest.mark.skipif(shutil.which("mkfs.ext4", path="/sbin:/usr/sbin:/usr/bin") is None, reason="needs mkfs.ext4")
+@pytest.mark.parametrize("kind", ["inside", "elsewhere", "none", "no file system"])
+def test_a_journal_on_another_device_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    image = tmp_path / "image"
+    with open(image, "wb") as file:
+        file.truncate(16 * MIB)
+    how = ["-O", "^has_journal"] if kind == "none" else []
+    if kind != "no file system":
+        subprocess.run(
+            ["mkfs.ext4", "-q", "-F", *how, str(image)], check=True, env={"PATH": "/sbin:/usr/sbin:/usr/bin"}
+        )
+    if kind == "elsewhere":  # as mke2fs -J device= would write it
+        with open(image, "r+b") as file:
+            file.seek(1024 + 0xE0)
+            file.write(bytes(4))
+    monkeypatch.setattr(block, "device", lambda number: block.Device(number, f"..{image}"))
+    assert claims.has_journal_elsewhere("254:0") is (kind == "elsewhere")
 
 
 def test_fstab_by_lvms_uuid_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,6 +404,24 @@ def test_the_way_down_ends_where_it_forks(tmp_path: Path, monkeypatch: pytest.Mo
     assert images._physical("254:3", row()) == ["9:0"]
 
 
+@pytest.mark.parametrize("same_run", [True, False])
+def test_the_seal_reaches_the_disks_of_the_images_too(monkeypatch: pytest.MonkeyPatch, same_run: bool) -> None:
+    """What a classic image holds may be on another disk than its origin is."""
+    birth = make_birth([Volume("lvm", "tv-a/data", "/d")])
+    origin = row(attr="owi-aos---", pool="", layout="linear")
+    tags = (*birth_tags(birth, 1), maker_tag())
+    image = row(name=image_name(birth), attr=CLASSIC, pool="", layout="linear", origin="data", tags=tags)
+    flushed: list[str] = []
+    monkeypatch.setattr(images, "carry_out", lambda work, _: None)
+    monkeypatch.setattr(images, "flush", lambda rows: flushed.extend(each.device for each in rows))
+    lvm = LvmProvider(Settings("/nowhere"))
+    monkeypatch.setattr(lvm, "_report", lambda: [origin, image])
+    if same_run:
+        lvm._made[birth.set_id] = [_Made(image.id, origin, maker_tag())]
+    lvm.mark(birth.set_id, {"sealed": "20261122t100630z"})
+    assert set(flushed) == {origin.device, image.device}
+
+
 @pytest.mark.parametrize(
     ("said", "kind"),
     [
@@ -395,6 +468,30 @@ def test_what_goes_with_a_volume() -> None:
         row(name="c", pool="", layout="linear", origin="i", attr="swi-a-s---"),
     ):
         assert hanging_on([image, of_its_pool, other], image) == other
+
+
+def test_what_is_suspended_with_a_volume_is_on_record(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed command may leave each of them so, and only what is on record is ever resumed."""
+    origin = row(attr="owi-aos---", pool="", layout="linear")
+    kept, other = (
+        row(name=name, uuid=f"{name}-uuid", attr=CLASSIC, pool="", layout="linear", origin=of)
+        for name, of in (("kept", "data"), ("others", "another"))
+    )
+    birth = make_birth([Volume("lvm", origin.id, "/d")])
+    made = msgspec.structs.replace(kept, name=image_name(birth), uuid="made-uuid", tags=tuple(birth_tags(birth, 1)))
+    noted: list[list[str]] = []
+
+    def run(group: commands.Group, argv: Any) -> Outcome:
+        noted.append(json.loads((records / group.vg).read_text())["uuids"])
+        return Outcome(tuple(argv), 0, "", "")
+
+    monkeypatch.setattr(commands.Group, "_run", run)
+    lvm, group = LvmProvider(Settings("/nowhere")), commands.Group(origin.vg)
+    lvm._shoot(group, origin, [origin, kept, other], birth.of_member(0), [], 4 * MIB)
+    images.remove([origin, kept, other, made], birth.set_id)
+    assert len(noted) == 2
+    for uuids in noted:
+        assert {origin.dm_uuid, kept.dm_uuid} <= set(uuids) and other.dm_uuid not in uuids
 
 
 def test_what_lvm_says_before_its_report_is_no_part_of_it() -> None:
