@@ -8,11 +8,14 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from providers.copy import CopyProvider
+from snapshotter.core.errors import PreconditionError
+from snapshotter.host.mounts import Mount
 from tests.faults.in_place_kit import Story, difference, journals, ok, picture, run_here, story, until
 from tests.support import loop_file_system
 
@@ -159,6 +162,32 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
             ok(node, *IN_PLACE, "--aside", str(other / "aside"))
             ok(node, "restore", "--discard", "ours", "--yes")
             assert node.restored() and not list((other / "aside").iterdir())
+        finally:
+            node.service.end()
+
+
+@pytest.mark.root
+def test_what_lies_below_can_not_bear_the_copy(tmp_path: Path) -> None:
+    """Classic snapshots that would overflow, a pool that would be full: any driver may say so, not only the set's."""
+
+    def forbid() -> None:
+        def refuse_writes(_: CopyProvider, needs: Sequence[tuple[Mount, int]]) -> None:
+            for mount, need in needs:
+                if mount.path == str(place) and need:
+                    raise PreconditionError(f"{need} bytes are too many", object=mount.path, cure="lvextend -L+1M vg/i")
+
+        CopyProvider.refuse_writes = refuse_writes  # type: ignore[method-assign]
+
+    with loop_file_system("ext4", tmp_path, 100) as place:
+        node = Story(place, tmp_path / "home", "copy", extra=f'store = "{tmp_path}/store"\n')
+        try:
+            node.begin()
+            node.run_and_damage()
+            code, said, _ = run_here(node.command, *IN_PLACE, "--dry-run", before=forbid)
+            assert code == 0 and "lvextend -L+1M vg/i" in said, said
+            code, said, _ = run_here(node.command, *IN_PLACE, before=forbid)
+            assert code == 3 and "lvextend -L+1M vg/i" in said, said
+            nothing_changed(node)
         finally:
             node.service.end()
 
