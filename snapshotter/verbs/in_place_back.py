@@ -46,8 +46,8 @@ def backward(work: Work) -> None:
     run_again = bool(work.plan.running) or runs or bool(before.get("run_again"))
     units = _not_brought_back(work)
     apart = work.plan.way == "copy" and ran and not before
-    _refuse_held([*units, *(_made(work, units) if apart else [])])
     if changed:
+        _refuse_held([*units, *(_made(work, units) if apart else [])])
         try:
             if not ran and work.mixed():
                 units = _as_left(work, units)
@@ -249,6 +249,7 @@ def discard(work: Work) -> list[str]:
     units = work.units()
     if work.turned:
         _turn_again(work, units)
+        units = work.units()
     for unit in units:
         with told(unit.aside):
             exchange.remove_old(unit)
@@ -269,8 +270,12 @@ def discard(work: Work) -> list[str]:
 
 
 def _turn_again(work: Work, units: list[Unit]) -> None:
-    """Of the undo that can't be ended, as some of the old data is gone: all of the new stands in its place again, and
-    the service runs on that."""
+    """Of the undo that can't be ended, as some of the old data is gone: all of the new stands in its place again, with
+    what was signed meanwhile, and the service runs on that."""
+    work.stop()
+    if os.path.isdir(work.plan.path):
+        signing.into_new(work)
+        units = work.units()
     for unit in units:
         with told(unit.place):
             exchange.back_again(unit)

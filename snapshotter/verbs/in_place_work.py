@@ -165,8 +165,8 @@ class Work:
 
     def lost(self) -> list[str]:
         """Where old data was set aside and is no more: removed by hand, or moved away. (What the old run has made anew
-        before it changed places, on a mix, is none: it was never set aside.)"""
-        if self.journal.has("returned"):
+        before it changed places, or on a mix, is none: it was never set aside.)"""
+        if self.journal.has("returned") or not (self.begun("start") or (self.begun("exchange") and self.touched())):
             return []
         mixed = not self.begun("start") and not (self.journal.last("undo") or {}).get("ran") and self.mixed()
         return [

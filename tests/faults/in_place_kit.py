@@ -10,11 +10,12 @@ import json
 import os
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -119,6 +120,19 @@ class Managed:
         return int((self.home / "pid").read_text())
 
 
+#: As setfacl -m u:65534:r makes it, of a file with mode 0644.
+ACL = struct.pack("<I", 2) + b"".join(
+    struct.pack("<HHI", tag, allowed, who)
+    for tag, allowed, who in (
+        (1, 6, 2**32 - 1),
+        (2, 4, 65534),
+        (4, 4, 2**32 - 1),
+        (16, 4, 2**32 - 1),
+        (32, 4, 2**32 - 1),
+    )
+)
+
+
 def lay_out(data: Path, blocks: int = 200) -> None:
     """A stopped Besu-shaped node: keys, metadata, a small RocksDB, what is of the moment."""
     from tests.hot import besu_shaped
@@ -127,6 +141,17 @@ def lay_out(data: Path, blocks: int = 200) -> None:
     write_blocks(data, blocks)
     (data / "static-nodes.json").write_text("[]")
     (data / "old.pid").write_text("1")
+    plugins = data / "plugins"  # what `picture` sees of a file beside its content
+    if not plugins.exists():
+        plugins.mkdir()
+        (plugins / "one.jar").write_text("x")
+        os.link(plugins / "one.jar", plugins / "linked.jar")
+        for path, name, value in (
+            (plugins, "user.origin", b"ours"),
+            (plugins / "one.jar", "system.posix_acl_access", ACL),
+        ):
+            with suppress(OSError):  # not every file system has them
+                os.setxattr(path, name, value)
 
 
 def write_blocks(data: Path, blocks: int) -> None:
@@ -148,11 +173,15 @@ def write_blocks(data: Path, blocks: int) -> None:
 MOVING = {"database/node.log", "besu.ports", "node.pid"}
 
 
-def picture(top: Path, without: set[str] = MOVING) -> dict[str, tuple[int, int, int, str]]:
-    """Every entry below: mode, owner, group, and content or target."""
-    found = {}
+#: Mode, owner, group, content or target, hard links (of a file), extended attributes with their values.
+Seen = tuple[int, int, int, str, int, tuple[tuple[str, bytes], ...]]
+
+
+def picture(top: Path, without: set[str] = MOVING) -> dict[str, Seen]:
+    """Every entry below, and the top itself as `.`."""
+    found: dict[str, Seen] = {}
     for directory, names, files in os.walk(top):
-        for name in [*names, *files]:
+        for name in [*names, *files, *(["."] if directory == str(top) else [])]:
             path = os.path.join(directory, name)
             relative = os.path.relpath(path, top)
             if relative in without:
@@ -164,8 +193,18 @@ def picture(top: Path, without: set[str] = MOVING) -> dict[str, tuple[int, int, 
                 content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
             else:
                 content = ""
-            found[relative] = (status.st_mode, status.st_uid, status.st_gid, content)
+            links = status.st_nlink if stat.S_ISREG(status.st_mode) else 0
+            found[relative] = (status.st_mode, status.st_uid, status.st_gid, content, links, xattrs(path))
     return found
+
+
+def xattrs(path: str) -> tuple[tuple[str, bytes], ...]:
+    """ACLs among them."""
+    try:
+        names = sorted(os.listxattr(path, follow_symlinks=False))
+        return tuple((name, os.getxattr(path, name, follow_symlinks=False)) for name in names)
+    except OSError:  # not every file system has them
+        return ()
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

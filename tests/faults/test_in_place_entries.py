@@ -75,6 +75,18 @@ def test_one_that_was_only_killed_goes_on(node: Story) -> None:
     assert not difference(now, node.of_set) and node.service.running()
 
 
+def test_what_the_old_run_made_anew_before_anything_changed_places_is_not_lost(node: Story) -> None:
+    calls = run_here(node.command, *IN_PLACE)[2]
+    ok(node, "restore", "--undo", "ours")
+    at = point(calls, "before-forward")
+    assert run_here(node.command, *IN_PLACE, kill_at=at)[0] == -signal.SIGKILL
+    node.service.do("start")
+    (node.data / "anew").write_text("[]")
+    os.replace(node.data / "anew", node.data / "static-nodes.json")
+    ok(node, "restore", "--undo", "ours")
+    assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
+
+
 def test_what_was_made_ready_twice_leaves_nothing(node: Story) -> None:
     """Killed while it was made ready: --continue makes it anew."""
     calls = run_here(node.command, *IN_PLACE)[2]

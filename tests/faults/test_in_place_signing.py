@@ -135,6 +135,32 @@ def walk(node: Validator, chance: random.Random, steps: int) -> None:
             assert not node.leftovers(), f"{node.leftovers()} after {done}"
 
 
+@pytest.mark.root
+def test_a_discard_of_an_undo_that_can_not_be_ended_takes_the_higher_along(tmp_path: Path) -> None:
+    """Some of the old data went while it was put back; the node ran on what was there, and signed; then what was
+    restored takes that one's place again."""
+
+    def unasked() -> None:
+        from snapshotter.verbs.in_place_work import Work
+
+        Work.refuse_lost = lambda _: None  # type: ignore[method-assign]
+
+    with own_disk(tmp_path) as disk:
+        node = Validator(disk, tmp_path, mount_point=True)
+        (node.data / "zz").write_text("x")  # changes places behind the one with what is signed
+        ok(node, "take", "ours")
+        node.sign(3)
+        ok(node, "restore", "latest", "--in-place", *YES)
+        node.sign(3)
+        (aside,) = node.data.glob(".corrupted-*")
+        (aside / "zz").unlink()
+        ok(node, "restore", "--undo", "ours", code=7, before=unasked)
+        node.sign(3)
+        ok(node, "restore", "--discard", "ours", "--yes")
+        assert node.height() >= node.signed, f"{node.height()}: {node.signed} had been signed"
+        assert not journals(node) and not node.leftovers()
+
+
 def test_without_one_on_disk_it_is_refused_and_explained(tmp_path: Path) -> None:
     with own_disk(tmp_path) as disk:
         lost(Validator(disk, tmp_path))

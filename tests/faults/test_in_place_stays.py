@@ -199,8 +199,9 @@ def test_a_disk_that_is_not_mounted_is_not_restored_beside(node: Story, tmp_path
 
 
 @pytest.mark.root
-def test_a_directory_that_the_node_made_on_a_mix_goes_with_the_undo(node: Story) -> None:
-    """There was no database; killed after the first rename; started at boot, it made one."""
+def test_a_directory_that_the_node_made_on_a_mix_stays_and_is_told(node: Story) -> None:
+    """There was no database; killed after the first rename; started at boot, it made one: that is what it wrote into
+    the old data, and the undo drops none of it."""
     node.service.do("stop")
     shutil.rmtree(node.data / "database")
     node.service.do("start")
@@ -214,11 +215,15 @@ def test_a_directory_that_the_node_made_on_a_mix_goes_with_the_undo(node: Story)
     at = point(calls, "after-forward", 1)
     assert run_here(node.command, *IN_PLACE, kill_at=at)[0] == -signal.SIGKILL
     node.service.do("start")
-    assert (node.data / "database").is_dir()
+    (node.data / "database" / "on-a-mix").write_text("x")
     ok(node, "restore", "--continue", "ours", code=3)
-    ok(node, "restore", "--undo", "ours")
-    assert not (node.data / "database").exists() or node.service.running()
-    assert not node.leftovers() and not journals(node)
+    done = ok(node, "restore", "--undo", "ours")
+    assert any("/database is neither the old nor the new" in text for text in done["warnings"])
+    assert node.service.running(), "it ran when the undo was asked for"
+    node.service.do("stop")
+    assert {path.name for path in (node.data / "database").iterdir()} == {"node.log", "on-a-mix"}
+    shutil.rmtree(node.data / "database")
+    assert node.as_it_was() and not node.leftovers() and not journals(node)
 
 
 @pytest.mark.root

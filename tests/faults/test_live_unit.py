@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -100,3 +101,37 @@ def test_in_place_stops_masks_and_starts_it(inside: Inside, tmp_path: Path) -> N
     assert answer["outcome"] == "restored" and answer["service"] == "chain.service"
     assert inside.systemd.show("chain.service", "ActiveState") == "active"
     assert inside.systemd.show("chain.service", "LoadState") == "loaded"
+
+
+CUT = """
+import os, signal, sys
+from snapshotter import cli
+from snapshotter.verbs import in_place_steps as steps
+whole = steps.STEPS["exchange"]
+def exchange(work):
+    whole(work)
+    os.kill(os.getpid(), signal.SIGKILL)
+steps.STEPS["exchange"] = exchange
+sys.exit(cli.run(sys.argv[1:]))
+"""
+
+
+def test_killed_between_the_stop_and_the_start_it_stays_masked_until_it_is_undone(
+    inside: Inside, tmp_path: Path
+) -> None:
+    show = inside.systemd.show
+    document = taken(inside)
+    (tmp_path / "node" / "since").write_text("x")
+    variables = [f"{name}={value}" for name, value in inside.environment().items()]
+    words = ["restore", document["set_id"], "--in-place", "--yes", "--config", str(inside.config)]
+    killed = inside.systemd.enter("env", "-i", *variables, sys.executable, "-c", CUT, *words, check=False)
+    assert killed.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), killed.stderr
+    assert not (tmp_path / "node" / "since").exists(), "it was killed before the exchange"
+    assert show("chain.service", "LoadState") == "masked"
+    assert inside.systemd.enter("systemctl", "start", "chain.service", check=False).returncode != 0
+    assert show("chain.service", "ActiveState") == "inactive"
+    done = inside.run("restore", "--undo", "chain", "--json")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "node" / "since").exists()
+    assert show("chain.service", "LoadState") == "loaded" and show("chain.service", "ActiveState") == "active"
+    assert not inside.systemd.enter("sh", "-c", "ls /etc/systemd/system.control", check=False).stdout.split()
