@@ -236,7 +236,9 @@ class LvmProvider(Provider):
             if (place := claims.below(mount)) is not None:
                 written[place.volume] = written.get(place.volume, 0) + need
         if written and not self.availability():
-            room.check_writes(self._report(sorted({volume.partition("/")[0] for volume in written})), written)
+            rows = self._report(sorted({volume.partition("/")[0] for volume in written}))
+            listed = {row.id for row in rows}  # a group that LVM was told to leave alone isn't
+            room.check_writes(rows, {volume: need for volume, need in written.items() if volume in listed})
 
     # -- making ---------------------------------------------------------------------------------------------------
 
@@ -437,6 +439,11 @@ class LvmProvider(Provider):
         wait_for_dead_runs([], swap_id)
         if not swaps.swap_commit(self._report, swap_id):
             self._refuse_blind()
+
+    def refuse_commit(self, swap_id: str) -> None:
+        from providers.lvm.swaps import refuse_commit
+
+        refuse_commit(self._report, swap_id)
 
     def swaps(self) -> Iterator[str]:
         from providers.lvm.swaps import open_swaps

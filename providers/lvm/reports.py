@@ -125,8 +125,11 @@ class Row(msgspec.Struct, frozen=True):
 
 
 def parse(text: str) -> list[Row]:
-    """The rows of `lvs --reportformat json --units b --nosuffix`. Raises ValueError for anything else."""
-    return [_row(found) for report in loads(report_of(text))["report"] for found in report["lv"]]
+    """The rows of `lvs --reportformat json --units b --nosuffix`, one for each volume. Raises ValueError for anything
+    else."""
+    rows = [_row(found) for report in loads(report_of(text))["report"] for found in report["lv"]]
+    # The chunk size is a field of segments: asked for it, `lvs` tells of a volume once for each.
+    return list({(row.vg_uuid, row.uuid): row for row in rows}.values())
 
 
 def report_of(stdout: str) -> str:

@@ -246,7 +246,8 @@ def _take_back(group: Group, rows: Sequence[Row], swap_id: str) -> None:
         group.lvm("lvchange", *words, known.volume, object=known.volume)
     group.lvm("lvchange", "-ay", known.volume, object=known.volume)
     if theirs:  # last, as its tags say that the swap is open
-        _forget(group, clone)
+        # And no more to be activated at boot: it has the UUID of the file system that is in its place again.
+        _forget(group, clone, *([] if clone.skipped else ["-ky"]))
     else:
         group.remove(clone, half_made=True)
     with suppress(PreconditionError):
@@ -269,19 +270,11 @@ def swap_commit(report: Report, swap_id: str) -> bool:
         known = _one(rows, swap_id)
         if known is None:
             return True
+        _refuse_commit(rows, known)
         clone, aside = known.clone, known.aside
-        if aside is not None and clone is None and aside.name == f"{swap_id}-aside" and not _committed(known):
-            raise StorageError(
-                "its clone is gone: this may be all there is",
-                object=aside.id,
-                cure=f"lvrename {known.vg} {aside.name} {known.place} and lvchange -kn -ay it; or lvremove it",
-            )
-        if clone is not None and clone.name != known.place and not _is_theirs(known):
-            raise StorageError("the swap was never finished", object=swap_id, cure="take it back")
-        if aside is not None and clone is not None and aside.name != f"{swap_id}-aside":
-            _forget(group, aside)  # by another name a person keeps it: it is theirs
-        elif aside is not None and (clone is not None or _committed(known)):
-            _refuse_dependents(rows, aside)
+        if aside is not None and clone is not None and _is_kept(known):
+            _forget(group, aside)
+        elif aside is not None and not _is_kept(known):
             if not _committed(known):
                 group.lvm("lvchange", "--addtag", tag("committed", "1"), aside.id, object=aside.id)
             group.remove(aside)
@@ -290,15 +283,41 @@ def swap_commit(report: Report, swap_id: str) -> bool:
     return True
 
 
+def refuse_commit(report: Report, swap_id: str) -> None:
+    """See Provider.refuse_commit."""
+    rows = report()
+    if (known := _one(rows, swap_id)) is not None:
+        _refuse_commit(rows, known)
+
+
+def _refuse_commit(rows: Sequence[Row], known: Swap) -> None:
+    clone, aside = known.clone, known.aside
+    if aside is not None and clone is None and not _is_kept(known) and not _committed(known):
+        raise StorageError(
+            "its clone is gone: this may be all there is",
+            object=aside.id,
+            cure=f"lvrename {known.vg} {aside.name} {known.place} and lvchange -kn -ay it; or lvremove it",
+        )
+    if clone is not None and clone.name != known.place and not _is_theirs(known):
+        raise StorageError("the swap was never finished", object=known.id, cure="take it back")
+    if aside is not None and not _is_kept(known):
+        _refuse_dependents(rows, aside)
+
+
+def _is_kept(known: Swap) -> bool:
+    """Whether a person has given what is set aside another name: it is theirs."""
+    return known.aside is not None and known.aside.name != f"{known.id}-aside"
+
+
 def _is_theirs(known: Swap) -> bool:
     """Whether a person has given the clone another name, and keeps it."""
     return known.clone is not None and known.clone.name not in (known.place, f"{known.id}-new")
 
 
-def _forget(group: Group, row: Row) -> None:
+def _forget(group: Group, row: Row, *changes: str) -> None:
     """It stays, and is in no swap any more."""
     gone = [text for text in row.tags if text.startswith(_TAGS)]
-    group.lvm("lvchange", *(word for text in gone for word in ("--deltag", text)), row.id, object=row.id)
+    group.lvm("lvchange", *changes, *(word for text in gone for word in ("--deltag", text)), row.id, object=row.id)
 
 
 def finish_commits(rows: Sequence[Row]) -> list[str]:

@@ -66,12 +66,14 @@ def by_hand(swap_id: str, clone: Object | None, aside: Object | None) -> str:
         return f"zfs inherit {SWAP} {volume}" if there else f"zfs destroy {away}"
     record = aside.record(ASIDE) or {}
     steps = [f"zfs rename -u {volume} {away}"] if there else []
+    steps += [f"zfs promote {aside.name}"] if _is_promoted(swap_id, volume, clone, aside) else []
     steps += [f"zfs rename -u {aside.name} {volume}"] if aside.name != volume else []
     below = [child.rpartition("/")[2] for child, _ in tool.children(volume)] if there else []
     steps += [f"zfs rename {away}/{name} {volume}/{name}" for name in below]
     steps += [f"zfs destroy {away}"] if clone is not None else []
     reserved = [f"{key}={value}" for key, value in record.get("reserved", {}).items()]
     steps.append(" ".join(["zfs set", f"canmount={record.get('canmount') or 'on'}", *reserved, volume]))
+    steps += [" ".join(["zfs", *words, volume]) for words in _let_in(record)]
     steps.append(f"zfs inherit {ASIDE} {volume}")
     return "; ".join(steps)
 
@@ -103,6 +105,7 @@ def begin(swap_id: str, snapshot: Object, volume: str) -> list[str]:
         "canmount": local.get("canmount"),
         "mounted": [[mount.path, sorted(_options(mount))] for mount in seen],
         "reserved": {key: local[key] for key in _RESERVED if local.get(key, "none") != "none"},
+        "left_in": {key: local.get(key) for key in objects.LEFT_OUT},
     }
     library.clone(clone, snapshot.name, {SWAP: objects.dump(record)})
     try:
@@ -111,7 +114,8 @@ def begin(swap_id: str, snapshot: Object, volume: str) -> list[str]:
             tool.change("set", *carried, clone, object=clone)
         notes = _delegate(volume, clone, aside)
         _unmount(volume)
-        tool.change("set", "canmount=noauto", f"{ASIDE}={objects.dump(record)}", volume, object=volume)
+        out = [f"{key}={value}" for key, value in objects.LEFT_OUT.items()]  # what is taken of it bars a commit
+        tool.change("set", "canmount=noauto", *out, f"{ASIDE}={objects.dump(record)}", volume, object=volume)
         if record["reserved"]:  # after the record of it
             tool.change("set", *(f"{key}=none" for key in record["reserved"]), volume, object=volume)
         _reserve(clone, record)
@@ -133,7 +137,8 @@ def _delegate(volume: str, clone: str, aside: str) -> list[str]:
         given = tool.delegations(volume)
         for words in given:
             tool.change("allow", *words, clone, object=clone)
-        why = "" if tool.delegations(clone) == given else "it isn't the same there"
+        there = tool.delegations(clone)  # and maybe what its creator gets by itself
+        why = "" if all(words in there for words in given) else "it isn't the same there"
     except SnapshotterError as error:
         why = error.message
     if not why:
@@ -183,8 +188,7 @@ def back(swap_id: str) -> None:
         _unmount(clone.name)
         tool.change("rename", "-u", clone.name, _beside(volume, swap_id)[0], object=volume)
     if aside is not None:
-        origin = _dataset_of(_origin(aside.name))
-        if origin is not None and origin in (clone.name if clone else None, _beside(volume, swap_id)[0]):
+        if _is_promoted(swap_id, volume, clone, aside):
             # A commit had come as far as promoting: what both share goes back to the older one.
             tool.change("promote", aside.name, object=aside.name)
         if aside.name != volume:
@@ -200,7 +204,21 @@ def back(swap_id: str) -> None:
         _retire(_beside(volume, swap_id)[0], swap_id)
     if aside is not None:
         _reserve(volume, record)
+        for words in _let_in(record):
+            tool.change(*words, volume, object=volume)
         tool.change("inherit", ASIDE, volume, object=volume)
+
+
+def _is_promoted(swap_id: str, volume: str, clone: Object | None, aside: Object) -> bool:
+    """Whether a commit had come as far as making what is set aside a clone of its clone."""
+    origin = _dataset_of(_origin(aside.name))
+    return origin is not None and origin in (clone.name if clone else None, _beside(volume, swap_id)[0])
+
+
+def _let_in(record: dict[str, Any]) -> list[list[str]]:
+    """`zfs`'s words, but for the dataset, that let other tools go on with it as before it was set aside."""
+    former = record.get("left_in", {})
+    return [["inherit", key] if value is None else ["set", f"{key}={value}"] for key, value in former.items()]
 
 
 def _retire(name: str, swap_id: str) -> None:

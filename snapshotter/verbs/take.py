@@ -215,8 +215,10 @@ def _hold(plan: Plan, marks: Mapping[str, str]) -> AbstractContextManager[Any]:
             mapped = all(provider.traits.quiesce is Quiesce.FREEZE for provider in plan.providers)
             return holding.freeze(points, plan.budget_s, what=what, mapped=mapped)
         case Quiesce.STOP:
+            holding.sync(paths)  # so that little is left to write out while all is held
             return holding.stop(service_of(plan.node), what, plan.budget_s, paths)
         case _:
+            holding.sync(paths)
             return holding.hooks(plan.node.hold, plan.node.release, plan.budget_s, what=what)
 
 

@@ -304,6 +304,7 @@ def test_a_copy_that_would_fill_a_thin_pool_is_refused() -> None:
         assert "lvextend" in refused.value.cure and its_pool.id in refused.value.cure
     with pytest.raises(PreconditionError):  # they share the room
         room.check_writes([data, other, its_pool], {data.id: 512 * MIB, other.id: 512 * MIB})
+    room.check_writes([data, pool(data=96.0)], {data.id: 4096})  # a key alone
 
 
 # ------------------------------------------------------------------------------------------------- other files
@@ -496,6 +497,29 @@ def test_what_is_suspended_with_a_volume_is_on_record(records: Path, monkeypatch
 
 def test_what_lvm_says_before_its_report_is_no_part_of_it() -> None:
     assert parse("  Retrying metadata scan.\n" + REPORT) == parse(REPORT)
+
+
+def test_a_volume_of_several_segments_is_one_volume() -> None:
+    """`lvs` told of it twice, so its image had a twin, and could never be removed."""
+    report = json.loads(REPORT)
+    report["report"][0]["lv"] += report["report"][0]["lv"]
+    assert parse(json.dumps(report)) == parse(REPORT)
+
+
+def test_a_commit_is_refused_before_any_other_is_made() -> None:
+    place, origin = (
+        tag("place", "data"),
+        row(name="w1-aside", uuid="o", attr="Vwi-a-tz--", tags=(tag("aside", "w1"), tag("place", "data"))),
+    )
+    clone = row(name="data", uuid="c", tags=(tag("swap", "w1"), place, tag("origin", "o")))
+    swaps.refuse_commit(lambda: [clone, origin], "w1")
+    swaps.refuse_commit(lambda: [clone, origin], "w2")
+    with pytest.raises(BusyError, match="in use"):
+        swaps.refuse_commit(lambda: [clone, msgspec.structs.replace(origin, attr="Vwi-aotz--")], "w1")
+    with pytest.raises(StorageError, match="its clone is gone"):
+        swaps.refuse_commit(lambda: [origin], "w1")
+    with pytest.raises(StorageError, match="never finished"):
+        swaps.refuse_commit(lambda: [msgspec.structs.replace(clone, name="w1-new"), origin], "w1")
 
 
 def test_reports_that_are_none_are_refused() -> None:

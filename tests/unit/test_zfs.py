@@ -289,6 +289,7 @@ def of_swaps(monkeypatch: pytest.MonkeyPatch, found: list[objects.Object]) -> Zf
     monkeypatch.setattr(objects, "sure", lambda *_, **__: found)
     monkeypatch.setattr(tool, "pools", lambda: ["tank"])
     monkeypatch.setattr(tool, "children", lambda _: [])
+    monkeypatch.setattr(swaps, "_origin", lambda _: None)
     return ZfsProvider(Settings("/nonexistent"))
 
 
@@ -318,6 +319,7 @@ def test_an_open_swap_that_no_journal_names_is_told_with_the_way_back(
 
 def test_the_way_back_of_a_swap_that_was_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tool, "children", lambda _: [])
+    monkeypatch.setattr(swaps, "_origin", lambda _: None)
     whole, aside = swapped()
     waiting = msgspec.structs.replace(whole, name="tank/a.clone-w1")
     untouched = msgspec.structs.replace(aside, name="tank/a")
@@ -328,6 +330,12 @@ def test_the_way_back_of_a_swap_that_was_killed(monkeypatch: pytest.MonkeyPatch)
     assert swaps.by_hand("w1", waiting, aside) == f"{back}; zfs destroy tank/a.clone-w1; {end}"
     assert swaps.by_hand("w1", None, aside) == f"{back}; {end}"
     assert swaps.by_hand("w1", whole, None) == "zfs inherit snapshotter:swap tank/a"
+    monkeypatch.setattr(swaps, "_origin", lambda _: "tank/a@s")  # a commit was killed once it had promoted
+    steps = f"zfs rename -u tank/a tank/a.clone-w1; zfs promote tank/a.aside-w1; {back}; zfs destroy tank/a.clone-w1; "
+    assert swaps.by_hand("w1", whole, aside) == steps + end
+    left_in = {"left_in": {"com.sun:auto-snapshot": "true"}, **(aside.record(objects.ASIDE) or {})}
+    labelled = objects._object(aside.name, {objects.ASIDE: (objects.dump(left_in), "local")})
+    assert "; zfs set com.sun:auto-snapshot=true tank/a; zfs inherit" in swaps.by_hand("w1", None, labelled)
 
 
 def test_no_other_restore_is_planned_as_a_swap_while_one_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
