@@ -216,8 +216,8 @@ def _of_units() -> Iterator[str]:
     for directory in UNITS:
         for unit in glob.glob("*.mount", root_dir=directory):
             units.setdefault(unit, os.path.join(directory, unit))  # masked: a link to /dev/null, with nothing in it
-        for kind in ("wants", "requires"):
-            enabled |= {os.path.basename(link) for link in glob.glob(f"{directory}/*.{kind}/*.mount")}
+        for kind in ("wants", "requires"):  # of a target: what a service alone wants comes and goes with it
+            enabled |= {os.path.basename(link) for link in glob.glob(f"{directory}/*.target.{kind}/*.mount")}
     for unit, file in units.items():
         try:
             with open(file, encoding="utf-8", errors="surrogateescape") as lines:

@@ -200,15 +200,15 @@ def carry(
 
 def secrets_of(places: Places, profile: Profile, leave: Sequence[str] = ()) -> list[tuple[str, bytes, os.stat_result]]:
     """(name, content, status) of every secret in these places that doesn't lie below one of `leave`; b"" of one that
-    can't be read. For `add_secrets`. Raises PreconditionError (a directory can't be read)."""
+    can't be read. For `add_secrets`. Raises PreconditionError, OSError (a directory can't be read)."""
     found = []
     for name in _secrets(places, profile):
         path = files.locate(places, name)
         if files.held(places, path) and not files.held([(each, each) for each in leave], path):
             try:
                 found.append((name, *files.read(path, _LARGEST_FILE)))
-            except PreconditionError:
-                found.append((name, b"", os.lstat(path)))
+            except (PreconditionError, OSError):  # a broken disk's inode isn't to hide the others
+                found.append((name, b"", os.stat(places[0][1])))
     return found
 
 
@@ -219,8 +219,8 @@ def add_secrets(
     its owner and mode 0600: an account that was made since. Returns (names of those, names of what is in the old alone:
     another stands in its place, or it is of an identity, which is one as a whole and is never mixed).
 
-    `replaced`: the identity was chosen to be the new one, so each file of it that differs is in the old alone. Else it
-    was found to be the same, or can't be told. Raises PreconditionError, StorageError."""
+    `replaced`: the identity was chosen to be the new one, so what the old has besides is another node's, and stays in
+    the old alone. Else it was found to be the same, or can't be told. Raises PreconditionError, StorageError."""
     added, alone = [], []
     for name, content, like in secrets:
         held = next((pattern for pattern in profile.identity if _in(pattern, name)), "")
@@ -231,7 +231,7 @@ def add_secrets(
             alone += [] if files.expand(places, held) else [name]
         elif os.path.lexists(path):
             alone += [] if _holds(path, content) else [name]
-        elif held or not content or not files.held(places, path):
+        elif held or replaced or not content or not files.held(places, path):
             alone.append(name)
         else:
             _make_directory(os.path.dirname(path), like)

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from snapshotter.core.errors import JudgedBadError, PreconditionError, SnapshotterError, StorageError
@@ -308,19 +308,20 @@ def top_of(path: str) -> dict[str, Any]:
 
 
 def set_top(path: str, wanted: Mapping[str, Any]) -> None:
-    """What `top_of` said. Without root an owner stays who it is. Raises OSError."""
+    """What `top_of` said. Without root an owner stays who it is, and the directory of another as it is: what can be
+    written there could be before. Raises OSError."""
     now = top_of(path)
     if now == wanted:
         return
-    try:
+    root = os.geteuid() == 0
+    with nullcontext() if root else suppress(PermissionError):
         os.chown(path, wanted["uid"], wanted["gid"])
-    except PermissionError:
-        pass
-    for name in now["acls"].keys() - wanted["acls"].keys():
-        os.removexattr(path, name)
-    for name, value in wanted["acls"].items():
-        os.setxattr(path, name, bytes.fromhex(value))
-    os.chmod(path, wanted["mode"])  # the last: a chown clears bits, an ACL is a mode as well
+    with nullcontext() if root else suppress(PermissionError):
+        for name in now["acls"].keys() - wanted["acls"].keys():
+            os.removexattr(path, name)
+        for name, value in wanted["acls"].items():
+            os.setxattr(path, name, bytes.fromhex(value))
+        os.chmod(path, wanted["mode"])  # the last: a chown clears bits, an ACL is a mode as well
 
 
 def owner_of(text: str) -> tuple[int, int]:

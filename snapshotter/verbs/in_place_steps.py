@@ -224,7 +224,7 @@ def _secrets(work: Work) -> Secrets:
     places = [(root, saved.get(root, root)) for root in work.plan.roots]
     try:
         return identity.secrets_of(places, work.profile, work.plan.left_alone) if os.path.isdir(work.live) else []
-    except (PreconditionError, FileNotFoundError) as error:
+    except (PreconditionError, OSError) as error:
         why = error.line() if isinstance(error, PreconditionError) else str(error)
         work.notes.append(f"whether the old data has keys that the set lacks can't be told: {why}")
         return []

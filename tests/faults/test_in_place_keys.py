@@ -74,7 +74,8 @@ def test_an_identity_is_never_mixed(tmp_path: Path) -> None:
         begin(node)
         (node.data / "geth/nodekey").write_text("18" * 32)
         done = ok(node, "restore", "latest", *node.in_place, "--identity", "set")
-        assert "only what was set aside has: geth/jwtsecret, geth/nodekey" in "\n".join(done["warnings"])
+        named = "only what was set aside has: geth/jwtsecret, geth/nodekey, keystore/UTC--2"
+        assert named in "\n".join(done["warnings"]) and not (node.data / "keystore/UTC--2").exists()
         assert (node.data / "geth/nodekey").read_text() == KEYS["geth/nodekey"]
         assert "geth/nodekey" in str(ok(node, "restore", "--discard", "ours", code=2))
 

@@ -6,6 +6,7 @@ Vectors are published: EIP-155's example key, the generator point itself (key 1,
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import pty
@@ -22,7 +23,7 @@ from types import SimpleNamespace
 import pytest
 
 from snapshotter.core.errors import PreconditionError, SnapshotterError
-from snapshotter.nodes import identity, profiles
+from snapshotter.nodes import files, identity, profiles
 from snapshotter.verbs import identity as verb
 from tests.support import NOBODY, Command
 
@@ -106,7 +107,7 @@ def test_cometbfts_published_keys(tmp_path: Path) -> None:
 def test_without_a_key_there_is_nothing_to_say_and_nothing_heavy_is_loaded(tmp_path: Path) -> None:
     code = f"""
 import sys
-from snapshotter.nodes import identity, profiles
+from snapshotter.nodes import files, identity, profiles
 for name, profile in profiles.load_all().items():
     assert identity.for_record({str(tmp_path)!r}, profile) == ("", ""), name
 assert not {{"coincurve", "Crypto", "pyrage", "sqlite3", "tarfile"}} & set(sys.modules), sys.modules
@@ -273,7 +274,7 @@ def test_without_the_library_it_says_what_to_install(tmp_path: Path) -> None:
 import sys
 sys.modules["coincurve"] = sys.modules["Crypto"] = sys.modules["Crypto.Hash"] = None
 from snapshotter.core.errors import PreconditionError
-from snapshotter.nodes import identity, profiles
+from snapshotter.nodes import files, identity, profiles
 try:
     identity.read({str(data)!r}, profiles.get("besu"))
 except PreconditionError as error:
@@ -759,3 +760,20 @@ def test_errors_name_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(SnapshotterError) as caught:
         identity.read(str(tmp_path / "data"), BESU)
     assert "identity restore" in caught.value.cure
+
+
+def test_a_secret_that_can_not_be_read_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An inode of a damaged disk: EUCLEAN, not only for its content."""
+    (tmp_path / "keystore").mkdir()
+    for name in ("UTC--1", "UTC--2"):
+        (tmp_path / "keystore" / name).write_text("a key")
+    read = files.read
+
+    def damaged(path: str, most: int) -> tuple[bytes, os.stat_result]:
+        if path.endswith("UTC--1"):
+            raise OSError(errno.EUCLEAN, "Structure needs cleaning")
+        return read(path, most)
+
+    monkeypatch.setattr(files, "read", damaged)
+    found = identity.secrets_of([(str(tmp_path), str(tmp_path))], profiles.get("geth"))
+    assert [(name, content) for name, content, _ in found] == [("keystore/UTC--1", b""), ("keystore/UTC--2", b"a key")]

@@ -149,6 +149,8 @@ def test_disks_of_mount_units_that_are_not_mounted(tmp_path: Path, monkeypatch: 
     unit("srv-node-in.mount", "/srv/node/in")
     unit("srv-other.mount", "/srv/other")
     unit("srv-node-off.mount", "/srv/node/off", enabled=False)
+    (own / "backup.service.wants").mkdir()
+    (own / "backup.service.wants" / "srv-node-off.mount").symlink_to(own / "srv-node-off.mount")
     unit("srv-node-at.mount", "/srv/node/%i")
     (own / "srv-node-masked.mount").symlink_to("/dev/null")
     unit("srv-node-masked.mount", "/srv/node/masked", directory=run)
