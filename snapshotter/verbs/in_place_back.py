@@ -204,7 +204,8 @@ def _refuse_held(units: list[Unit]) -> None:
                 raise PreconditionError(
                     "can't be moved: it is immutable or append-only", object=path, cure=f"chattr -ia {path}"
                 )
-        if mounts.is_mount_point(os.path.realpath(unit.place)):
+        above, name = os.path.split(unit.place)  # a link there is moved itself, whatever is mounted where it leads
+        if mounts.is_mount_point(os.path.join(os.path.realpath(above), name)):
             raise BusyError(
                 "can't be moved: something is mounted there", object=unit.place, cure=f"umount {unit.place}"
             )

@@ -32,6 +32,7 @@ from tests.faults.in_place_kit import (
     story,
     with_a_mask,
 )
+from tests.support import loop_file_system
 
 IN_PLACE = ("restore", "latest", "--in-place", "--yes")
 
@@ -408,6 +409,20 @@ def test_what_was_restored_and_can_not_be_moved_is_refused_before_anything_is_st
             finally:
                 subprocess.run(let_go, check=True)
         ok(node, "restore", "--undo", "ours")
+        assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
+def test_a_link_to_another_disk_is_no_mount_that_keeps_the_undo_back(tmp_path: Path) -> None:
+    """Also not the automatic one: the node would stay stopped."""
+    with loop_file_system("ext4", tmp_path, 100) as other, story("entries", tmp_path) as node:
+        (node.data / "logs").symlink_to(other)
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, *IN_PLACE)
+        ok(node, "restore", "--undo", "ours")
+        assert node.as_it_was() and node.service.running() and not node.leftovers()
+        ok(node, *IN_PLACE, code=6, before=no_room_for("done exchange"))
         assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
 
 
