@@ -176,10 +176,11 @@ def remove_new(unit: Unit, *, ran: bool) -> list[str]:
     """Remove the new one, once each old one `is_back`: the old run may go on with that, and make it anew; returns what
     is kept because it is neither. Raises OSError, BusyError."""
     kept = []
-    # Where there was no old one, nothing has ever been moved to `aside`: what stands there isn't ours to remove.
-    for path in (unit.staged, unit.aside) if unit.old is not None else (unit.staged,):
+    for path in (unit.staged, unit.aside):
         found = known(path)
-        if found is None:
+        # Where there is no old one, only the new one itself is ours to remove from `aside`: there was none, and nothing
+        # has ever been moved there, or the old run has removed it since it was back.
+        if found is None or (path == unit.aside and unit.old is None and found != unit.new):
             continue
         if found == unit.old or not (ran or found == unit.new):
             kept.append(path)

@@ -46,18 +46,21 @@ def backward(work: Work) -> None:
     run_again = bool(work.plan.running) or runs or bool(before.get("run_again"))
     units = _not_brought_back(work)
     apart = work.plan.way == "copy" and ran and not before
-    if changed:
+    back = work.all_back()
+    if changed and not back:
         _refuse_held([*units, *(_made(work, units) if apart else [])])
         try:
-            if not ran and work.mixed():
+            mixed = not ran and work.mixed()
+            ran = ran or work.may_have_run()
+            work.stop()
+            if mixed:
                 units = _as_left(work, units)
                 work.notes.append(
                     "it may have run on a mix of old and new since the restore was interrupted: see to it"
                 )
-            ran = ran or work.may_have_run()
-            work.stop()
-            if work.plan.way == "copy" and ran and not before and (made := _made(work, units)):
-                units = [*units, *made]
+            units = work.settled(units)
+            if work.plan.way == "copy" and ran and not before:
+                units = [*_as_run(units), *_made(work, units)]
                 work.note("units", units=msgspec.to_builtins(units))
             if work.plan.way == "copy" and (ran or work.moved()):
                 units = signing.into_old(work, units, ran=ran)
@@ -84,8 +87,9 @@ def backward(work: Work) -> None:
         work.note("undo", run_again=run_again, ran=ran, asked=work.asked)
     if changed and work.plan.way == "swap":
         swapping.swap_back(work.session, work.plan)
-    elif changed:
+    elif changed and not back:
         _exchange_back(work, units, ran)
+    exchange.sync_parents([unit.place for unit in units])
     for top in work.journal.all("top"):
         with told(top["path"]):
             staging.set_top(top["path"], top["was"])
@@ -132,6 +136,17 @@ def _as_left(work: Work, units: list[Unit]) -> list[Unit]:
     return left
 
 
+def _as_run(units: list[Unit]) -> list[Unit]:
+    """These, after a run on the new: what that has made anew by a rename is the new one, and what it has removed is
+    none. So it is told from what the old run makes anew, once that is back."""
+    return [
+        msgspec.structs.replace(unit, new=exchange.known(unit.place))
+        if exchange.where_new(unit) is None and exchange.where_old(unit) != unit.place
+        else unit
+        for unit in units
+    ]
+
+
 def _made(work: Work, units: list[Unit]) -> list[Unit]:
     """What the new run has made beside these: where entries change places one by one, that is in none of
     them. All of it is the new run's, as in a directory that changes places whole: before, the place had none of it."""
@@ -157,7 +172,6 @@ def _exchange_back(work: Work, units: list[Unit], ran: bool) -> None:
     for unit in units:
         with told(unit.place):
             exchange.back(unit, ran=ran)
-    exchange.sync_parents([unit.place for unit in units])
     for unit in units:
         with told(unit.place):
             if not exchange.is_back(unit):
@@ -244,13 +258,16 @@ def discard(work: Work) -> list[str]:
             object=work.plan.path,
             cure="end it; a container sees the old data until it is restarted",
         )
+    if work.turned:
+        work.stop()  # it may have been started at boot; refused, there is still the undo
     if not work.discarding:
+        if work.turned:
+            work.settled(work.units())
         work.journal.append("discard")
     gone = _commit_swaps(work)
-    units = work.units()
     if work.turned:
-        _turn_again(work, units)
-        units = work.units()
+        _turn_again(work)
+    units = work.units()
     for unit in units:
         with told(unit.aside):
             exchange.remove_old(unit)
@@ -270,13 +287,12 @@ def discard(work: Work) -> list[str]:
     return gone
 
 
-def _turn_again(work: Work, units: list[Unit]) -> None:
+def _turn_again(work: Work) -> None:
     """Of the undo that can't be ended, as some of the old data is gone: all of the new stands in its place again, with
-    what was signed meanwhile, and the service runs on that."""
-    work.stop()
+    what was signed meanwhile, and the service, stopped by now, runs on that."""
     if os.path.isdir(work.plan.path):
         signing.into_new(work)
-        units = work.units()
+    units = work.units()
     for unit in units:
         with told(unit.place):
             exchange.back_again(unit)

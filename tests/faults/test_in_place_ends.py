@@ -329,6 +329,64 @@ def test_some_of_what_was_copied_to_another_disk_is_gone(tmp_path: Path) -> None
         assert node.restored() and not node.leftovers() and not journals(node)
 
 
+def anew(node: Story, name: str = "static-nodes.json") -> None:
+    """As programs do with small files: a new one takes the name."""
+    shutil.copy(node.data / name, node.data / "anew")
+    (node.data / "anew").replace(node.data / name)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("way", ["--undo", "--continue"])
+def test_what_was_back_and_is_made_anew_by_the_old_run_is_not_gone(tmp_path: Path, way: str) -> None:
+    """The power fails in the undo, all of the old is back; the node is started at boot, and makes and removes files."""
+    with story("entries", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, *IN_PLACE)
+        anew(node, "key")  # the new run does too
+        undoing = run_here(node.command, "restore", "--undo", "ours")[2]
+        assert node.as_it_was()
+        ok(node, *IN_PLACE)
+        anew(node, "key")
+        at = point(undoing, "after-back", undoing.count("after-back"))
+        assert run_here(node.command, "restore", "--undo", "ours", kill_at=at)[0] == -signal.SIGKILL
+        node.service.do("start")
+        for name in ("static-nodes.json", "key", "old.pid"):  # the last one the set lacks
+            anew(node, name)
+        removed = (node.data / "VERSION_METADATA.json").read_bytes()
+        (node.data / "VERSION_METADATA.json").unlink()
+        (node.data / "made.json").write_text("by the old run")
+        error = ok(node, "restore", "--discard", "ours", "--yes", code=3)
+        assert "--discard" not in error["cure"] and node.service.running()
+        ok(node, "restore", way, "ours")
+        assert (node.data / "made.json").read_text() == "by the old run"
+        (node.data / "made.json").unlink()
+        (node.data / "VERSION_METADATA.json").write_bytes(removed)
+        assert node.as_it_was(), difference(picture(node.data), node.old)
+        assert node.service.running() and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
+def test_a_discard_of_a_half_undo_takes_what_the_old_run_made_anew_for_old(tmp_path: Path) -> None:
+    """The undo is cut in the middle, the node runs on that mix, and what was set aside is gone: all of the new."""
+    with story("entries", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        undoing = (ok(node, *IN_PLACE), run_here(node.command, "restore", "--undo", "ours")[2])[1]
+        ok(node, *IN_PLACE)
+        at = point(undoing, "after-back", 3)
+        assert run_here(node.command, "restore", "--undo", "ours", kill_at=at)[0] == -signal.SIGKILL
+        gone(node, "part")
+        node.service.do("start")
+        anew(node, "DATABASE_METADATA.json")  # was back
+        pid = node.service.pid()
+        error = ok(node, "restore", "--undo", "ours", code=7)
+        assert "--discard" in error["cure"] and error["object"].endswith("/database")
+        ok(node, "restore", "--discard", "ours", "--yes")
+        assert as_restored(node) and not node.leftovers() and not journals(node)
+        assert node.service.running() and node.service.pid() != pid, "it ran while its data changed places"
+
+
 # ---------------------------------------------------------------------------------------------------- not well, twice
 
 
