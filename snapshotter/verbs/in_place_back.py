@@ -108,6 +108,7 @@ def backward(work: Work) -> None:
         _let_run(work, run_again)
     _remove(work, units, ran)
     if not noted:
+        work.note("returned", run_again=run_again, ran=ran)  # it may have had no room but for the new
         _let_run(work, run_again)
 
 
@@ -258,6 +259,8 @@ def discard(work: Work) -> list[str]:
             object=work.plan.path,
             cure="end it; a container sees the old data until it is restarted",
         )
+    if work.turned and not work.discarding:
+        _refuse_alone(work)
     if work.turned:
         work.stop()  # it may have been started at boot; refused, there is still the undo
     if not work.discarding:
@@ -285,6 +288,17 @@ def discard(work: Work) -> list[str]:
         if any(mounts.is_under(u.aside, ground.aside) and u.old for u in units):
             gone.append(ground.aside)
     return gone
+
+
+def _refuse_alone(work: Work) -> None:
+    """Raise StorageError where the new can't stand in its place again, before anything is stopped or moved for it."""
+    for unit in work.units():
+        try:
+            with told(unit.place):
+                exchange.refuse_alone(unit)
+        except StorageError as error:
+            error.cure = error.cure or f"put it back to {unit.aside}, or what was set aside, then the same again"
+            raise
 
 
 def _turn_again(work: Work) -> None:

@@ -387,6 +387,64 @@ def test_a_discard_of_a_half_undo_takes_what_the_old_run_made_anew_for_old(tmp_p
         assert node.service.running() and node.service.pid() != pid, "it ran while its data changed places"
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("full_at", ["returned", "returned, once", "the undo"])
+def test_a_journal_that_could_not_take_that_all_is_back_destroys_nothing_later(tmp_path: Path, full_at: str) -> None:
+    """Something of the new can't be removed; the node runs on the old meanwhile, and makes files, some of them anew."""
+    with story("entries", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, *IN_PLACE)
+        held = node.data / "database" / "kept"
+        held.write_text("x")
+        subprocess.run(["chattr", "+i", held], check=True)
+        try:
+            fault = full() if full_at == "the undo" else no_room_for("returned", once="once" in full_at)
+            error = ok(node, "restore", "--undo", "ours", code=7, before=fault)
+            assert "--discard" not in error["cure"] and "--undo" in error["undo_command"] and node.service.running()
+            (journal,) = journals(node)
+            assert ("returned" in journal.read_text()) == ("once" in full_at), "the new had taken its room"
+            for name in ("static-nodes.json", "key", "old.pid"):
+                anew(node, name)
+            (node.data / "made.json").write_text("by the old run")
+            for _ in range(2):  # nor does what is left of the new, or none of it
+                if full_at != "the undo":
+                    assert "--discard" not in ok(node, "restore", "--discard", "ours", "--yes", code=3)["cure"]
+                error = ok(node, "restore", "--undo", "ours", code=7, before=fault)
+                assert "--discard" not in error["cure"] and node.service.running()
+        finally:
+            for path in node.data.rglob("kept"):
+                subprocess.run(["chattr", "-i", path], check=True)
+        ok(node, "restore", "--undo", "ours")
+        assert (node.data / "made.json").read_text() == "by the old run"
+        (node.data / "made.json").unlink()
+        assert node.as_it_was(), difference(picture(node.data), node.old)
+        assert node.service.running() and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
+def test_the_old_data_is_never_removed_where_the_new_is_gone(tmp_path: Path) -> None:
+    """An undo was cut with most of the old back, and somebody removed all the rest, of the old and the new."""
+    with story("entries", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        undoing = (ok(node, *IN_PLACE), run_here(node.command, "restore", "--undo", "ours")[2])[1]
+        ok(node, *IN_PLACE)
+        at = point(undoing, "after-back", undoing.count("after-back") - 1)
+        assert run_here(node.command, "restore", "--undo", "ours", kill_at=at)[0] == -signal.SIGKILL
+        (aside,) = node.data.glob(".corrupted-*")
+        shutil.rmtree(aside)
+        ok(node, "restore", "--undo", "ours", code=7)
+        before, did = picture(node.data), node.service.did()
+        for _ in range(2):
+            error = ok(node, "restore", "--discard", "ours", "--yes", code=6)
+            assert "is gone" in error["message"]
+            assert not difference(picture(node.data), before) and node.service.did() == did
+        (node.data / "static-nodes.json").unlink()  # the one that was not back: by a person
+        ok(node, "restore", "--undo", "ours")
+        assert node.service.running() and not node.leftovers() and not journals(node)
+
+
 # ---------------------------------------------------------------------------------------------------- not well, twice
 
 
@@ -511,14 +569,15 @@ def killed_then() -> None:
     health.prove = prove
 
 
-def no_room_for(kind: str) -> Callable[[], None]:
+def no_room_for(kind: str, *, once: bool = False) -> Callable[[], None]:
     def patch() -> None:
         from snapshotter.core.journal import Journal
 
-        append = Journal.append
+        append, refused = Journal.append, []
 
         def full(self: Journal, what: str, **facts: Any) -> None:
-            if kind in (what, f"{what} {facts.get('step')}"):
+            if kind in (what, f"{what} {facts.get('step')}") and not (once and refused):
+                refused.append(what)
                 raise StorageError("can't write the journal: No space left on device", object=self.path)
             append(self, what, **facts)
 
