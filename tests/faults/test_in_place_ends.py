@@ -388,6 +388,33 @@ def test_a_discard_of_a_half_undo_takes_what_the_old_run_made_anew_for_old(tmp_p
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("cut", ["before the first", "after the second"])
+def test_what_never_changed_places_and_is_made_anew_is_not_gone(tmp_path: Path, cut: str) -> None:
+    """Killed there, run by hand, and stopped again: nothing tells that it has run, but for what it made anew."""
+    with story("entries", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        restoring = (run_here(node.command, *IN_PLACE)[2], ok(node, "restore", "--undo", "ours"))[0]
+        at = point(restoring, "before-forward") if cut == "before the first" else point(restoring, "after-forward", 2)
+        for way in ("asked for", "by itself"):
+            assert run_here(node.command, *IN_PLACE, kill_at=at)[0] == -signal.SIGKILL
+            node.service.do("start")
+            anew(node)
+            node.service.do("stop")
+            shell = subprocess.Popen(["sleep", "1000"], cwd=node.data / "plugins" if way == "by itself" else "/")
+            try:
+                if way == "by itself" and cut == "before the first":
+                    ok(node, "restore", "--continue", "ours", code=5)
+                    assert node.as_it_was() and node.service.running()
+            finally:
+                shell.kill()
+                shell.wait()
+            if journals(node):
+                ok(node, "restore", "--undo", "ours")
+            assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
 @pytest.mark.parametrize("full_at", ["returned", "returned, once", "the undo"])
 def test_a_journal_that_could_not_take_that_all_is_back_destroys_nothing_later(tmp_path: Path, full_at: str) -> None:
     """Something of the new can't be removed; the node runs on the old meanwhile, and makes files, some of them anew."""
