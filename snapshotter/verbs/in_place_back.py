@@ -39,6 +39,7 @@ def backward(work: Work) -> None:
         undo = work.journal.last("undo") or {}
         _let_run(work, bool(returned.get("run_again", undo.get("run_again"))))
         _remove(work, _not_brought_back(work), bool(returned.get("ran", undo.get("ran"))))
+        _remove_copies(work)
         return
     runs = changed and work.service is not None and work.service.running()
     before = work.journal.last("undo") or {}
@@ -107,6 +108,7 @@ def backward(work: Work) -> None:
     if noted:
         _let_run(work, run_again)
     _remove(work, units, ran)
+    _remove_copies(work)
     if not noted:
         work.note("returned", run_again=run_again, ran=ran)  # it may have had no room but for the new
         _let_run(work, run_again)
@@ -200,6 +202,17 @@ def _remove(work: Work, units: list[Unit], ran: bool) -> None:
         exchange.remove_empty([unit.staged for unit in units], ground.staged)
 
 
+def _remove_copies(work: Work) -> None:
+    """On another disk, once the old data is in its place (or had never left it). As `_remove`: `work.unremoved`."""
+    for ground in work.plan.grounds:
+        try:
+            with told(ground.aside):
+                for record in work.journal.all("saving", ground.path):
+                    exchange.remove(ground.aside, tuple(record["known"]))
+        except SnapshotterError as error:
+            work.unremoved.append(_held(error, ground.aside))
+
+
 def _held(error: SnapshotterError, *paths: str) -> SnapshotterError:
     """The error, which knows what failed to be removed by its last name alone, with the real path in it."""
     for top in paths if not isinstance(error, BusyError) else ():  # something is mounted in it: that is named
@@ -234,8 +247,6 @@ def _bring_back(work: Work) -> None:
             signing.into_copy(work, ground)
             away.bring_back(ground, saved["entries"], work.session.report)
             work.journal.append("back", step=ground.path)
-        for record in work.journal.all("saving", ground.path):
-            exchange.remove(ground.aside, tuple(record["known"]))
 
 
 # ------------------------------------------------------------------------------------------------------- the end

@@ -532,6 +532,26 @@ def test_what_was_restored_and_can_not_be_removed_keeps_no_node_stopped(tmp_path
 
 
 @pytest.mark.root
+def test_a_copy_on_another_disk_that_can_not_be_removed_keeps_no_node_stopped(tmp_path: Path) -> None:
+    """That disk has gone read-only, as after an I/O error."""
+    with story("away", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, "restore", node.set_id, *node.in_place, before=with_a_mask(node))
+        subprocess.run(["mount", "-o", "remount,ro", str(node.aside)], check=True)
+        try:
+            for way in ("--undo", "--continue"):
+                error = ok(node, "restore", way, "ours", code=7, before=with_a_mask(node))
+                assert error["left"] == node.leftovers() and "--undo" in error["undo_command"]
+                assert node.as_it_was() and node.service.running() and not (node.command.home / "masked").exists()
+                anew(node)
+        finally:
+            subprocess.run(["mount", "-o", "remount,rw", str(node.aside)], check=True)
+        ok(node, "restore", "--undo", "ours", before=with_a_mask(node))
+        assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
 def test_what_was_restored_and_can_not_be_moved_is_refused_before_anything_is_stopped(tmp_path: Path) -> None:
     with story("entries", tmp_path) as node:
         node.begin(blocks=20)
