@@ -45,7 +45,7 @@ class Work:
         self.service = plan.service()
         self.notes: list[str] = []
         self.health: health.Health | None = None
-        self.turned = journal.has("undo")  # what was set aside is being put back: the old state or exit 7
+        self.turned = journal.has("undo", "returned")  # what was set aside is being put back: that, or exit 7
         self.started = self.begun("start")  # by this run or an earlier one, weeks ago perhaps: never undone unasked
         self.asked = False  # --sign-state-from-set was said of the undo
         self.unstarted: SnapshotterError | None = None  # why the service doesn't run on the old data

@@ -3,6 +3,7 @@ though the node isn't well. And what else it must not trip over."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -447,6 +448,35 @@ def test_a_journal_that_could_not_take_that_all_is_back_destroys_nothing_later(t
         (node.data / "made.json").unlink()
         assert node.as_it_was(), difference(picture(node.data), node.old)
         assert node.service.running() and not node.leftovers() and not journals(node)
+
+
+def test_an_undo_that_its_journal_could_tell_only_the_end_of_is_one(tmp_path: Path) -> None:
+    """Its disk was full at first, and the run was killed before it was over."""
+    with story("copy", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, *IN_PLACE)
+
+        def patch() -> None:
+            no_room_for("undo")()
+            from snapshotter.verbs.in_place_work import Work
+
+            def killed(*_: object) -> None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            Work.let_run = killed  # type: ignore[method-assign]
+
+        assert run_here(node.command, "restore", "--undo", "ours", before=patch)[0] == -signal.SIGKILL
+        (journal,) = journals(node)
+        assert '"returned"' in journal.read_text() and '"undo"' not in journal.read_text()
+        error = ok(node, "restore", "--discard", "ours", "--yes", code=3)
+        assert "--undo" in error["cure"]
+        assert "--undo" in ok(node, "take", "ours", code=5)["cure"]
+        said = json.loads(run_here(node.command, "doctor", "--json")[1])
+        (cure,) = (each["cure"] for each in said["findings"] if each["check"] == "restore")
+        assert "--undo" in cure and "--discard" not in cure
+        ok(node, "restore", "--continue", "ours")
+        assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
 
 
 @pytest.mark.root
