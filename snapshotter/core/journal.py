@@ -137,8 +137,9 @@ class Journal:
         """Of the first record."""
         return self.records[0]
 
-    def has(self, kind: str) -> bool:
-        return any(record["kind"] == kind for record in self.records)
+    def has(self, *kinds: str) -> bool:
+        """Whether there is a record of one of these kinds."""
+        return any(record["kind"] in kinds for record in self.records)
 
     def last(self, kind: str, step: str | None = None) -> Mapping[str, Any] | None:
         """The newest record of that kind (and step)."""

@@ -144,15 +144,29 @@ def back(unit: Unit, *, ran: bool) -> None:
         raise _foreign(unit.place)
 
 
+def refuse_alone(unit: Unit) -> None:
+    """Raise StorageError where the old one stands in its place, and of the new one, that there was, nothing is left:
+    who moves that away has neither. Raises OSError."""
+    there = unit.old is not None and known(unit.place) == unit.old
+    if there and unit.new is not None and _taken(unit) is None:
+        raise StorageError("is the old one, and what was restored is gone", object=unit.place)
+
+
+def _taken(unit: Unit) -> str | None:
+    """Where the new one is, or whatever the node had made of it, that `back` took from the place."""
+    # Where there was no old one, nothing has ever been moved to `aside`.
+    places = (unit.staged, unit.aside) if unit.old is not None else (unit.staged,)
+    return where_new(unit) or next((path for path in places if known(path) not in (None, unit.old)), None)
+
+
 def back_again(unit: Unit) -> None:
     """The inverse of `back`, before `remove_new`: what it took from the place stands there again, also where the old
-    one is gone by now. Raises StorageError, OSError."""
+    one is gone by now. Raises StorageError (`refuse_alone`), OSError."""
     here = known(unit.place)
     if here not in (None, unit.old):
         return
-    # Where there was no old one, nothing has ever been moved to `aside`.
-    places = (unit.staged, unit.aside) if unit.old is not None else (unit.staged,)
-    where = where_new(unit) or next((path for path in places if known(path) not in (None, unit.old)), None)
+    refuse_alone(unit)
+    where = _taken(unit)
     if where is None and here is not None:  # there was none, or the node had removed it
         _make_parent(unit.aside)
         move(unit.place, unit.aside)
@@ -176,10 +190,11 @@ def remove_new(unit: Unit, *, ran: bool) -> list[str]:
     """Remove the new one, once each old one `is_back`: the old run may go on with that, and make it anew; returns what
     is kept because it is neither. Raises OSError, BusyError."""
     kept = []
-    # Where there was no old one, nothing has ever been moved to `aside`: what stands there isn't ours to remove.
-    for path in (unit.staged, unit.aside) if unit.old is not None else (unit.staged,):
+    for path in (unit.staged, unit.aside):
         found = known(path)
-        if found is None:
+        # Where there is no old one, only the new one itself is ours to remove from `aside`: there was none, and nothing
+        # has ever been moved there, or the old run has removed it since it was back.
+        if found is None or (path == unit.aside and unit.old is None and found != unit.new):
             continue
         if found == unit.old or not (ran or found == unit.new):
             kept.append(path)

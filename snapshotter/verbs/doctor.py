@@ -180,7 +180,7 @@ def _open_swaps(session: Session) -> list[tuple[str, OpenSwap]]:
 
 def _open_restore(journal: Journal, where: str) -> Iterator[Finding]:
     path = str(journal.facts.get("path", where))
-    if journal.has("restored") and not journal.has("undo"):
+    if journal.has("restored") and not journal.has("undo", "returned"):
         cure = f"snapshotter restore --discard {path} once all is well"
         yield Finding(None, "restore", f"{path}: what a restore set aside still takes room", cure, "advice")
     else:

@@ -39,6 +39,7 @@ def backward(work: Work) -> None:
         undo = work.journal.last("undo") or {}
         _let_run(work, bool(returned.get("run_again", undo.get("run_again"))))
         _remove(work, _not_brought_back(work), bool(returned.get("ran", undo.get("ran"))))
+        _remove_copies(work)
         return
     runs = changed and work.service is not None and work.service.running()
     before = work.journal.last("undo") or {}
@@ -46,18 +47,21 @@ def backward(work: Work) -> None:
     run_again = bool(work.plan.running) or runs or bool(before.get("run_again"))
     units = _not_brought_back(work)
     apart = work.plan.way == "copy" and ran and not before
-    if changed:
+    back = work.all_back()
+    if changed and not back:
         _refuse_held([*units, *(_made(work, units) if apart else [])])
         try:
-            if not ran and work.mixed():
+            mixed = not ran and work.mixed()
+            ran = ran or work.may_have_run()
+            work.stop()
+            if mixed:
                 units = _as_left(work, units)
                 work.notes.append(
                     "it may have run on a mix of old and new since the restore was interrupted: see to it"
                 )
-            ran = ran or work.may_have_run()
-            work.stop()
-            if work.plan.way == "copy" and ran and not before and (made := _made(work, units)):
-                units = [*units, *made]
+            units = work.settled(units)
+            if work.plan.way == "copy" and ran and not before:
+                units = [*_as_run(units), *_made(work, units)]
                 work.note("units", units=msgspec.to_builtins(units))
             if work.plan.way == "copy" and (ran or work.moved()):
                 units = signing.into_old(work, units, ran=ran)
@@ -84,8 +88,9 @@ def backward(work: Work) -> None:
         work.note("undo", run_again=run_again, ran=ran, asked=work.asked)
     if changed and work.plan.way == "swap":
         swapping.swap_back(work.session, work.plan)
-    elif changed:
+    elif changed and not back:
         _exchange_back(work, units, ran)
+    exchange.sync_parents([unit.place for unit in units])
     for top in work.journal.all("top"):
         with told(top["path"]):
             staging.set_top(top["path"], top["was"])
@@ -103,7 +108,9 @@ def backward(work: Work) -> None:
     if noted:
         _let_run(work, run_again)
     _remove(work, units, ran)
+    _remove_copies(work)
     if not noted:
+        work.note("returned", run_again=run_again, ran=ran)  # it may have had no room but for the new
         _let_run(work, run_again)
 
 
@@ -132,6 +139,17 @@ def _as_left(work: Work, units: list[Unit]) -> list[Unit]:
     return left
 
 
+def _as_run(units: list[Unit]) -> list[Unit]:
+    """These, after a run on the new: what that has made anew by a rename is the new one, and what it has removed is
+    none. So it is told from what the old run makes anew, once that is back."""
+    return [
+        msgspec.structs.replace(unit, new=exchange.known(unit.place))
+        if exchange.where_new(unit) is None and exchange.where_old(unit) != unit.place
+        else unit
+        for unit in units
+    ]
+
+
 def _made(work: Work, units: list[Unit]) -> list[Unit]:
     """What the new run has made beside these: where entries change places one by one, that is in none of
     them. All of it is the new run's, as in a directory that changes places whole: before, the place had none of it."""
@@ -157,7 +175,6 @@ def _exchange_back(work: Work, units: list[Unit], ran: bool) -> None:
     for unit in units:
         with told(unit.place):
             exchange.back(unit, ran=ran)
-    exchange.sync_parents([unit.place for unit in units])
     for unit in units:
         with told(unit.place):
             if not exchange.is_back(unit):
@@ -185,6 +202,17 @@ def _remove(work: Work, units: list[Unit], ran: bool) -> None:
         exchange.remove_empty([unit.staged for unit in units], ground.staged)
 
 
+def _remove_copies(work: Work) -> None:
+    """On another disk, once the old data is in its place (or had never left it). As `_remove`: `work.unremoved`."""
+    for ground in work.plan.grounds:
+        try:
+            with told(ground.aside):
+                for record in work.journal.all("saving", ground.path):
+                    exchange.remove(ground.aside, tuple(record["known"]))
+        except SnapshotterError as error:
+            work.unremoved.append(_held(error, ground.aside))
+
+
 def _held(error: SnapshotterError, *paths: str) -> SnapshotterError:
     """The error, which knows what failed to be removed by its last name alone, with the real path in it."""
     for top in paths if not isinstance(error, BusyError) else ():  # something is mounted in it: that is named
@@ -204,7 +232,8 @@ def _refuse_held(units: list[Unit]) -> None:
                 raise PreconditionError(
                     "can't be moved: it is immutable or append-only", object=path, cure=f"chattr -ia {path}"
                 )
-        if mounts.is_mount_point(os.path.realpath(unit.place)):
+        above, name = os.path.split(unit.place)  # a link there is moved itself, whatever is mounted where it leads
+        if mounts.is_mount_point(os.path.join(os.path.realpath(above), name)):
             raise BusyError(
                 "can't be moved: something is mounted there", object=unit.place, cure=f"umount {unit.place}"
             )
@@ -218,8 +247,6 @@ def _bring_back(work: Work) -> None:
             signing.into_copy(work, ground)
             away.bring_back(ground, saved["entries"], work.session.report)
             work.journal.append("back", step=ground.path)
-        for record in work.journal.all("saving", ground.path):
-            exchange.remove(ground.aside, tuple(record["known"]))
 
 
 # ------------------------------------------------------------------------------------------------------- the end
@@ -243,13 +270,18 @@ def discard(work: Work) -> list[str]:
             object=work.plan.path,
             cure="end it; a container sees the old data until it is restarted",
         )
+    if work.turned and not work.discarding:
+        _refuse_alone(work)
+    if work.turned:
+        work.stop()  # it may have been started at boot; refused, there is still the undo
     if not work.discarding:
+        if work.turned:
+            work.settled(work.units())
         work.journal.append("discard")
     gone = _commit_swaps(work)
-    units = work.units()
     if work.turned:
-        _turn_again(work, units)
-        units = work.units()
+        _turn_again(work)
+    units = work.units()
     for unit in units:
         with told(unit.aside):
             exchange.remove_old(unit)
@@ -269,13 +301,23 @@ def discard(work: Work) -> list[str]:
     return gone
 
 
-def _turn_again(work: Work, units: list[Unit]) -> None:
+def _refuse_alone(work: Work) -> None:
+    """Raise StorageError where the new can't stand in its place again, before anything is stopped or moved for it."""
+    for unit in work.units():
+        try:
+            with told(unit.place):
+                exchange.refuse_alone(unit)
+        except StorageError as error:
+            error.cure = error.cure or f"put it back to {unit.aside}, or what was set aside, then the same again"
+            raise
+
+
+def _turn_again(work: Work) -> None:
     """Of the undo that can't be ended, as some of the old data is gone: all of the new stands in its place again, with
-    what was signed meanwhile, and the service runs on that."""
-    work.stop()
+    what was signed meanwhile, and the service, stopped by now, runs on that."""
     if os.path.isdir(work.plan.path):
         signing.into_new(work)
-        units = work.units()
+    units = work.units()
     for unit in units:
         with told(unit.place):
             exchange.back_again(unit)

@@ -100,9 +100,11 @@ def into_old(work: Work, units: list[Unit], *, ran: bool) -> list[Unit]:
         for ground in work.plan.grounds:
             make_private(ground.aside, [unit.aside for unit in units])
         work.notes += _carry(work, {}, then, from_set=_accepted(work, ran))
+    units = work.units()
+    aside = [exchange.known(unit.aside) for unit in units]  # there also of a new one, where the old run removed the old
     units = [
-        msgspec.structs.replace(unit, old=exchange.known(unit.aside)) if unit.old is None else unit
-        for unit in work.units()
+        msgspec.structs.replace(unit, old=here) if unit.old is None and here != unit.new else unit
+        for unit, here in zip(units, aside, strict=True)
     ]
     work.journal.append("units", units=msgspec.to_builtins(units))
     return units

@@ -45,7 +45,7 @@ class Work:
         self.service = plan.service()
         self.notes: list[str] = []
         self.health: health.Health | None = None
-        self.turned = journal.has("undo")  # what was set aside is being put back: the old state or exit 7
+        self.turned = journal.has("undo", "returned")  # what was set aside is being put back: that, or exit 7
         self.started = self.begun("start")  # by this run or an earlier one, weeks ago perhaps: never undone unasked
         self.asked = False  # --sign-state-from-set was said of the undo
         self.unstarted: SnapshotterError | None = None  # why the service doesn't run on the old data
@@ -163,9 +163,43 @@ class Work:
         """Whether old data is only where it was copied to, on another disk."""
         return any(self.journal.last("removing", g.path) and not self.brought_back(g) for g in self.plan.grounds)
 
+    def putting_back(self) -> bool:
+        """Whether an undo has been at it, though its journal may not have had the room to tell: once the node was
+        started on the new, all of the old had left its place."""
+        back = any(unit.old is not None and exchange.known(unit.place) == unit.old for unit in self.units())
+        return self.turned or (self.begun("start") and back)
+
+    def remade(self, unit: Unit) -> bool:
+        """Whether the old run has made it anew by a rename, or removed it, where it stood before it changed places or
+        was back again: so it is not lost. Such are small files; what holds data nobody makes anew."""
+        new = exchange.where_new(unit)
+        if unit.old is None or exchange.where_old(unit) is not None or new == unit.place:
+            return False
+        if unit.place in self.plan.roots or (new is not None and os.path.isdir(new) and not os.path.islink(new)):
+            return False
+        return self.putting_back() or (new == unit.staged and exchange.known(unit.place) is not None)
+
+    def settled(self, units: list[Unit]) -> list[Unit]:
+        """These, once the service is stopped: where the old run has made the old one anew, it is that."""
+        settled = [
+            msgspec.structs.replace(unit, old=exchange.known(unit.place)) if self.remade(unit) else unit
+            for unit in units
+        ]
+        if settled != units:
+            self.note("units", units=msgspec.to_builtins(settled))
+        return settled
+
+    def all_back(self) -> bool:
+        """Whether an undo has put back all that was set aside, though it could not tell. From then on, what stands
+        there is the old run's, whatever it makes of it."""
+        units = self.units()
+        back = [exchange.where_old(u) == u.place or self.remade(u) for u in units if u.old is not None]
+        left = any(exchange.where_new(unit) == unit.place for unit in units)
+        return bool(units) and not self.away and self.putting_back() and all(back) and not left
+
     def lost(self) -> list[str]:
         """Where old data was set aside and is no more: removed by hand, or moved away. (What the old run has made anew
-        before it changed places, or on a mix, is none: it was never set aside.)"""
+        before it changed places, on a mix, or since it was back, is none.)"""
         if self.journal.has("returned") or not (self.begun("start") or (self.begun("exchange") and self.touched())):
             return []
         mixed = not self.begun("start") and not (self.journal.last("undo") or {}).get("ran") and self.mixed()
@@ -175,6 +209,7 @@ class Work:
             if unit.old is not None
             and exchange.where_old(unit) is None
             and not (mixed and exchange.where_new(unit) != unit.place)
+            and not self.remade(unit)
             and not self.brought_back(staging.ground_of(self.plan, unit.place))
         ]
 

@@ -37,7 +37,7 @@ def refuse(session: Session, target: str, *, finished: bool = False) -> None:
     if journal is None:
         return
     path = str(journal.facts.get("path", target))
-    if journal.has("restored") and not journal.has("undo"):
+    if journal.has("restored") and not journal.has("undo", "returned"):
         if finished:
             raise BusyError(
                 "the old data of its last restore is still set aside",

@@ -3,6 +3,7 @@ though the node isn't well. And what else it must not trip over."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -32,6 +33,7 @@ from tests.faults.in_place_kit import (
     story,
     with_a_mask,
 )
+from tests.support import loop_file_system
 
 IN_PLACE = ("restore", "latest", "--in-place", "--yes")
 
@@ -328,6 +330,178 @@ def test_some_of_what_was_copied_to_another_disk_is_gone(tmp_path: Path) -> None
         assert node.restored() and not node.leftovers() and not journals(node)
 
 
+def anew(node: Story, name: str = "static-nodes.json") -> None:
+    """As programs do with small files: a new one takes the name."""
+    shutil.copy(node.data / name, node.data / "anew")
+    (node.data / "anew").replace(node.data / name)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("way", ["--undo", "--continue"])
+def test_what_was_back_and_is_made_anew_by_the_old_run_is_not_gone(tmp_path: Path, way: str) -> None:
+    """The power fails in the undo, all of the old is back; the node is started at boot, and makes and removes files."""
+    with story("entries", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, *IN_PLACE)
+        anew(node, "key")  # the new run does too
+        undoing = run_here(node.command, "restore", "--undo", "ours")[2]
+        assert node.as_it_was()
+        ok(node, *IN_PLACE)
+        anew(node, "key")
+        at = point(undoing, "after-back", undoing.count("after-back"))
+        assert run_here(node.command, "restore", "--undo", "ours", kill_at=at)[0] == -signal.SIGKILL
+        node.service.do("start")
+        for name in ("static-nodes.json", "key", "old.pid"):  # the last one the set lacks
+            anew(node, name)
+        removed = (node.data / "VERSION_METADATA.json").read_bytes()
+        (node.data / "VERSION_METADATA.json").unlink()
+        (node.data / "made.json").write_text("by the old run")
+        error = ok(node, "restore", "--discard", "ours", "--yes", code=3)
+        assert "--discard" not in error["cure"] and node.service.running()
+        ok(node, "restore", way, "ours")
+        assert (node.data / "made.json").read_text() == "by the old run"
+        (node.data / "made.json").unlink()
+        (node.data / "VERSION_METADATA.json").write_bytes(removed)
+        assert node.as_it_was(), difference(picture(node.data), node.old)
+        assert node.service.running() and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
+def test_a_discard_of_a_half_undo_takes_what_the_old_run_made_anew_for_old(tmp_path: Path) -> None:
+    """The undo is cut in the middle, the node runs on that mix, and what was set aside is gone: all of the new."""
+    with story("entries", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        undoing = (ok(node, *IN_PLACE), run_here(node.command, "restore", "--undo", "ours")[2])[1]
+        ok(node, *IN_PLACE)
+        at = point(undoing, "after-back", 3)
+        assert run_here(node.command, "restore", "--undo", "ours", kill_at=at)[0] == -signal.SIGKILL
+        gone(node, "part")
+        node.service.do("start")
+        anew(node, "DATABASE_METADATA.json")  # was back
+        pid = node.service.pid()
+        error = ok(node, "restore", "--undo", "ours", code=7)
+        assert "--discard" in error["cure"] and error["object"].endswith("/database")
+        ok(node, "restore", "--discard", "ours", "--yes")
+        assert as_restored(node) and not node.leftovers() and not journals(node)
+        assert node.service.running() and node.service.pid() != pid, "it ran while its data changed places"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("cut", ["before the first", "after the second"])
+def test_what_never_changed_places_and_is_made_anew_is_not_gone(tmp_path: Path, cut: str) -> None:
+    """Killed there, run by hand, and stopped again: nothing tells that it has run, but for what it made anew."""
+    with story("entries", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        restoring = (run_here(node.command, *IN_PLACE)[2], ok(node, "restore", "--undo", "ours"))[0]
+        at = point(restoring, "before-forward") if cut == "before the first" else point(restoring, "after-forward", 2)
+        for way in ("asked for", "by itself"):
+            assert run_here(node.command, *IN_PLACE, kill_at=at)[0] == -signal.SIGKILL
+            node.service.do("start")
+            anew(node)
+            node.service.do("stop")
+            shell = subprocess.Popen(["sleep", "1000"], cwd=node.data / "plugins" if way == "by itself" else "/")
+            try:
+                if way == "by itself" and cut == "before the first":
+                    ok(node, "restore", "--continue", "ours", code=5)
+                    assert node.as_it_was() and node.service.running()
+            finally:
+                shell.kill()
+                shell.wait()
+            if journals(node):
+                ok(node, "restore", "--undo", "ours")
+            assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("full_at", ["returned", "returned, once", "the undo"])
+def test_a_journal_that_could_not_take_that_all_is_back_destroys_nothing_later(tmp_path: Path, full_at: str) -> None:
+    """Something of the new can't be removed; the node runs on the old meanwhile, and makes files, some of them anew."""
+    with story("entries", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, *IN_PLACE)
+        held = node.data / "database" / "kept"
+        held.write_text("x")
+        subprocess.run(["chattr", "+i", held], check=True)
+        try:
+            fault = full() if full_at == "the undo" else no_room_for("returned", once="once" in full_at)
+            error = ok(node, "restore", "--undo", "ours", code=7, before=fault)
+            assert "--discard" not in error["cure"] and "--undo" in error["undo_command"] and node.service.running()
+            (journal,) = journals(node)
+            assert ("returned" in journal.read_text()) == ("once" in full_at), "the new had taken its room"
+            for name in ("static-nodes.json", "key", "old.pid"):
+                anew(node, name)
+            (node.data / "made.json").write_text("by the old run")
+            for _ in range(2):  # nor does what is left of the new, or none of it
+                if full_at != "the undo":
+                    assert "--discard" not in ok(node, "restore", "--discard", "ours", "--yes", code=3)["cure"]
+                error = ok(node, "restore", "--undo", "ours", code=7, before=fault)
+                assert "--discard" not in error["cure"] and node.service.running()
+        finally:
+            for path in node.data.rglob("kept"):
+                subprocess.run(["chattr", "-i", path], check=True)
+        ok(node, "restore", "--undo", "ours")
+        assert (node.data / "made.json").read_text() == "by the old run"
+        (node.data / "made.json").unlink()
+        assert node.as_it_was(), difference(picture(node.data), node.old)
+        assert node.service.running() and not node.leftovers() and not journals(node)
+
+
+def test_an_undo_that_its_journal_could_tell_only_the_end_of_is_one(tmp_path: Path) -> None:
+    """Its disk was full at first, and the run was killed before it was over."""
+    with story("copy", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, *IN_PLACE)
+
+        def patch() -> None:
+            no_room_for("undo")()
+            from snapshotter.verbs.in_place_work import Work
+
+            def killed(*_: object) -> None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            Work.let_run = killed  # type: ignore[method-assign]
+
+        assert run_here(node.command, "restore", "--undo", "ours", before=patch)[0] == -signal.SIGKILL
+        (journal,) = journals(node)
+        assert '"returned"' in journal.read_text() and '"undo"' not in journal.read_text()
+        error = ok(node, "restore", "--discard", "ours", "--yes", code=3)
+        assert "--undo" in error["cure"]
+        assert "--undo" in ok(node, "take", "ours", code=5)["cure"]
+        said = json.loads(run_here(node.command, "doctor", "--json")[1])
+        (cure,) = (each["cure"] for each in said["findings"] if each["check"] == "restore")
+        assert "--undo" in cure and "--discard" not in cure
+        ok(node, "restore", "--continue", "ours")
+        assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
+def test_the_old_data_is_never_removed_where_the_new_is_gone(tmp_path: Path) -> None:
+    """An undo was cut with most of the old back, and somebody removed all the rest, of the old and the new."""
+    with story("entries", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        undoing = (ok(node, *IN_PLACE), run_here(node.command, "restore", "--undo", "ours")[2])[1]
+        ok(node, *IN_PLACE)
+        at = point(undoing, "after-back", undoing.count("after-back") - 1)
+        assert run_here(node.command, "restore", "--undo", "ours", kill_at=at)[0] == -signal.SIGKILL
+        (aside,) = node.data.glob(".corrupted-*")
+        shutil.rmtree(aside)
+        ok(node, "restore", "--undo", "ours", code=7)
+        before, did = picture(node.data), node.service.did()
+        for _ in range(2):
+            error = ok(node, "restore", "--discard", "ours", "--yes", code=6)
+            assert "is gone" in error["message"]
+            assert not difference(picture(node.data), before) and node.service.did() == did
+        (node.data / "static-nodes.json").unlink()  # the one that was not back: by a person
+        ok(node, "restore", "--undo", "ours")
+        assert node.service.running() and not node.leftovers() and not journals(node)
+
+
 # ---------------------------------------------------------------------------------------------------- not well, twice
 
 
@@ -388,6 +562,26 @@ def test_what_was_restored_and_can_not_be_removed_keeps_no_node_stopped(tmp_path
 
 
 @pytest.mark.root
+def test_a_copy_on_another_disk_that_can_not_be_removed_keeps_no_node_stopped(tmp_path: Path) -> None:
+    """That disk has gone read-only, as after an I/O error."""
+    with story("away", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, "restore", node.set_id, *node.in_place, before=with_a_mask(node))
+        subprocess.run(["mount", "-o", "remount,ro", str(node.aside)], check=True)
+        try:
+            for way in ("--undo", "--continue"):
+                error = ok(node, "restore", way, "ours", code=7, before=with_a_mask(node))
+                assert error["left"] == node.leftovers() and "--undo" in error["undo_command"]
+                assert node.as_it_was() and node.service.running() and not (node.command.home / "masked").exists()
+                anew(node)
+        finally:
+            subprocess.run(["mount", "-o", "remount,rw", str(node.aside)], check=True)
+        ok(node, "restore", "--undo", "ours", before=with_a_mask(node))
+        assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
 def test_what_was_restored_and_can_not_be_moved_is_refused_before_anything_is_stopped(tmp_path: Path) -> None:
     with story("entries", tmp_path) as node:
         node.begin(blocks=20)
@@ -408,6 +602,20 @@ def test_what_was_restored_and_can_not_be_moved_is_refused_before_anything_is_st
             finally:
                 subprocess.run(let_go, check=True)
         ok(node, "restore", "--undo", "ours")
+        assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
+def test_a_link_to_another_disk_is_no_mount_that_keeps_the_undo_back(tmp_path: Path) -> None:
+    """Also not the automatic one: the node would stay stopped."""
+    with loop_file_system("ext4", tmp_path, 100) as other, story("entries", tmp_path) as node:
+        (node.data / "logs").symlink_to(other)
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, *IN_PLACE)
+        ok(node, "restore", "--undo", "ours")
+        assert node.as_it_was() and node.service.running() and not node.leftovers()
+        ok(node, *IN_PLACE, code=6, before=no_room_for("done exchange"))
         assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
 
 
@@ -438,14 +646,15 @@ def killed_then() -> None:
     health.prove = prove
 
 
-def no_room_for(kind: str) -> Callable[[], None]:
+def no_room_for(kind: str, *, once: bool = False) -> Callable[[], None]:
     def patch() -> None:
         from snapshotter.core.journal import Journal
 
-        append = Journal.append
+        append, refused = Journal.append, []
 
         def full(self: Journal, what: str, **facts: Any) -> None:
-            if kind in (what, f"{what} {facts.get('step')}"):
+            if kind in (what, f"{what} {facts.get('step')}") and not (once and refused):
+                refused.append(what)
                 raise StorageError("can't write the journal: No space left on device", object=self.path)
             append(self, what, **facts)
 

@@ -40,9 +40,10 @@ def test_there_and_back_each_twice(unit: Unit) -> None:
 
 def test_nothing_is_removed_while_the_old_one_is_not_in_its_place(unit: Unit) -> None:
     exchange.forward(unit)
+    with pytest.raises(StorageError):
+        exchange.is_back(unit)
     for ran in (False, True):
-        with pytest.raises(StorageError):
-            exchange.remove_new(unit, ran=ran)
+        assert exchange.remove_new(unit, ran=ran) == [unit.aside]
         assert text(unit.aside) == "of place" and text(unit.place) == "of staged"
 
 
