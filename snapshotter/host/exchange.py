@@ -149,7 +149,11 @@ def refuse_alone(unit: Unit) -> None:
     who moves that away has neither. Raises OSError."""
     there = unit.old is not None and known(unit.place) == unit.old
     if there and unit.new is not None and _taken(unit) is None:
-        raise StorageError("is the old one, and what was restored is gone", object=unit.place)
+        raise StorageError(
+            "is the old one, and what was restored is gone",
+            object=unit.place,
+            cure=f"put that back to {unit.aside}, then the same again",
+        )
 
 
 def _taken(unit: Unit) -> str | None:

@@ -271,12 +271,14 @@ def discard(work: Work) -> list[str]:
             cure="end it; a container sees the old data until it is restarted",
         )
     if work.turned and not work.discarding:
-        _refuse_alone(work)
+        for unit in work.settled(work.units()):
+            with told(unit.place):
+                exchange.refuse_alone(unit)
     if work.turned:
         work.stop()  # it may have been started at boot; refused, there is still the undo
     if not work.discarding:
         if work.turned:
-            work.settled(work.units())
+            work.settled(work.units())  # again, as it may make some anew as it ends
         work.journal.append("discard")
     gone = _commit_swaps(work)
     if work.turned:
@@ -299,17 +301,6 @@ def discard(work: Work) -> list[str]:
         if any(mounts.is_under(u.aside, ground.aside) and u.old for u in units):
             gone.append(ground.aside)
     return gone
-
-
-def _refuse_alone(work: Work) -> None:
-    """Raise StorageError where the new can't stand in its place again, before anything is stopped or moved for it."""
-    for unit in work.units():
-        try:
-            with told(unit.place):
-                exchange.refuse_alone(unit)
-        except StorageError as error:
-            error.cure = error.cure or f"put it back to {unit.aside}, or what was set aside, then the same again"
-            raise
 
 
 def _turn_again(work: Work) -> None:

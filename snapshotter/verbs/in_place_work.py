@@ -180,7 +180,7 @@ class Work:
         return self.putting_back() or (new == unit.staged and exchange.known(unit.place) is not None)
 
     def settled(self, units: list[Unit]) -> list[Unit]:
-        """These, once the service is stopped: where the old run has made the old one anew, it is that."""
+        """These: what the old run has made anew is the old one. All of it is known only once the service is stopped."""
         settled = [
             msgspec.structs.replace(unit, old=exchange.known(unit.place)) if self.remade(unit) else unit
             for unit in units

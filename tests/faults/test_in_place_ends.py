@@ -491,11 +491,12 @@ def test_the_old_data_is_never_removed_where_the_new_is_gone(tmp_path: Path) -> 
         assert run_here(node.command, "restore", "--undo", "ours", kill_at=at)[0] == -signal.SIGKILL
         (aside,) = node.data.glob(".corrupted-*")
         shutil.rmtree(aside)
+        anew(node, "DATABASE_METADATA.json")
         ok(node, "restore", "--undo", "ours", code=7)
         before, did = picture(node.data), node.service.did()
         for _ in range(2):
             error = ok(node, "restore", "--discard", "ours", "--yes", code=6)
-            assert "is gone" in error["message"]
+            assert "is gone" in error["message"] and ".corrupted-" in error["cure"]
             assert not difference(picture(node.data), before) and node.service.did() == did
         (node.data / "static-nodes.json").unlink()  # the one that was not back: by a person
         ok(node, "restore", "--undo", "ours")
