@@ -264,16 +264,15 @@ def _open(session: Session, target: str | None, *, locked: bool = True) -> Itera
     journal = Journal.load(open_restores.path_of(session, identity))
     if journal is None:
         raise NotFoundError("no restore in place is open, nor waits to be discarded", object=target or identity)
-    work = Work(session, planning.load(journal.facts), journal)
+    plan = planning.load(journal.facts)
     if not locked:
-        yield work
+        yield Work(session, plan, journal)
         return
-    with _locked(session, work.plan):
-        again = Journal.load(journal.path)  # another run may have ended it before we had the lock
-        if again is None:
-            raise NotFoundError("no restore in place is open any more", object=target or identity)
-        work.journal = again
-        yield work
+    with _locked(session, plan):
+        again = Journal.load(journal.path)  # another run may have ended or turned it before we had the lock
+        if again is None or again.facts != journal.facts:
+            raise NotFoundError("that restore in place is open no more", object=target or identity)
+        yield Work(session, plan, again)
 
 
 def _target(session: Session, target: str | None) -> str:
