@@ -148,7 +148,7 @@ def refuse_alone(unit: Unit) -> None:
     """Raise StorageError where the old one stands in its place, and of the new one, that there was, nothing is left:
     who moves that away has neither. Raises OSError."""
     there = unit.old is not None and known(unit.place) == unit.old
-    if there and unit.new is not None and _taken(unit) is None:
+    if there and unit.new is not None and taken(unit) is None:
         raise StorageError(
             "is the old one, and what was restored is gone",
             object=unit.place,
@@ -156,7 +156,7 @@ def refuse_alone(unit: Unit) -> None:
         )
 
 
-def _taken(unit: Unit) -> str | None:
+def taken(unit: Unit) -> str | None:
     """Where the new one is, or whatever the node had made of it, that `back` took from the place."""
     # Where there was no old one, nothing has ever been moved to `aside`.
     places = (unit.staged, unit.aside) if unit.old is not None else (unit.staged,)
@@ -170,7 +170,7 @@ def back_again(unit: Unit) -> None:
     if here not in (None, unit.old):
         return
     refuse_alone(unit)
-    where = _taken(unit)
+    where = taken(unit)
     if where is None and here is not None:  # there was none, or the node had removed it
         _make_parent(unit.aside)
         move(unit.place, unit.aside)

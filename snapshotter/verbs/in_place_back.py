@@ -52,7 +52,9 @@ def backward(work: Work) -> None:
         _refuse_held([*units, *(_made(work, units) if apart else [])])
         try:
             mixed = not ran and work.mixed()
-            ran = ran or work.may_have_run()
+            if not ran and work.may_have_run():
+                ran = True
+                work.note("ran", mixed=mixed)  # once it is stopped, nothing else tells that
             work.stop()
             if mixed:
                 units = _as_left(work, units)
@@ -279,6 +281,8 @@ def discard(work: Work) -> list[str]:
     if not work.discarding:
         if work.turned:
             work.settled(work.units())  # again, as it may make some anew as it ends
+            if not work.journal.has("undo"):  # there was no room for that; whoever ends this must know
+                work.journal.append("undo", run_again=bool(work.plan.running), ran=True, asked=False)
         work.journal.append("discard")
     gone = _commit_swaps(work)
     if work.turned:

@@ -303,7 +303,12 @@ def dress(plan: Plan, places: list[tuple[str, str]], profile: Profile, names: Na
 def top_of(path: str) -> dict[str, Any]:
     """Owner, mode and ACLs of a directory that can't be renamed itself, for the journal."""
     found = os.stat(path)
-    acls = {name: os.getxattr(path, name).hex() for name in os.listxattr(path) if name in _ACLS}
+    try:
+        acls = {name: os.getxattr(path, name).hex() for name in os.listxattr(path) if name in _ACLS}
+    except OSError as error:
+        if error.errno not in tree.UNSUPPORTED:
+            raise
+        acls = {}
     return {"uid": found.st_uid, "gid": found.st_gid, "mode": stat.S_IMODE(found.st_mode), "acls": acls}
 
 

@@ -45,7 +45,8 @@ class Work:
         self.service = plan.service()
         self.notes: list[str] = []
         self.health: health.Health | None = None
-        self.turned = journal.has("undo", "returned")  # what was set aside is being put back: that, or exit 7
+        #: What was set aside is being put back: that, or exit 7. The journal may have had no room to tell.
+        self.turned = journal.has("undo", "returned") or (self.begun("start") and self._half_back())
         self.started = self.begun("start")  # by this run or an earlier one, weeks ago perhaps: never undone unasked
         self.asked = False  # --sign-state-from-set was said of the undo
         self.unstarted: SnapshotterError | None = None  # why the service doesn't run on the old data
@@ -166,8 +167,17 @@ class Work:
     def putting_back(self) -> bool:
         """Whether an undo has been at it, though its journal may not have had the room to tell: once the node was
         started on the new, all of the old had left its place."""
-        back = any(unit.old is not None and exchange.known(unit.place) == unit.old for unit in self.units())
-        return self.turned or (self.begun("start") and back)
+        if self.turned or not self.begun("start"):
+            return self.turned
+        olds = [unit for unit in self.units() if unit.old is not None]
+        there = any(exchange.known(unit.place) == unit.old for unit in olds)  # all of them, and the new is gone by now
+        return there and all(exchange.where_old(unit) in (None, unit.place) for unit in olds)
+
+    def _half_back(self) -> bool:
+        """Whether an old one stands in its place, and the new one is where only an undo moves it. (A person may have
+        moved an old one there, too.)"""
+        olds = [unit for unit in self.units() if unit.old is not None]
+        return any(exchange.known(unit.place) == unit.old and exchange.taken(unit) is not None for unit in olds)
 
     def remade(self, unit: Unit) -> bool:
         """Whether the old run has made it anew by a rename, or removed it, where it stood before it changed places or
@@ -293,6 +303,8 @@ class Work:
         one without a unit) is whatever starts it at boot."""
         if self.begun("start") or not self.moved():
             return False
+        if self.journal.has("ran"):
+            return True
         if self.service is not None and self.service.running():
             return True
         masked = self.plan.masked or (self.service is not None and self.service.can_mask)

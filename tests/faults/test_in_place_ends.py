@@ -503,6 +503,57 @@ def test_the_old_data_is_never_removed_where_the_new_is_gone(tmp_path: Path) -> 
         assert node.service.running() and not node.leftovers() and not journals(node)
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["copy", "entries"])
+def test_an_undo_that_was_cut_and_could_not_tell_is_no_finished_restore(tmp_path: Path, kind: str) -> None:
+    """The journal's disk was full. A discard would have removed what was not back yet."""
+    with story(kind, tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        ok(node, *IN_PLACE)
+
+        def full() -> None:
+            from snapshotter.verbs.in_place_work import Work
+
+            Work.note = lambda *_, **__: False  # type: ignore[method-assign]
+
+        seen = run_here(node.command, "restore", "--undo", "ours", before=full)[2]
+        ok(node, *IN_PLACE)
+        at = point(seen, "after-back", 1 if kind == "copy" else 3)
+        killed = run_here(node.command, "restore", "--undo", "ours", before=full, kill_at=at)[0]
+        assert killed == -signal.SIGKILL
+        (journal,) = journals(node)
+        assert '"undo"' not in journal.read_text() and '"returned"' not in journal.read_text()
+        before = picture(node.data)
+        assert "--undo" in ok(node, "restore", "--discard", "ours", "--yes", code=3)["cure"]
+        assert not difference(picture(node.data), before)
+        ok(node, "restore", "--undo", "ours")
+        assert node.as_it_was() and node.service.running() and not node.leftovers() and not journals(node)
+
+
+@pytest.mark.root
+def test_that_it_ran_on_a_mix_is_known_also_once_it_is_stopped(tmp_path: Path) -> None:
+    """The first undo stopped it, and then met a shell in the data path."""
+    with story("entries", tmp_path) as node:
+        node.begin(blocks=20)
+        node.run_and_damage()
+        calls = run_here(node.command, *IN_PLACE)[2]
+        ok(node, "restore", "--undo", "ours")
+        assert run_here(node.command, *IN_PLACE, kill_at=point(calls, "after-forward", 3))[0] == -signal.SIGKILL
+        assert node.service.do("start") == 0
+        anew(node)
+        shell = subprocess.Popen(["sleep", "60"], cwd=node.data)
+        try:
+            assert ok(node, "restore", "--undo", "ours", code=7)["cure"]
+        finally:
+            shell.kill()
+            shell.wait()
+        assert not node.service.running()
+        ok(node, "restore", "--undo", "ours")
+        assert node.service.running() and not node.leftovers() and not journals(node)
+        assert difference(picture(node.data), node.old) in ([], ["static-nodes.json"])
+
+
 # ---------------------------------------------------------------------------------------------------- not well, twice
 
 
