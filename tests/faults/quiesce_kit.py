@@ -164,9 +164,10 @@ def watchdogs(run: Path) -> list[int]:
 #: A run that holds with the given expression, says so, and then waits. It takes signals as the command does: letting go
 #: isn't cut.
 RUN = """
-import sys, time
+import signal, sys, time
 from snapshotter.core import interrupts
 from snapshotter.host import quiesce, service
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests with `&` has it ignored
 interrupts.install()
 say = lambda text: print(text, flush=True)
 say("begin")
