@@ -446,10 +446,7 @@ class LvmProvider(Provider):
         refuse_commit(self._report, swap_id)
 
     def swaps(self) -> Iterator[str]:
-        from providers.lvm.swaps import open_swaps
-
-        yield from open_swaps(self._report())
-        self._refuse_blind()
+        return (each.id for each in self.open_swaps())
 
     def open_swaps(self, volume: str | None = None) -> Iterator[OpenSwap]:
         from providers.lvm import swaps

@@ -34,6 +34,7 @@ from providers.lvm.reports import (
     suspended_with,
     tag,
     to_text,
+    untagging,
 )
 from snapshotter.core.command import run
 from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, StorageError
@@ -293,8 +294,7 @@ def detach(rows: Sequence[Row], attachment_id: str) -> None:
             if _crypt_name(name) in there:
                 group.other("cryptsetup", "close", _crypt_name(name), object=attachment_id)
             if theirs:
-                words = [word for text in row.tags if text.startswith(PREFIX) for word in ("--deltag", text)]
-                group.lvm("lvchange", *words, row.id, object=row.id)
+                group.lvm("lvchange", *untagging(row, PREFIX), row.id, object=row.id)
                 continue
             if over is not None and over.dm_uuid == _dm_uuid(name):
                 group.other("dmsetup", "remove", "--retry", _dm_name(name), object=attachment_id)

@@ -24,6 +24,7 @@ from providers.lvm.reports import (
     renamed,
     suspended_with,
     tag,
+    untagging,
 )
 from snapshotter.core.errors import BusyError, NotFoundError, StorageError
 from snapshotter.core.labels import apply_marks
@@ -92,7 +93,7 @@ def remove(rows: Sequence[Row], set_id: str) -> None:
         with changing(vg) as group:
             for row in theirs:
                 if renamed(row):
-                    words = [word for text in row.tags if text.startswith(PREFIX) for word in ("--deltag", text)]
+                    words = untagging(row, PREFIX)
                     group.lvm("lvchange", *words, row.id, object=row.id)
                 else:
                     group.remove(row, suspends=held, half_made="sealed" not in marks(row))

@@ -213,6 +213,11 @@ def pool_of(rows: Iterable[Row], row: Row) -> Row | None:
     return next((other for other in rows if row.pool and (other.vg, other.name) == (row.vg, row.pool)), None)
 
 
+def untagging(row: Row, *prefixes: str) -> list[str]:
+    """Options of lvchange that take away this volume's tags with one of these beginnings."""
+    return [word for text in row.tags if text.startswith(prefixes) for word in ("--deltag", text)]
+
+
 def suspended_with(rows: Sequence[Row], row: Row) -> list[Row]:
     """What a command that makes or removes a snapshot of this volume may suspend: it, its thin pool, and every classic
     snapshot that there is of it."""

@@ -23,7 +23,7 @@ import msgspec
 from providers.lvm import room
 from providers.lvm.commands import Group, changing
 from providers.lvm.images import find_image
-from providers.lvm.reports import PREFIX, Row, find, hanging_on, suspended_with, tag
+from providers.lvm.reports import PREFIX, Row, find, hanging_on, suspended_with, tag, untagging
 from snapshotter.core.command import run
 from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.model import Snapshot, Volume
@@ -69,10 +69,6 @@ def found(rows: Sequence[Row]) -> list[Swap]:
             known = msgspec.structs.replace(known, aside=row)
         swaps[swap_id] = known
     return list(swaps.values())
-
-
-def open_swaps(rows: Sequence[Row]) -> list[str]:
-    return sorted(swap.id for swap in found(rows) if swap.open)
 
 
 def _one(rows: Sequence[Row], swap_id: str) -> Swap | None:
@@ -316,8 +312,7 @@ def _is_theirs(known: Swap) -> bool:
 
 def _forget(group: Group, row: Row, *changes: str) -> None:
     """It stays, and is in no swap any more."""
-    gone = [text for text in row.tags if text.startswith(_TAGS)]
-    group.lvm("lvchange", *changes, *(word for text in gone for word in ("--deltag", text)), row.id, object=row.id)
+    group.lvm("lvchange", *changes, *untagging(row, *_TAGS), row.id, object=row.id)
 
 
 def finish_commits(rows: Sequence[Row]) -> list[str]:

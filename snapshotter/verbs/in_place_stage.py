@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from snapshotter.core.errors import JudgedBadError, PreconditionError, SnapshotterError, StorageError
@@ -318,10 +318,10 @@ def set_top(path: str, wanted: Mapping[str, Any]) -> None:
     now = top_of(path)
     if now == wanted:
         return
-    root = os.geteuid() == 0
-    with nullcontext() if root else suppress(PermissionError):
+    passed_over = () if os.geteuid() == 0 else (PermissionError,)
+    with suppress(*passed_over):
         os.chown(path, wanted["uid"], wanted["gid"])
-    with nullcontext() if root else suppress(PermissionError):
+    with suppress(*passed_over):
         for name in now["acls"].keys() - wanted["acls"].keys():
             os.removexattr(path, name)
         for name, value in wanted["acls"].items():

@@ -330,6 +330,14 @@ def test_some_of_what_was_copied_to_another_disk_is_gone(tmp_path: Path) -> None
         assert node.restored() and not node.leftovers() and not journals(node)
 
 
+def restored_again(node: Story) -> list[str]:
+    """Restored, undone and restored again; the calls of that undo."""
+    ok(node, *IN_PLACE)
+    undoing = run_here(node.command, "restore", "--undo", "ours")[2]
+    ok(node, *IN_PLACE)
+    return undoing
+
+
 def anew(node: Story, name: str = "static-nodes.json") -> None:
     """As programs do with small files: a new one takes the name."""
     shutil.copy(node.data / name, node.data / "anew")
@@ -373,8 +381,7 @@ def test_a_discard_of_a_half_undo_takes_what_the_old_run_made_anew_for_old(tmp_p
     with story("entries", tmp_path) as node:
         node.begin(blocks=20)
         node.run_and_damage()
-        undoing = (ok(node, *IN_PLACE), run_here(node.command, "restore", "--undo", "ours")[2])[1]
-        ok(node, *IN_PLACE)
+        undoing = restored_again(node)
         at = point(undoing, "after-back", 3)
         assert run_here(node.command, "restore", "--undo", "ours", kill_at=at)[0] == -signal.SIGKILL
         gone(node, "part")
@@ -485,8 +492,7 @@ def test_the_old_data_is_never_removed_where_the_new_is_gone(tmp_path: Path) -> 
     with story("entries", tmp_path) as node:
         node.begin(blocks=20)
         node.run_and_damage()
-        undoing = (ok(node, *IN_PLACE), run_here(node.command, "restore", "--undo", "ours")[2])[1]
-        ok(node, *IN_PLACE)
+        undoing = restored_again(node)
         at = point(undoing, "after-back", undoing.count("after-back") - 1)
         assert run_here(node.command, "restore", "--undo", "ours", kill_at=at)[0] == -signal.SIGKILL
         (aside,) = node.data.glob(".corrupted-*")

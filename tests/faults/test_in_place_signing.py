@@ -200,17 +200,23 @@ def test_a_state_that_was_reset_is_no_record(tmp_path: Path, part: tuple[str, ..
         assert node.height() == (5007, 0, 3) and not node.leftovers()
 
 
+def made_anew(disk: Path, home: Path) -> Validator:
+    """Taken as validator A; it is B since, which has signed nothing."""
+    node = Validator(disk, home)
+    node.keys("A")
+    node.sign(4999)
+    ok(node, "take", "ours")
+    node.keys("B")
+    node.reset()
+    return node
+
+
 @pytest.mark.parametrize("part", [(), ("--only", "key")], ids=["whole", "key"])
 @pytest.mark.parametrize("height", [0, 5000, 9000])
 def test_another_keys_state_is_no_record(tmp_path: Path, part: tuple[str, ...], height: int) -> None:
     """The node was made anew, and is another validator: nothing there tells what the set's has signed."""
     with own_disk(tmp_path) as disk:
-        node = Validator(disk, tmp_path)
-        node.keys("A")
-        node.sign(4999)
-        ok(node, "take", "ours")
-        node.keys("B")
-        node.reset()
+        node = made_anew(disk, tmp_path)
         if height:
             node.sign(height)
         before = picture(node.data)
@@ -226,12 +232,7 @@ def test_another_keys_state_is_no_record(tmp_path: Path, part: tuple[str, ...], 
 
 def test_the_live_key_stays_with_its_own_state(tmp_path: Path) -> None:
     with own_disk(tmp_path) as disk:
-        node = Validator(disk, tmp_path)
-        node.keys("A")
-        node.sign(4999)
-        ok(node, "take", "ours")
-        node.keys("B")
-        node.reset()
+        node = made_anew(disk, tmp_path)
         node.sign(100)
         for part in (("--identity", "live"), ("--only", "database")):
             ok(node, "restore", "latest", "--in-place", *part, *YES)

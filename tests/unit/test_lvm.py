@@ -273,7 +273,12 @@ def test_lvms_own_threshold_is_a_limit_too() -> None:
             room.check_pool(full, 0.1, 60.0)
 
 
-@given(size=st.integers(64 * MIB, 1 << 40), room_=st.integers(4 * MIB, 1 << 40), used=st.floats(0, 99), need=st.integers(1, 1 << 40))  # fmt: skip  # noqa: E501
+@given(
+    size=st.integers(64 * MIB, 1 << 40),
+    room_=st.integers(4 * MIB, 1 << 40),
+    used=st.floats(0, 99),
+    need=st.integers(1, 1 << 40),
+)
 def test_a_copy_that_would_overflow_a_classic_snapshot_is_refused(
     size: int, room_: int, used: float, need: int
 ) -> None:
