@@ -85,12 +85,16 @@ def write_object(path: str, content: Mapping[str, Any], dir_fd: int, *, durable:
     """Replace a file in one step; `durable`: on the disk when this returns."""
     scratch = f"{path}.{os.getpid()}.tmp"
     fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=dir_fd)
-    with open(fd, "wb") as file:
-        file.write(json.dumps({"schema": SCHEMA, **content}, separators=(",", ":")).encode())
-        file.flush()
-        if durable:
-            os.fsync(fd)
-    os.rename(scratch, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+    try:
+        with open(fd, "wb") as file:
+            file.write(json.dumps({"schema": SCHEMA, **content}, separators=(",", ":")).encode())
+            file.flush()
+            if durable:
+                os.fsync(fd)
+        os.rename(scratch, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+    except OSError:
+        os.unlink(scratch, dir_fd=dir_fd)
+        raise
     if durable:
         sync_directory(os.path.dirname(path) or ".", dir_fd)
 
@@ -377,6 +381,12 @@ def check_place(store: str, tops: Sequence[str]) -> None:
         raise PreconditionError(f"lies inside the store {around}", object=store, cure=STORE_CURE)
     if refused(at.fstype):
         raise PreconditionError(f"the store {store} would be on {at.fstype}", object=store, cure=STORE_CURE)
+    for point in mounts.awaited(store, table):  # its disk failed at boot: it would fill the system's
+        raise PreconditionError(
+            f"nothing is mounted at {point}, where /etc/fstab or systemd has a disk",
+            object=store,
+            cure=f"mount {point}",
+        )
     try:
         fd = os.open(store, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:

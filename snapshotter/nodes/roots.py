@@ -54,13 +54,16 @@ class Layout(Struct, frozen=True):
     """What belongs to a node. `roots[0]` is the data path; those below it come next, then those elsewhere, each
     in the order of their names. `links_outside`: links (and single mounted files) that are not followed, each with
     why. `aliases`: (path, same content's path in a root): bind mounts that aren't stored a second time. `subvolumes`:
-    btrfs subvolumes below the roots that aren't mounts: roots too for a provider whose snapshots end at them."""
+    btrfs subvolumes below the roots that aren't mounts: roots too for a provider whose snapshots end at them.
+    `nowhere`: (who leads there, path) of what isn't there now, outside the roots: perhaps on a disk that isn't mounted.
+    """
 
     roots: list[Found]
     subvolumes: list[Found]
     links_outside: list[str]
     aliases: list[tuple[str, str]]
     warnings: list[str]
+    nowhere: list[tuple[str, str]]
 
 
 def check_directory(path: str) -> None:
@@ -181,6 +184,7 @@ class _Search:
         self.mount_points = {mount.path for mount in self.table}
         self.found: dict[str, Mount] = {}
         self.outside: list[tuple[str, str, str]] = []  # (who leads there, where, why not)
+        self.nowhere: list[tuple[str, str]] = []  # (who leads there, where)
         self.aliases: dict[str, str] = {}
         self.subvolumes: dict[str, Mount] = {}
         self.warnings: list[str] = []
@@ -328,7 +332,10 @@ class _Search:
                 ) from None
             if error.errno == errno.ELOOP:
                 self.warnings.append(f"{link}: a link that leads to itself")
-            elif error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            elif error.errno in (errno.ENOENT, errno.ENOTDIR):
+                self.nowhere.append((link, os.path.realpath(link)))
+                self.outside.append((link, os.path.realpath(link), "isn't there"))
+            elif error.errno != errno.ENAMETOOLONG:
                 raise _readable(error, link) from None
             return []
         if self._known(led.path):
@@ -395,6 +402,7 @@ class _Search:
             who = f"{file}: {key}"
             if led is None or not led.is_directory:
                 self.warnings.append(f"{who} names {os.path.realpath(path)}, which isn't there")
+                self.nowhere.append((who, os.path.realpath(path)))
             elif self.may_follow(led, who, author):
                 leads.append((led.path, who, False))
             else:
@@ -433,6 +441,7 @@ class _Search:
             ),
             aliases=sorted(self.aliases.items()),
             warnings=sorted({*self.warnings, *warned, *unread}),
+            nowhere=[(who, path) for who, path in self.nowhere if not self._known(path)],
         )
 
     def _relative(self, path: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from snapshotter.catalog import Catalog
@@ -82,17 +83,20 @@ def delete(session: Session, selectors: list[str], *, last: bool = False, from_h
 
 def remove(session: Session, found: SnapshotSet) -> None:
     """The deletion itself, for who holds the locks and has checked. A set of several members loses its seal
-    first, so that one killed half way is a leftover for reap, not a damaged backup."""
+    first, so that one killed half way is a leftover for reap, not a damaged backup. Where that can't be written (the
+    store is full) it goes all the same: only a deletion makes room, and one killed half way is shown as incomplete."""
     holding = session.providers_of(found)
     if len(found.birth.members) > 1 and found.sealed:
-        for provider in holding:
-            provider.mark(found.set_id, {"sealed": None})
+        with suppress(SnapshotterError):
+            for provider in holding:
+                provider.mark(found.set_id, {"sealed": None})
     try:
         for provider in holding:
             provider.delete(found.set_id)
     except SnapshotterError:
-        here = sum(1 for provider in holding for _ in provider.snapshots(found.set_id))
-        if found.sealed and here == len(found.snapshots):  # refused, and all of it is there: as good as before
-            for provider in holding:
-                provider.mark(found.set_id, {"sealed": found.marks["sealed"]})
+        there = [(provider, list(provider.snapshots(found.set_id))) for provider in holding]
+        if found.sealed and sum(len(snapshots) for _, snapshots in there) == len(found.snapshots):
+            for provider, snapshots in there:  # refused, and all of it is there: as good as before
+                if any("sealed" not in snapshot.marks for snapshot in snapshots):
+                    provider.mark(found.set_id, {"sealed": found.marks["sealed"]})
         raise

@@ -266,14 +266,14 @@ def make(
 
 
 def _refuse_unmounted(layout: Layout) -> None:
-    """Raise PreconditionError where a disk of a root isn't mounted (it failed at boot): the set would lack what is on
-    it, and retention would let go of good ones for it."""
+    """Raise PreconditionError where a disk of a root, or one that a link or a database's options lead to, isn't mounted
+    (it failed at boot): the set would lack what is on it, and retention would let go of good ones for it."""
     table = mounts.table()
-    for found in layout.roots:
-        for point in mounts.awaited(found.path, table):
+    for who, path in [*((root.path, root.path) for root in layout.roots), *layout.nowhere]:
+        for point in mounts.awaited(path, table):
             raise PreconditionError(
                 f"nothing is mounted at {point}, where /etc/fstab or systemd has a disk: the set would lack that",
-                object=found.path,
+                object=who,
                 cure=f"mount {point}; or take its line out of /etc/fstab, or disable its .mount unit",
             )
 

@@ -85,7 +85,7 @@ def make(
     return Plan(
         node=node,
         profile=profile,
-        layout=Layout(roots=[], subvolumes=[], links_outside=[], aliases=[], warnings=doubts),
+        layout=Layout(roots=[], subvolumes=[], links_outside=[], aliases=[], warnings=doubts, nowhere=[]),
         birth=birth,
         volumes=tuple(volumes),
         providers=(provider,) * len(volumes),

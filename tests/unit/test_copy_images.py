@@ -17,8 +17,9 @@ import pytest
 
 from snapshotter.core.errors import BusyError, PreconditionError, QuiesceError, StorageError
 from snapshotter.core.model import Access, Hold, ImageState, new_attachment_id, utc_now
+from snapshotter.host import mounts
 from snapshotter.testing.harness import describe, fill, fill_with_oddities, make_birth
-from tests.support import as_user, interpreter
+from tests.support import Command, as_user, interpreter, loop_file_system
 from tests.unit.copy_kit import SEAL, Place, allocated, place_on, reachable, settle, shared_extents
 
 __all__ = ["reachable"]  # a fixture
@@ -447,6 +448,30 @@ def test_a_full_store_is_said_and_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="50% of the store"):
             floored.prepare([volume], birth, 30.0)
         assert not small.kept()
+
+
+@pytest.mark.root
+def test_from_a_full_store_sets_of_two_members_are_deleted(tmp_path: Path) -> None:
+    """Their seal can't be taken off there, as that wants a block: and only a deletion makes room."""
+    with loop_file_system("ext4", tmp_path, 64, "") as disk:
+        subprocess.run(["tune2fs", "-m", "0", mounts.mount_of(str(disk)).source], check=True, capture_output=True)
+        data, more = tmp_path / "data", tmp_path / "more"
+        for path in (data, more):
+            path.mkdir()
+            (path / "file").write_bytes(os.urandom(4 << 20))
+        (data / "more").symlink_to(more)
+        command = Command(tmp_path / "etc", config=f'[node.n]\npath = "{data}"\nstore = "{disk}/store"\n')
+        first, last = (command.json("take", "n")["set_id"] for _ in range(2))
+        with open(disk / "filler", "wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
+            while True:
+                filler.write(b"x" * (64 << 10))
+        with open(disk / "filler", "ab", buffering=0) as filler, contextlib.suppress(OSError):
+            while True:
+                filler.write(b"x")
+        assert command.error("delete", last, "--yes", exit_code=2)["message"].startswith("is the newest")
+        assert command.json("delete", first, "--yes")["deleted"][0]["set_id"] == first
+        assert [entry["set_id"] for entry in command.json("list")["sets"]] == [last]
+        assert not list(disk.glob("store/sets/*/*.tmp")) and not os.listdir(disk / "store/trash")
 
 
 @pytest.mark.root

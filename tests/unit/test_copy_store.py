@@ -54,6 +54,16 @@ def refusal(provider: CopyProvider, volume: Volume, *more: Volume) -> Preconditi
 # -- where ----------------------------------------------------------------------------------------------------------
 
 
+def test_never_below_a_disk_that_isnt_mounted(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mount failed at boot: the copies would fill the system's disk, and be hidden by the next boot."""
+    fstab = tmp_path / "fstab"
+    fstab.write_text(f"UUID=1 {tmp_path}/backup ext4 nofail 0 2\n")
+    monkeypatch.setattr("snapshotter.host.mounts.FSTAB", str(fstab))
+    (tmp_path / "backup").mkdir()
+    error = refusal(place.provider(store=f"{tmp_path}/backup/store"), place.volume())
+    assert f"nothing is mounted at {tmp_path}/backup" in error.line() and os.listdir(tmp_path / "backup") == []
+
+
 def test_by_default_beside_the_data_private_and_found_again(place: Place) -> None:
     provider, volume = place.provider(store=""), place.volume()
     birth = make_birth([volume])

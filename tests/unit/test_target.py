@@ -24,6 +24,8 @@ from snapshotter.nodes.config import NODE_NAME, Config, Node
 from snapshotter.nodes.roots import Layout, roots
 from snapshotter.nodes.target import canonical, node_name, resolve, target_id
 from snapshotter.nodes.values import Seconds
+from snapshotter.verbs.plan import survey
+from snapshotter.verbs.session import Session
 
 needs_root = pytest.mark.root
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
@@ -176,6 +178,30 @@ def test_links_that_are_not_followed(top: Path) -> None:
     for name in links:
         assert any(line.startswith(f"{data}/{name} -> ") for line in found.links_outside), name
     assert len(found.links_outside) == len(links)
+
+
+def test_what_leads_to_a_disk_that_isnt_mounted(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mount failed at boot: a set without the database would be good, and the next weeks' sets as well."""
+    data = made(top / "data")
+    fstab = top / "fstab"
+    monkeypatch.setattr("snapshotter.host.mounts.FSTAB", str(fstab))
+    os.symlink(top / "fast/besu/database", data / "database")
+    (data / "rocks").mkdir()
+    (data / "rocks/CURRENT").write_text("MANIFEST-000001\n")
+    (data / "rocks/OPTIONS-000007").write_text(f"[DBOptions]\n  wal_dir={top}/wal/logs\n")
+    found = layout(data)
+    assert found.nowhere == [
+        (f"{data}/database", f"{top}/fast/besu/database"),
+        (f"{data}/rocks/OPTIONS-000007: wal_dir", f"{top}/wal/logs"),
+    ]
+    assert found.links_outside == [f"{data}/database -> {top}/fast/besu/database: isn't there"]
+    node = Node(name="n", path=str(data))
+    survey(Session(Config(state=str(top / "state"))), node)  # of no disk is anything known
+    for point, who in (("fast", "database"), ("wal", "rocks/OPTIONS-000007: wal_dir")):
+        fstab.write_text(f"UUID=1 {top}/{point} ext4 nofail 0 2\n")
+        with pytest.raises(PreconditionError, match=f"nothing is mounted at {top}/{point}") as refused:
+            survey(Session(Config(state=str(top / "state"))), node)
+        assert refused.value.object == f"{data}/{who}" and f"mount {top}/{point}" in str(refused.value.cure)
 
 
 def test_a_file_link_into_a_root_found_later_isnt_outside(top: Path) -> None:
