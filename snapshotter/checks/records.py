@@ -76,11 +76,14 @@ def fragments(file: BinaryIO, number: int | None = None) -> Iterator[Fragment]:
     """Every fragment, valid or not, in order. `number` is the log's own, for logs that may be recycled: what carries
     another one with a right checksum ends the log. Raises OSError."""
     start = 0
+    recycled = False  # then a fragment needs 11 bytes, and what is less at a block's end is filled with zeros
     while block := file.read(BLOCK):
         at = 0
         while len(block) - at >= 7:
             masked, length, kind = struct.unpack_from("<IHB", block, at)
             if kind == 0 and length == 0:
+                if recycled and len(block) - at < 11 and not any(block[at:]):
+                    break
                 if any(block[at:]):
                     yield Fragment(0, b"", start + at)  # zeros over what was a header
                     break
@@ -94,6 +97,7 @@ def fragments(file: BinaryIO, number: int | None = None) -> Iterator[Fragment]:
                     break
                 at = end  # the length may be right: what follows then tells damage from an end
                 continue
+            recycled = recycled or head == 11
             if head == 11 and number is not None:
                 (belongs,) = struct.unpack_from("<I", block, at + 7)
                 if belongs != number & 0xFFFFFFFF:
