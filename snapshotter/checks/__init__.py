@@ -16,10 +16,12 @@ import errno
 import json
 import os
 import signal
+import stat
 import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
+from typing import BinaryIO
 
 from msgspec import Struct
 
@@ -42,27 +44,52 @@ class Outcome(StrEnum):
 
 
 class CheckFailed(Exception):
-    """A check that isn't ok. `why` is one line for a person."""
+    """A check that isn't ok. `why` is one line for a person. `no_check`: a tool is missing that nobody can install, as
+    there is none."""
 
-    def __init__(self, outcome: Outcome, why: str) -> None:
+    def __init__(self, outcome: Outcome, why: str, *, no_check: bool = False) -> None:
         super().__init__(why)
         self.outcome = outcome
         self.why = why
+        self.no_check = no_check
 
 
 def corrupt(why: str) -> CheckFailed:
     return CheckFailed(Outcome.CORRUPT, why)
 
 
+def opened(path: str) -> BinaryIO:
+    """A plain file, or one that a link leads to, for reading. The node's user may have put anything in its place, and
+    we may be root: to open a pipe is to wait for ever, and a device may act on it. Raises CheckFailed, OSError."""
+    itself = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(itself).st_mode):
+            raise corrupt(f"{os.path.basename(path)} is no plain file")
+        return os.fdopen(os.open(f"/proc/self/fd/{itself}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    finally:
+        os.close(itself)
+
+
+def no_pipes(paths: Iterable[str]) -> None:
+    """For what an engine opens by itself: it would wait for ever too. What isn't there isn't looked at. Raises
+    CheckFailed, OSError."""
+    for path in paths:
+        if os.path.exists(path) and stat.S_ISFIFO(os.stat(path).st_mode):
+            raise corrupt(f"{os.path.basename(path)} is no plain file")
+
+
 class Finding(Struct, frozen=True):
     """One database: `level` is the highest that was passed, or, where it is corrupt, the one that found it so.
-    `path` is the place in the original's names."""
+    `path` is the place in the original's names. `no_check`: as in CheckFailed."""
 
     kind: str
     path: str
     level: int
     outcome: Outcome
     why: str = ""
+    no_check: bool = False
 
 
 class Proof(Struct, frozen=True):
@@ -78,10 +105,13 @@ class Proof(Struct, frozen=True):
     @property
     def why(self) -> str:
         """One line for a person: the first finding that isn't ok; '' if all are."""
-        for finding in self.findings:
-            if finding.outcome is self.outcome and finding.outcome is not Outcome.OK:
-                return f"{finding.path}: {finding.why}"
-        return ""
+        worst = min(self.findings, key=_rank, default=None)
+        return "" if worst is None or worst.outcome is Outcome.OK else f"{worst.path}: {worst.why}"
+
+    @property
+    def no_check(self) -> bool:
+        """Nothing that could be installed would prove more: what isn't ok has no check."""
+        return all(finding.no_check for finding in self.findings if finding.outcome is not Outcome.OK)
 
 
 class Database(Struct, frozen=True):
@@ -111,12 +141,16 @@ def prove(
         findings.append(
             _one(database, level, crash, lambda word, n=number: report(Progress(word, n, len(found), "databases")))  # type: ignore[misc]
         )
-    notes = []
+    return proof_of(findings, level)
+
+
+def proof_of(findings: Sequence[Finding], level: int) -> Proof:
+    """What all findings come to together, where up to `level` was asked for."""
     if not findings:
-        notes.append("no database that is known is in it: its content was not proven")
-        return Proof(min(level, 1), Outcome.OK, (), tuple(notes))
-    outcome = min((finding.outcome for finding in findings), key=_WORST.index)
+        return Proof(min(level, 1), Outcome.OK, (), ("no database that is known is in it: its content was not proven",))
+    outcome = min(findings, key=_rank).outcome
     same = [finding for finding in findings if finding.outcome is Outcome.CORRUPT] or findings
+    notes = []
     if outcome is Outcome.OK and level > HIGHEST:
         outcome = Outcome.TOOL_MISSING
         notes.append(f"level {level} (the node boots) can't be had yet: level {HIGHEST} was reached")
@@ -124,6 +158,11 @@ def prove(
 
 
 _WORST = [Outcome.CORRUPT, Outcome.COULD_NOT_RUN, Outcome.TOOL_MISSING, Outcome.TOOL_TOO_OLD, Outcome.OK]
+
+
+def _rank(finding: Finding) -> float:
+    """The worst has the lowest. What can be cured comes before what has no check: it is to be told, and done."""
+    return _WORST.index(finding.outcome) if not finding.no_check else _WORST.index(Outcome.OK) - 0.5
 
 
 def databases(live: str, place: str) -> list[Database]:
@@ -216,12 +255,12 @@ def _one(database: Database, level: int, crash: bool, tell: Callable[[str], None
     reached = 1
     for step in range(2, min(level, HIGHEST) + 1):
         tell(f"verifying {database.path}, level {step}")
-        outcome, why = _apart(database, step, crash) if step >= _APART[database.kind] else check_here(
+        failed = _apart(database, step, crash) if step >= _APART[database.kind] else check_here(
             database.kind, step, database.place, crash
         )  # fmt: skip
-        if outcome != Outcome.OK:
-            found = step if outcome == Outcome.CORRUPT else reached
-            return Finding(database.kind, database.path, found, Outcome(outcome), why)
+        if failed is not None:
+            found = step if failed.outcome is Outcome.CORRUPT else reached
+            return Finding(database.kind, database.path, found, failed.outcome, failed.why, failed.no_check)
         reached = step
     return Finding(database.kind, database.path, reached, Outcome.OK)
 
@@ -231,34 +270,40 @@ def _one(database: Database, level: int, crash: bool, tell: Callable[[str], None
 _APART = {"rocksdb": 3, "leveldb": 3, "sqlite": 2, "lmdb": 3, "postgresql": 3, "pebble": 9, "mdbx": 9}
 
 
-def check_here(kind: str, level: int, place: str, crash: bool) -> tuple[str, str]:
-    """One level of one database in this process: its outcome and why."""
+#: What no reader foresaw in a bad file.
+_UNFORESEEN = (ValueError, ArithmeticError, LookupError, RecursionError, struct.error)
+
+
+def check_here(kind: str, level: int, place: str, crash: bool) -> CheckFailed | None:
+    """One level of one database in this process: None if it is passed."""
     from importlib import import_module
 
     if kind in ("pebble", "mdbx"):
-        return Outcome.TOOL_MISSING, f"there is no check for {kind} yet"
+        return CheckFailed(Outcome.TOOL_MISSING, f"there is no check for {kind} yet", no_check=True)
     try:
         getattr(import_module(f"snapshotter.checks.{kind}"), f"level{level}")(place, crash)
     except CheckFailed as failed:
-        return failed.outcome, failed.why
+        return failed
     except OSError as error:
-        return _of_os_error(error)
-    except (ValueError, ArithmeticError, LookupError, struct.error) as error:  # what no reader foresaw in a bad file
-        return Outcome.CORRUPT, f"can't be read: {type(error).__name__}: {error}"
+        return CheckFailed(*_of_os_error(error))
+    except _UNFORESEEN as error:
+        return corrupt(f"can't be read: {type(error).__name__}: {error}")
     except MemoryError:
-        return Outcome.COULD_NOT_RUN, "there is not enough memory"
-    return Outcome.OK, ""
+        return CheckFailed(Outcome.COULD_NOT_RUN, "there is not enough memory")
+    return None
+
+
+_BAD = {errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EUCLEAN, errno.EBADMSG}
 
 
 def _of_os_error(error: OSError) -> tuple[Outcome, str]:
     """An image that can't be read can't be restored; but that we may not read it says nothing of it."""
     name = os.path.basename(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else ""
     why = f"{name}: {error.strerror}" if name else str(error.strerror or error)
-    bad = error.errno in (errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EUCLEAN, errno.EBADMSG)
-    return (Outcome.CORRUPT if bad else Outcome.COULD_NOT_RUN), why
+    return (Outcome.CORRUPT if error.errno in _BAD else Outcome.COULD_NOT_RUN), why
 
 
-def _apart(database: Database, level: int, crash: bool) -> tuple[str, str]:
+def _apart(database: Database, level: int, crash: bool) -> CheckFailed | None:
     """The same in a process of its own, which may crash or be killed."""
     words = [database.kind, str(level), "crash" if crash else "whole", database.place]
     try:
@@ -267,12 +312,12 @@ def _apart(database: Database, level: int, crash: bool) -> tuple[str, str]:
             extra_env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
     except (PreconditionError, StorageError) as error:
-        return Outcome.COULD_NOT_RUN, error.line()
+        return CheckFailed(Outcome.COULD_NOT_RUN, error.line())
     ready, _, rest = done.stdout.partition("\n")
     if done.code == 0 and rest:
-        outcome, why = json.loads(rest)
-        return outcome, why
+        outcome, why, no_check = json.loads(rest)
+        return None if outcome == Outcome.OK else CheckFailed(Outcome(outcome), why, no_check=no_check)
     crashed = -done.code in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE)
     if ready == "ready" and crashed:
-        return Outcome.CORRUPT, f"the engine crashed on it ({signal.Signals(-done.code).name})"
-    return Outcome.COULD_NOT_RUN, f"the check ended with {done.code}: {done.said}"
+        return corrupt(f"the engine crashed on it ({signal.Signals(-done.code).name})")
+    return CheckFailed(Outcome.COULD_NOT_RUN, f"the check ended with {done.code}: {done.said}")

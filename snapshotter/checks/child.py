@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-from snapshotter.checks import check_here
+from snapshotter.checks import Outcome, check_here
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -26,8 +26,9 @@ def main() -> None:
     answer = os.fdopen(os.dup(1), "w")  # engines may print: to stderr with that
     os.dup2(2, 1)
     print("ready", file=answer, flush=True)
-    outcome, why = check_here(kind, int(level), path, crash == "crash")
-    print(json.dumps([outcome, why]), file=answer, flush=True)
+    failed = check_here(kind, int(level), path, crash == "crash")
+    said = [Outcome.OK, "", False] if failed is None else [failed.outcome, failed.why, failed.no_check]
+    print(json.dumps(said), file=answer, flush=True)
     os._exit(0)  # an engine's own end may hang on, or fall over, what was found to be damaged
 
 

@@ -11,11 +11,12 @@ import os
 import re
 import struct
 
-from snapshotter.checks import CheckFailed, Outcome, corrupt
+from snapshotter.checks import CheckFailed, Outcome, corrupt, no_pipes, opened
 from snapshotter.checks.records import crc32c
 from snapshotter.core.command import Outcome as Ended
 from snapshotter.core.command import run
 from snapshotter.core.errors import PreconditionError, StorageError
+from snapshotter.nodes.profiles import matches
 
 _SEGMENT = re.compile(r"[0-9A-F]{24}")
 #: Runs "$@" as the owner of the directory $0, which it sees at /mnt, in a mount namespace that ends with it: the
@@ -32,7 +33,14 @@ def level2(directory: str, crash: bool) -> None:
     control = _control(directory)
     (version,) = struct.unpack_from("<I", control, 8)
     if version < 1100:
-        raise CheckFailed(Outcome.TOOL_MISSING, f"control files of version {version} (before 11) aren't known here")
+        why = f"control files of version {version} (before 11) aren't known here"
+        raise CheckFailed(Outcome.TOOL_MISSING, why, no_check=True)
+    for name in ("base", "pg_xact"):
+        if not os.path.isdir(os.path.join(directory, name)):
+            raise corrupt(f"{name} is missing")
+    no_pipes(matches(directory, "*"))
+    for top in (path for pattern in ("base", "global", "pg_*", "pg_tblspc/*") for path in matches(directory, pattern)):
+        no_pipes(os.path.join(below, name) for below, _, names in os.walk(top) for name in names)
     redo, timeline = struct.unpack_from("<QI", control, 40)
     log = os.path.join(directory, "pg_wal")
     try:
@@ -89,7 +97,8 @@ def level3(directory: str, crash: bool) -> None:
     if done.ok:
         return
     if "data checksums are not enabled" in said:
-        raise CheckFailed(Outcome.TOOL_MISSING, "its blocks have no checksums (initdb --data-checksums), nothing tells")
+        why = "its blocks have no checksums (initdb --data-checksums), nothing tells"
+        raise CheckFailed(Outcome.TOOL_MISSING, why, no_check=True)
     if "checksum verification failed" in said or "Bad checksums" in said:
         raise corrupt(_line(said, "checksum"))
     raise CheckFailed(Outcome.COULD_NOT_RUN, done.said)

@@ -175,12 +175,14 @@ def _record(session: Session, found: SnapshotSet, proof: Proof) -> None:
 
 
 def require(found: SnapshotSet, proof: Proof) -> list[str]:
-    """Warnings about a set that is proven well enough to take the place of live data. Raises JudgedBadError (corrupt),
-    PreconditionError (it could not be proven)."""
+    """Warnings about a set that is proven well enough to take the place of live data. Of what has no check that is said
+    and no more asked: else it could never be restored. Raises JudgedBadError (corrupt), PreconditionError (it could
+    not be proven)."""
     error = failure(found.set_id, proof)
-    if error is not None:
+    if error is not None and not (proof.outcome is Outcome.TOOL_MISSING and proof.no_check):
         raise error
-    return list(proof.notes)
+    unproven = (f"{each.path}: {each.why}: its content was not proven" for each in proof.findings if each.no_check)
+    return [*unproven, *proof.notes]
 
 
 def failure(set_id: str, proof: Proof) -> SnapshotterError | None:
@@ -193,7 +195,8 @@ def failure(set_id: str, proof: Proof) -> SnapshotterError | None:
             cure = "restore another set: latest-verified is one that was proven"
             return JudgedBadError(f"is corrupt (level {proof.level}): {why}", object=set_id, cure=cure)
         case Outcome.TOOL_MISSING:
-            cure = f"install it, or verify with --level {max(proof.level, 1)}"
+            cure = f"verify with --level {max(proof.level, 1)}"
+            cure = cure if proof.no_check else f"install it, or {cure}"
             return PreconditionError(f"could be proven to level {proof.level} only: {why}", object=set_id, cure=cure)
         case Outcome.TOOL_TOO_OLD:
             cure = "install a newer one"
