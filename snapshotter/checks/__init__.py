@@ -28,6 +28,7 @@ from msgspec import Struct
 from snapshotter.core.command import run
 from snapshotter.core.errors import PreconditionError, StorageError
 from snapshotter.core.model import Progress, Report, no_report
+from snapshotter.host.mounts import is_under
 from snapshotter.nodes.profiles import Profile, matches
 
 HIGHEST = 4
@@ -136,7 +137,8 @@ def prove(
     re-pointed (`nodes.repoint`). `crash`: the image is of grade crash, so a hole in a log that was never synced is no
     damage. Never raises for what is wrong with a database."""
     found = [database for live, place in places for database in databases(live, place)]
-    findings = [finding for live, place in places[:1] for finding in _missing(profile, live, place, found)]
+    named = places[:1] if level >= 2 else ()
+    findings = [finding for live, place in named for finding in _missing(profile, live, place, found)]
     for number, database in enumerate(found):
         findings.append(
             _one(database, level, crash, lambda word, n=number: report(Progress(word, n, len(found), "databases")))  # type: ignore[misc]
@@ -222,21 +224,21 @@ def _file_kind(path: str) -> str:
 
 def _missing(profile: Profile, live: str, place: str, found: Sequence[Database]) -> Iterator[Finding]:
     """What the profile says belongs together: databases without the files beside them, files without a database."""
-    named = [path for pattern in profile.database for path in matches(place, pattern)]
-    known = [os.path.realpath(database.place) for database in found]
+    named = {pattern: matches(place, pattern) for pattern in profile.database}
+    holding = {pattern: paths for pattern, paths in named.items() if pattern not in profile.no_database}
 
     def shown(path: str) -> str:
         return os.path.normpath(os.path.join(live, os.path.relpath(path, place)))
 
-    if profile.database and not named and not found:
-        yield Finding(profile.name, shown(place), 2, Outcome.CORRUPT, f"has no {' or '.join(profile.database)}")
-    for path in named:
-        real = os.path.realpath(path)
-        if not any(each == real or each.startswith(real + "/") for each in known):
-            yield Finding(profile.name, shown(path), 2, Outcome.CORRUPT, "has no database in it")
+    # What is kept beside the database (a list of peers, a key) doesn't stand for it.
+    apart = [path for pattern in (*profile.caches, *profile.identity) for path in matches(place, pattern)]
+    elsewhere = [each for each in found if not any(is_under(each.place, path) for path in apart)]
+    if holding and not any(holding.values()) and not elsewhere:
+        yield Finding(profile.name, shown(place), 2, Outcome.CORRUPT, f"has no {' or '.join(holding)}")
+    # First these: without one a database may not be known as one.
     for pattern in profile.metadata:
         there = matches(place, pattern)
-        if named and not there:
+        if any(named.values()) and not there:
             yield Finding("metadata", shown(os.path.join(place, pattern)), 2, Outcome.CORRUPT, "is missing")
         for path in there:
             try:
@@ -248,6 +250,15 @@ def _missing(profile: Profile, live: str, place: str, found: Sequence[Database])
                 yield Finding("metadata", shown(path), 2, Outcome.CORRUPT, "is not JSON")
             except OSError as error:
                 yield Finding("metadata", shown(path), 2, *_of_os_error(error))
+    for pattern, paths in named.items():
+        for path in paths:
+            # It is a database, holds one, or is a part of one (by its name: it may be a link to another disk).
+            real = os.path.realpath(path)
+            holds = any(is_under(os.path.realpath(each.place), real) or is_under(path, each.place) for each in found)
+            if not os.path.exists(path):
+                yield Finding(profile.name, shown(path), 2, Outcome.CORRUPT, "leads to nothing in it")
+            elif pattern in holding and not holds:
+                yield Finding(profile.name, shown(path), 2, Outcome.CORRUPT, "has no database in it")
 
 
 def _one(database: Database, level: int, crash: bool, tell: Callable[[str], None]) -> Finding:

@@ -77,15 +77,32 @@ def clone(image: Path) -> Iterator[Path]:
         shutil.rmtree(closed, ignore_errors=True)
 
 
-def prove(top: Path, level: int) -> Proof:
-    return checks.prove([("/live", str(top))], profiles.get("generic"), level)
+def prove(top: Path, level: int, profile: str = "postgresql") -> Proof:
+    return checks.prove([("/live", str(top))], profiles.get(profile), level)
 
 
+@pytest.mark.parametrize("profile", ["postgresql", "generic"])
 @pytest.mark.parametrize("level", [2, 3, 4])
-def test_an_image_of_a_running_server_is_healthy(clone: Path, level: int) -> None:
-    proof = prove(clone, level)
+def test_an_image_of_a_running_server_is_healthy(clone: Path, level: int, profile: str) -> None:
+    proof = prove(clone, level, profile)
     assert (proof.outcome, proof.level) == (Outcome.OK, level), proof
+    assert [finding.kind for finding in proof.findings] == ["postgresql"]
     assert str(clone) not in Path("/proc/mounts").read_text(), "a mount was left"
+
+
+def test_a_log_on_another_disk(clone: Path) -> None:
+    (clone / "pg_wal").rename(clone.parent / "wal")
+    (clone / "pg_wal").symlink_to(clone.parent / "wal")
+    places = [("/live", str(clone)), ("/wal", str(clone.parent / "wal"))]
+    proof = checks.prove(places, profiles.get("postgresql"), 2)
+    assert (proof.outcome, proof.level) == (Outcome.OK, 2), proof
+
+
+def pipe_for_table(top: Path) -> None:
+    """The server would wait for a writer for ever."""
+    table = biggest_table(top)
+    table.unlink()
+    os.mkfifo(table)
 
 
 def segment(top: Path) -> Path:
@@ -100,6 +117,10 @@ DAMAGES: dict[str, tuple[int, Outcome, Callable[[Path], object]]] = {
     "control file flipped": (2, Outcome.CORRUPT, lambda top: flip(top / "global" / "pg_control", 40)),
     "control file missing": (2, Outcome.CORRUPT, lambda top: (top / "global" / "pg_control").unlink()),
     "log segment missing": (2, Outcome.CORRUPT, lambda top: segment(top).unlink()),
+    "tables missing": (2, Outcome.CORRUPT, lambda top: shutil.rmtree(top / "base")),
+    "transactions missing": (2, Outcome.CORRUPT, lambda top: shutil.rmtree(top / "pg_xact")),
+    "a table is a pipe": (2, Outcome.CORRUPT, pipe_for_table),
+    "version missing": (2, Outcome.CORRUPT, lambda top: (top / "PG_VERSION").unlink()),
     "log segment cut": (2, Outcome.CORRUPT, lambda top: cut(segment(top), 8192)),
     "block flipped": (3, Outcome.CORRUPT, lambda top: flip(biggest_table(top), 100_000)),
     "another version": (2, Outcome.TOOL_MISSING, lambda top: (top / "PG_VERSION").write_text("99\n")),

@@ -73,6 +73,7 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     hot_safety: HotSafety
     detect: tuple[Detect, ...] = ()
     database: tuple[str, ...] = ()  # restored as one unit, together with `metadata`
+    no_database: tuple[str, ...] = ()  # those of `database` that need hold no database: journals, dumps
     metadata: tuple[str, ...] = ()  # beside the database; it can't be opened without them
     identity: tuple[str, ...] = ()  # the node key and what derives from it
     node_key: NodeKey | None = None  # None: what it holds can't be read as a key
@@ -160,6 +161,8 @@ def _decode(content: bytes, source: str) -> Profile:
         # A restore removes what `runtime` names: it must never reach outside the data path, nor be all of it.
         if not path or path.startswith("/") or not {"..", ".", ""}.isdisjoint(path.rstrip("/").split("/")):
             raise UsageError(f"{source}: {path!r} isn't a path inside the data path", object=source)
+    for path in set(profile.no_database) - set(profile.database):
+        raise UsageError(f"{source}: {path!r} of `no_database` isn't in `database` too", object=source)
     for kept in (*profile.identity, *profile.sign_state):
         for path in (*profile.database, *profile.metadata, *profile.runtime, *profile.caches):
             # Each of those is removed by some restore, and neither of these may ever be.
