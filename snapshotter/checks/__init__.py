@@ -176,19 +176,22 @@ def databases(live: str, place: str) -> list[Database]:
     def unreadable(error: OSError) -> None:
         raise PreconditionError(f"can't read it: {error.strerror}", object=str(error.filename)) from None
 
-    for directory, below, files in os.walk(place, onerror=unreadable):
+    todo = [place]  # os.walk calls itself for each level: a path may have more of them than a Python's stack
+    while todo:
+        directory = todo.pop()
+        _, below, files = next(os.walk(directory, onerror=unreadable))
         names = set(files)
         shown = os.path.normpath(os.path.join(live, os.path.relpath(directory, place)))
         kind = _directory_kind(names, set(below))
         if kind:
             found.append(Database(kind, directory, shown))
-            below.clear()
             continue
         for name in sorted(files):
             path = os.path.join(directory, name)
             if kind := _file_kind(path):
                 found.append(Database(kind, path, os.path.join(shown, name)))
-        below.sort()
+        inner = (os.path.join(directory, name) for name in sorted(below, reverse=True))
+        todo += [path for path in inner if not os.path.islink(path)]
     return found
 
 
@@ -242,11 +245,13 @@ def _missing(profile: Profile, live: str, place: str, found: Sequence[Database])
             yield Finding("metadata", shown(os.path.join(place, pattern)), 2, Outcome.CORRUPT, "is missing")
         for path in there:
             try:
-                with open(path, "rb") as file:
+                with opened(path) as file:
                     content = json.loads(file.read(1 << 20)) if path.endswith(".json") else file.read(1)
                 if not content:
                     yield Finding("metadata", shown(path), 2, Outcome.CORRUPT, "is empty")
-            except ValueError:
+            except CheckFailed as failed:
+                yield Finding("metadata", shown(path), 2, failed.outcome, failed.why)
+            except (ValueError, RecursionError):
                 yield Finding("metadata", shown(path), 2, Outcome.CORRUPT, "is not JSON")
             except OSError as error:
                 yield Finding("metadata", shown(path), 2, *_of_os_error(error))

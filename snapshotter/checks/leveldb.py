@@ -7,7 +7,7 @@ import os
 import struct
 from typing import Any
 
-from snapshotter.checks import CheckFailed, Outcome, corrupt
+from snapshotter.checks import CheckFailed, Outcome, corrupt, opened
 from snapshotter.checks import rocksdb as lsm
 from snapshotter.core.errors import pip_install
 
@@ -16,6 +16,7 @@ _MAGIC = 0xDB4775248B80FB57
 
 def level2(directory: str, crash: bool) -> None:
     """CURRENT -> MANIFEST -> every live table with its size and its end; a log as new as it needs."""
+    lsm.no_pipes_in(directory)
     found = lsm.manifest(directory)
     for family in found.families.values():
         for number, (size, _) in family.files.items():
@@ -25,8 +26,8 @@ def level2(directory: str, crash: bool) -> None:
                 raise corrupt(f"{os.path.basename(paths[0])} is missing")
             if os.path.getsize(path) != size:
                 raise corrupt(f"{os.path.basename(path)} has {os.path.getsize(path)} bytes, the MANIFEST says {size}")
-            with open(path, "rb") as file:
-                file.seek(-8, os.SEEK_END)
+            with opened(path) as file:
+                file.seek(max(size - 8, 0))
                 if struct.unpack("<Q", file.read(8))[0] != _MAGIC:
                     raise corrupt(f"{os.path.basename(path)} has no table's end")
         logs = dict(lsm.logs_of(directory))

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 from msgspec import Struct
 
-from snapshotter.checks import CheckFailed, Outcome, corrupt
+from snapshotter.checks import CheckFailed, Outcome, corrupt, opened
 from snapshotter.core.errors import pip_install
 
 MAGIC = 0xBEEFC0DE
 MAGIC_AT = 16  # behind the first page's header
 _BRANCH, _LEAF, _METAPAGE = 0x01, 0x02, 0x08
+_DEEPEST = 32  # CURSOR_STACK: the engine follows no tree that is deeper
 _NONE = (1 << 64) - 1
 
 
@@ -22,12 +24,15 @@ def level2(path: str, crash: bool) -> None:
     """Both meta pages are ones, and from the newer one's roots every branch leads to pages that are in the file.
     (The file may be shorter than `last page` says: a page taken and given back in one transaction is never written.)"""
     pages = os.path.getsize(path)
-    with open(path, "rb") as file:
+    branches: set[int] = set()
+    with opened(path) as file:
         first = _meta(file.read(4096), 0)
         file.seek(first.page)
         newest = max(first, _meta(file.read(4096), 1), key=lambda meta: meta.transaction)
         pages //= newest.page
         todo = [(root, depth) for root, depth in newest.trees if root != _NONE]
+        if any(depth > _DEEPEST for _, depth in todo):
+            raise corrupt(f"its trees are deeper than {_DEEPEST} pages")
         while todo:
             number, depth = todo.pop()
             if number >= pages:
@@ -38,10 +43,16 @@ def level2(path: str, crash: bool) -> None:
             if itself != number or not flags & (_BRANCH if depth > 1 else _LEAF):
                 raise corrupt(f"page {number} is damaged")
             if depth > 1:
+                # A page is in a tree once: one that leads to itself would keep us busy for ever. (Leaves, which lead
+                # nowhere, are nearly all pages: too many to remember.)
                 page = head + file.read(newest.page - 16)
-                for at in struct.unpack_from(f"<{(lower - 16) // 2}H", page, 16):
-                    low, middle, high = struct.unpack_from("<HHH", page, at)
-                    todo.append((low | middle << 16 | high << 32, depth - 1))
+                nodes = struct.unpack_from(f"<{(lower - 16) // 2}H", page, 16)
+                parts = (struct.unpack_from("<HHH", page, at) for at in nodes)
+                below = {low | middle << 16 | high << 32 for low, middle, high in parts}
+                if number in branches or len(below) < len(nodes):
+                    raise corrupt(f"page {number} is damaged: a page is in the tree twice")
+                branches.add(number)
+                todo += [(each, depth - 1) for each in below]
 
 
 class _Meta(Struct, frozen=True):
@@ -91,7 +102,7 @@ def _read(path: str, *, writable: bool) -> None:
                 environment.begin(write=True).abort()
                 return
             with environment.begin() as transaction:
-                _walk(environment, transaction)
+                _walk(environment, transaction, os.path.getsize(path))
     except lmdb.VersionMismatchError as error:
         raise CheckFailed(Outcome.TOOL_TOO_OLD, str(error)) from None
     except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.InvalidError) as error:
@@ -100,21 +111,31 @@ def _read(path: str, *, writable: bool) -> None:
         raise CheckFailed(Outcome.COULD_NOT_RUN, str(error)) from None
 
 
-def _walk(environment: Any, transaction: Any) -> None:
+def _walk(environment: Any, transaction: Any, size: int) -> None:
     """The main database, and each of its entries that is a database itself."""
     import lmdb
 
-    count = 0
     with transaction.cursor() as cursor:
-        for key, _ in cursor:
-            count += 1
+        for key in _keys(cursor, transaction.stat()["entries"], size):
             try:
                 inner = environment.open_db(key, txn=transaction, create=False)
             except (lmdb.IncompatibleError, lmdb.NotFoundError, lmdb.BadValsizeError, lmdb.DbsFullError):
                 continue
             with transaction.cursor(inner) as entries:
-                seen = sum(1 for _ in entries)
-            if seen != transaction.stat(inner)["entries"]:
-                raise corrupt(f"{seen} entries are found of {transaction.stat(inner)['entries']}")
-    if count != transaction.stat()["entries"]:
-        raise corrupt(f"{count} entries are found of {transaction.stat()['entries']}")
+                for _ in _keys(entries, transaction.stat(inner)["entries"], size):
+                    pass
+
+
+def _keys(cursor: Any, said: int, size: int) -> Iterator[bytes]:
+    """The keys of one database, which says how many it has, in a file of so many bytes: pages that lead to each other
+    have no end, so that is believed as far as it can be true. Raises CheckFailed if it isn't."""
+    if said > size:
+        raise corrupt(f"{said} entries can't be in a file of {size} bytes")
+    count = 0
+    for key, _ in cursor:
+        count += 1
+        if count > said:
+            break
+        yield key
+    if count != said:
+        raise corrupt(f"{count} entries are found of {said}")

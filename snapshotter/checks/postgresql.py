@@ -53,7 +53,7 @@ def level2(directory: str, crash: bool) -> None:
     if not sizes:
         raise corrupt("pg_wal has no segment")
     size = max(sizes)
-    if size & (size - 1) or size < 1 << 20:
+    if size & (size - 1) or not 1 << 20 <= size <= 1 << 30:
         raise corrupt(f"the segments of pg_wal have {size} bytes, which is no size for one")
     each = (1 << 32) // size
     number = redo // size
@@ -65,7 +65,7 @@ def level2(directory: str, crash: bool) -> None:
 
 
 def _version(directory: str) -> str:
-    with open(os.path.join(directory, "PG_VERSION"), "rb") as file:
+    with opened(os.path.join(directory, "PG_VERSION")) as file:
         said = file.read(16).decode(errors="replace").strip()
     if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,2})?", said):
         raise corrupt("PG_VERSION has no version in it")
@@ -76,7 +76,7 @@ def _control(directory: str) -> bytes:
     """The control file, its checksum proven. Where that stands moves with the version, so it is looked for."""
     path = os.path.join(directory, "global", "pg_control")
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             data = file.read(8192)
     except FileNotFoundError:
         raise corrupt("global/pg_control is missing") from None

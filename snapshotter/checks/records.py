@@ -16,6 +16,7 @@ from msgspec import Struct
 
 BLOCK = 32768
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+_MOST_PARTS = 8192  # of a record that is held in memory: 256 MiB, and one of a MANIFEST names a million tables then
 #: Recyclable kinds: what each is without the number. 9..11 and 130, 131 are notes of the log's own, no records.
 _RECYCLABLE = {5: FULL, 6: FIRST, 7: MIDDLE, 8: LAST, 11: 10, 131: 130}
 _KNOWN = {FULL, FIRST, MIDDLE, LAST, 9, 10, 130, *_RECYCLABLE}
@@ -144,6 +145,8 @@ def records(file: BinaryIO) -> Iterator[bytes]:
             if parts is None:
                 raise Damaged(f"the record at byte {fragment.offset} has no beginning")
             parts.append(fragment.data)
+            if len(parts) > _MOST_PARTS:
+                raise Damaged(f"the record before byte {fragment.offset} is too long to be one")
             if fragment.kind == LAST:
                 yield b"".join(parts)
                 parts = None

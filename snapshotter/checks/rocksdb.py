@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from snapshotter.checks import CheckFailed, Outcome, corrupt
+from snapshotter.checks import CheckFailed, Outcome, corrupt, no_pipes, opened
 from snapshotter.checks.manifest import Manifest
 from snapshotter.checks.records import hole
 from snapshotter.core.errors import pip_install
@@ -22,13 +22,15 @@ from snapshotter.nodes.repoint import newest_options, option_paths, read_options
 _MAGIC = {0x88E241B785F4CFF7, 0xDB4775248B80FB57, 0x8242229663BF9564, 0x926789D0C5F17873}
 _BLOB_FRAME = 30 + 32  # header and footer of a blob file
 _LOG = re.compile(r"([0-9]{6,})\.log")
+#: The names of files that the engine opens.
+_OWN = re.compile(r"CURRENT|IDENTITY|LOCK|LOG|(MANIFEST|OPTIONS)-.*|.*\.(log|sst|ldb|blob)")
 _READ_AHEAD = 4 << 20
 
 
 def current(directory: str) -> str:
     """The path of the MANIFEST that CURRENT names. Raises CheckFailed, OSError."""
     try:
-        with open(os.path.join(directory, "CURRENT"), "rb") as file:
+        with opened(os.path.join(directory, "CURRENT")) as file:
             content = file.read(4096)
     except FileNotFoundError:
         raise corrupt("CURRENT is missing") from None
@@ -42,7 +44,7 @@ def manifest(directory: str) -> Manifest:
     """Raises CheckFailed, OSError."""
     path = current(directory)
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             return Manifest.read(file)
     except FileNotFoundError:
         raise corrupt(f"{os.path.basename(path)} is missing, and CURRENT names it") from None
@@ -64,6 +66,12 @@ def _directories(directory: str) -> tuple[list[str], str]:
     return list(dict.fromkeys(everywhere)), logs
 
 
+def no_pipes_in(directory: str) -> None:
+    """Raises CheckFailed, OSError."""
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    no_pipes(os.path.join(directory, name) for name in names if _OWN.fullmatch(name))
+
+
 def _find(directories: list[str], *names: str) -> str | None:
     paths = (os.path.join(directory, name) for directory in directories for name in names)
     return next((path for path in paths if os.path.isfile(path)), None)
@@ -71,8 +79,10 @@ def _find(directories: list[str], *names: str) -> str | None:
 
 def level2(directory: str, crash: bool) -> None:
     """CURRENT -> MANIFEST -> every live table and blob file with its size and its frame, and the logs that it needs."""
-    found = manifest(directory)
     everywhere, log_directory = _directories(directory)
+    for each in (*everywhere, log_directory):
+        no_pipes_in(each)
+    found = manifest(directory)
     for family in found.families.values():
         for number, (size, _) in family.files.items():
             name = f"{number:06}.sst"
@@ -81,8 +91,8 @@ def level2(directory: str, crash: bool) -> None:
                 raise corrupt(f"{name} is missing (column family {family.name})")
             if os.path.getsize(path) != size:
                 raise corrupt(f"{name} has {os.path.getsize(path)} bytes, the MANIFEST says {size}")
-            with open(path, "rb") as file:
-                file.seek(-8, os.SEEK_END)
+            with opened(path) as file:
+                file.seek(max(size - 8, 0))
                 if struct.unpack("<Q", file.read(8))[0] not in _MAGIC:
                     raise corrupt(f"{name} has no table's end")
         for number, blob in family.live_blobs().items():
@@ -115,7 +125,7 @@ def check_logs(oldest: int, directory: str) -> None:
     """Every fragment of the logs that a recovery reads. Raises CheckFailed."""
     for number, path in logs_of(directory):
         if number >= oldest:
-            with open(path, "rb") as file:
+            with opened(path) as file:
                 if (at := hole(file, number)) is not None:
                     raise corrupt(
                         f"the log {os.path.basename(path)} is damaged at byte {at}: what follows would be lost"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import struct
 
-from snapshotter.checks import CheckFailed, Outcome, corrupt
+from snapshotter.checks import CheckFailed, Outcome, corrupt, no_pipes, opened
 
 MAGIC = b"SQLite format 3\0"
 _SIZES = {1 << power for power in range(9, 17)}
@@ -21,6 +21,7 @@ _KEPT: list[object] = []
 
 def level2(path: str, crash: bool) -> None:
     """Header, size, log; then SQLite's quick_check."""
+    no_pipes(path + suffix for suffix in ("-wal", "-journal", "-shm"))
     _header(path)
     if not crash:
         _log(path + "-wal")
@@ -50,7 +51,7 @@ def level4(path: str, crash: bool) -> None:
 
 def _header(path: str) -> None:
     size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    with opened(path) as file:
         head = file.read(100)
     if not head and not size:
         return  # SQLite makes an empty database of an empty file
@@ -83,7 +84,7 @@ def _log(path: str) -> None:
     """Raise CheckFailed if a frame is damaged that has a good one after it. Frames of an older round (their salts
     differ) are no part of the log."""
     try:
-        file = open(path, "rb")  # noqa: SIM115 closed below
+        file = opened(path)
     except FileNotFoundError:
         return
     with file:
