@@ -200,6 +200,8 @@ def _directory_kind(names: set[str], below: set[str]) -> str:
         return "postgresql"
     if any(name.startswith("marker.manifest.") for name in names):
         return "pebble"
+    if "KEYREGISTRY" in names:
+        return "badger"
     if not ("CURRENT" in names or any(name.startswith("MANIFEST-") for name in names)):
         return ""
     tables = {os.path.splitext(name)[1] for name in names}
@@ -222,7 +224,7 @@ def _file_kind(path: str) -> str:
         raise PreconditionError(f"can't read it: {error.strerror}", object=path) from None
     if head.startswith(b"SQLite format 3\0") or (not head.strip(b"\0") and path.endswith((".sqlite", ".sqlite3"))):
         return "sqlite"
-    return "lmdb" if head[16:20] == b"\xde\xc0\xef\xbe" else ""
+    return {b"\xde\xc0\xef\xbe": "lmdb", b"\xed\xda\x0c\xed": "bbolt"}.get(head[16:20], "")  # behind a page's header
 
 
 def _missing(profile: Profile, live: str, place: str, found: Sequence[Database]) -> Iterator[Finding]:
@@ -271,7 +273,7 @@ def _one(database: Database, level: int, crash: bool, tell: Callable[[str], None
     reached = 1
     for step in range(2, min(level, HIGHEST) + 1):
         tell(f"verifying {database.path}, level {step}")
-        failed = _apart(database, step, crash) if step >= _APART[database.kind] else check_here(
+        failed = _apart(database, step, crash) if step >= _APART.get(database.kind, 9) else check_here(
             database.kind, step, database.place, crash
         )  # fmt: skip
         if failed is not None:
@@ -283,7 +285,7 @@ def _one(database: Database, level: int, crash: bool, tell: Callable[[str], None
 
 #: The level from which on a library of each kind's is used, in a process of its own. What has none here is known only
 #: to be there.
-_APART = {"rocksdb": 3, "leveldb": 3, "sqlite": 2, "lmdb": 3, "postgresql": 3, "pebble": 9, "mdbx": 9}
+_APART = {"rocksdb": 3, "leveldb": 3, "sqlite": 2, "lmdb": 3, "postgresql": 3}
 
 
 #: What no reader foresaw in a bad file.
@@ -294,7 +296,7 @@ def check_here(kind: str, level: int, place: str, crash: bool) -> CheckFailed | 
     """One level of one database in this process: None if it is passed."""
     from importlib import import_module
 
-    if kind in ("pebble", "mdbx"):
+    if kind not in _APART:
         return CheckFailed(Outcome.TOOL_MISSING, f"there is no check for {kind} yet", no_check=True)
     try:
         getattr(import_module(f"snapshotter.checks.{kind}"), f"level{level}")(place, crash)

@@ -109,6 +109,17 @@ def test_a_healthy_node_is_ok(tmp_path: Path, profile: str, build: Callable[[Pat
     assert {finding.kind for finding in proof.findings} <= {"rocksdb", "leveldb", "sqlite"}
 
 
+def test_cometbft_on_what_has_no_check(tmp_path: Path) -> None:
+    """badger and bbolt are among the databases that it can be built with: not proven, and not corrupt either."""
+    cometbft(tmp_path)
+    remove(tmp_path, "data/state.db", "data/tx_index.db")
+    file(tmp_path / "data/state.db/KEYREGISTRY", "badger")
+    (tmp_path / "data/tx_index.db").write_bytes(bytes(16) + (0xED0CDAED).to_bytes(4, "little") + bytes(4076))
+    proof = prove(tmp_path, "cometbft")
+    assert (proof.outcome, proof.no_check) == (Outcome.TOOL_MISSING, True), proof
+    assert {finding.kind for finding in proof.findings} == {"leveldb", "badger", "bbolt"}
+
+
 def remove(top: Path, *names: str) -> None:
     for name in names:
         shutil.rmtree(top / name)
