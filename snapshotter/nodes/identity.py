@@ -334,14 +334,16 @@ def install(
     keep: str,
 ) -> list[str]:
     """Make the identity files of the data path at `top` these, and no others; returns their paths. What stood there and
-    differs is first kept in the directory `keep` (made, 0700): a key is never lost. `owner` is (uid, gid).
-    Killed half-way, it is called again and does the rest. Raises PreconditionError, StorageError."""
+    differs is first kept in the directory `keep` (made, 0700): a key is never lost. `owner` is (uid, gid). Secrets get
+    mode 0600, whatever they had where they were exported. Killed half-way, it is called again and does the rest.
+    Raises PreconditionError, StorageError."""
     places = _places(top, "", ())
     outside = os.path.realpath(key_file) if key_file and profile.node_key else ""
     moves = {}
     for name, (content, mode) in contents.items():
         own = outside and profile.node_key and name == profile.node_key.path
-        moves[outside if own else _place_of(places, name)] = content, mode
+        secret = own or any(_in(pattern, name) for pattern in profile.secrets)
+        moves[outside if own else _place_of(places, name)] = content, 0o600 if secret else mode
     there = {_place_of(places, name): name for name in _names(places, profile.identity)}
     if outside and profile.node_key:
         there[outside] = profile.node_key.path

@@ -577,6 +577,20 @@ def test_a_lost_key_comes_back(tmp_path: Path, secret: str) -> None:
     assert again["replaced"] is None, "the same identity is nothing to ask about"
 
 
+@pytest.mark.parametrize("where", ["data", "key_file"])
+def test_a_key_that_was_open_to_all_is_restored_closed(tmp_path: Path, where: str) -> None:
+    data = besu(tmp_path / "data")
+    (data / "key").chmod(0o644)
+    write_key(data / "nodeAddress", "derived", 0o644)
+    contents = identity.collect(str(data), BESU)
+    assert contents["key"][1] == 0o644
+    key_file = str(tmp_path / "node.key") if where == "key_file" else None
+    owner = (os.geteuid(), os.getegid())
+    identity.install(str(data), contents, BESU, key_file, owner, str(tmp_path / "kept"))
+    assert permissions(Path(key_file) if key_file else data / "key") == 0o600
+    assert permissions(data / "nodeAddress") == 0o644, "no secret: others may read it"
+
+
 def test_another_key_is_replaced_only_by_request_and_never_lost(tmp_path: Path, secret: str) -> None:
     data = besu(tmp_path / "data")
     command = Command(tmp_path / "etc")
