@@ -307,7 +307,8 @@ def _check(node: Node, where: str, source: str) -> None:
     if node.quiesce == "stop" and not node.stoppable:
         raise refuse("quiesce = stop needs unit, or stop and start")
     if node.rpc is not None and not re.fullmatch(r"https?://[^/\s]+(/\S*)?", node.rpc):
-        raise refuse(f"rpc {node.rpc!r} is no http URL", 'write it as "http://127.0.0.1:8545"')
+        # Never the value itself: it may have a password or an API key in it.
+        raise refuse("rpc is no http URL", 'write it as "http://127.0.0.1:8545"')
     if node.owner is not None and not re.fullmatch(r"[^:\s]+(:[^:\s]+)?", node.owner):
         raise refuse(f"owner {node.owner!r} is no user or user:group")
     if node.select is not None and sum(map(bool, (node.select.instance, node.select.volumes, node.select.tags))) != 1:

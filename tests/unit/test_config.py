@@ -111,6 +111,25 @@ def test_defaults_and_presets() -> None:
     assert node_of('type = "validator"\nkeep = {daily = 0, hourly = 5}').keep.daily == 0
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        'rpc = "127.0.0.1/v3/hunter2"',
+        'rpc = "ws://admin:hunter2@127.0.0.1:8545"',
+        'rpc = "https://admin:hunter2@127.0.0.1 :8545"',
+        'ping = {fail = "https://hc-ping.com/hunter2"}',
+        'ping = "https://hc-ping.com/hunter2"',
+        'ping = {fail = ["https://hc-ping.com/hunter2"]}',
+        'notify = ["tgram://hunter2/1"]',
+        'notify = "tgram://hunter2/1"',
+        'hooks = {before_take = "curl https://hunter2@x"}',
+        'hooks = {before_take = ["", "https://hunter2@x"]}',
+    ],
+)
+def test_what_may_hold_a_password_is_in_no_error(body: str) -> None:
+    assert "hunter2" not in refused(body)
+
+
 def test_keys_that_nothing_read_stop_nobody() -> None:
     """The manual named them once."""
     text = '[node.a]\npath = "/a"\ngenesis = "/etc/besu/genesis.json"\nconfig_files = []\n'
