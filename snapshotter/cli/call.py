@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from snapshotter.verbs.session import Session
 
 
+#: Commands of whose work nothing is left where their answer is lost (`show` of sets, schedules, identities). What the
+#: others did is done, and their exit code says so.
+_ONLY_TELL = ("list", "show", "status", "doctor", "providers", "profile")
+
+
 def complain(line: str) -> None:
     """One line to stderr; if nobody can hear it, that changes nothing."""
     try:
@@ -77,6 +82,11 @@ class Call:
                 click.echo(plain(shown, keep="\n"))
         except BrokenPipeError:  # the reader (head, less) has gone: what was to be done is done
             mute(sys.stdout)
+        except OSError as error:  # stdout is on a full disk
+            mute(sys.stdout)
+            if click.get_current_context().info_name in _ONLY_TELL:
+                raise
+            complain(f"warning: it is done, but the answer can't be written to stdout: {error.strerror}")
         if exit_code:
             sys.exit(exit_code)
 

@@ -503,11 +503,24 @@ def test_output_that_nobody_takes(command: Command, data: Path) -> None:
         (f"{taking} <&- >&- 2>&-", {0}),
         (f"set -o pipefail; {listing} | true", {0}),
         (f"{listing} > /dev/full", {3}),
+        (f"{listing} > /dev/full".replace("'--json'", ""), {3}),
     ]:
         done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, cwd="/")
         assert done.returncode in codes, (script, done.returncode, done.stderr)
         assert "Traceback" not in done.stderr and "Exception" not in done.stderr, (script, done.stderr)
     assert len(command.json("list", str(data))["sets"]) == 2
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_what_was_done_is_done_where_the_answer_finds_no_room(command: Command, data: Path, more: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command.argv("take", str(data), *more),
+            env=command.environment(), stdout=full, stderr=subprocess.PIPE, text=True, cwd="/",
+        )  # fmt: skip
+    assert done.returncode == 0, "exit 3 would say that there is no set"
+    assert "can't be written to stdout: No space left" in done.stderr.splitlines()[-1]
+    assert len(command.json("list", str(data))["sets"]) == 1
 
 
 def test_budgets_out_of_range(command: Command, data: Path) -> None:
