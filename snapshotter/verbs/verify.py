@@ -34,6 +34,8 @@ from snapshotter.verbs.restore import attach_all, judge, layout
 from snapshotter.verbs.session import Session
 
 PLACE = ".snapshotter-verify"
+#: How long to wait for another verify that writes down what it found.
+_PATIENCE_S = 60.0
 
 
 def verify(
@@ -146,24 +148,19 @@ def _remove_if_empty(path: str) -> None:
 
 
 def _record(session: Session, found: SnapshotSet, proof: Proof) -> None:
-    """Write down what is known now. What says nothing of the image (a tool is missing) replaces no judgement, and a
-    weaker ok no stronger one: corrupt stays until an ok at that level or above."""
-    said = found.marks.get("verify-outcome")
-    before = found.marks.get("verify-level", "")
-    higher = before.isdigit() and int(before) > proof.level
-    if proof.outcome is Outcome.OK and higher and said in (Outcome.OK, Outcome.CORRUPT):
-        return
-    if proof.outcome not in (Outcome.OK, Outcome.CORRUPT) and said in (Outcome.OK, Outcome.CORRUPT):
-        return
-    marks = {
-        "verify-level": str(proof.level),
-        "verify-at": compact_time(utc_now()),
-        "verify-outcome": str(proof.outcome),
-    }
+    """Write down what is known now, by the marks as they are now: the proof may have taken hours, and verifies of one
+    set go on side by side. A set that is gone meanwhile needs none."""
+    node = session.node_of(found.birth.target)
+    enough = node is not None and proof.level >= node.verify.level
     try:
-        with deferred():
-            for provider in session.providers_of(found):
-                provider.mark(found.set_id, marks)
+        # A lock of its own, as verifies share the set's. It is always the last to be taken, and held for an instant.
+        with Locks([f"mark:{found.set_id}"], wait_s=_PATIENCE_S):
+            now = session.again(found)
+            if now is None or not (marks := _marks_of(proof, now, enough)):
+                return
+            with deferred():
+                for provider in session.providers_of(now):
+                    provider.mark(now.set_id, marks)
     except SnapshotterError as error:
         if proof.outcome is not Outcome.CORRUPT:
             raise
@@ -172,6 +169,21 @@ def _record(session: Session, found: SnapshotSet, proof: Proof) -> None:
             object=found.set_id,
             cure="verify it again; restore another set",
         ) from None
+
+
+def _marks_of(proof: Proof, now: SnapshotSet, enough: bool) -> dict[str, str]:
+    """What a proof changes of what is known of the set. What says nothing of the image (a tool is missing) replaces no
+    judgement, and a weaker ok no stronger one: corrupt stays until an ok at that level or above. A weaker ok that is
+    `enough`, all that the node's policy asks for, bears the stronger one out."""
+    said = now.marks.get("verify-outcome")
+    before = now.marks.get("verify-level", "")
+    judged = said in (Outcome.OK, Outcome.CORRUPT)
+    at = {"verify-at": compact_time(utc_now())}
+    if proof.outcome not in (Outcome.OK, Outcome.CORRUPT) and judged:
+        return {}
+    if proof.outcome is Outcome.OK and judged and before.isdigit() and int(before) > proof.level:
+        return at if said == Outcome.OK and enough else {}
+    return {"verify-level": str(proof.level), **at, "verify-outcome": str(proof.outcome)}
 
 
 def require(found: SnapshotSet, proof: Proof) -> list[str]:

@@ -138,8 +138,8 @@ def test_a_file_missing_from_the_image_is_found_by_the_files_manifest(taken: tup
 def test_a_verdict_that_can_not_be_written_down_is_told() -> None:
     """Somebody restores from it meanwhile, or the disk is full."""
     provider = SimpleNamespace(mark=Mock(side_effect=BusyError("another process works on it", object="s1")))
-    session = SimpleNamespace(providers_of=lambda _: [provider])
-    found = SimpleNamespace(set_id="s1", marks={})
+    found = SimpleNamespace(set_id="s1", marks={}, birth=SimpleNamespace(target="t"))
+    session = SimpleNamespace(providers_of=lambda _: [provider], node_of=lambda _: None, again=lambda _: found)
     bad = Proof(3, Outcome.CORRUPT, (Finding("image", "/data", 3, Outcome.CORRUPT, "a block differs"),))
     with pytest.raises(JudgedBadError, match=r"is corrupt: .*a block differs.*works on it"):
         _record(session, found, bad)  # type: ignore[arg-type]

@@ -1,0 +1,104 @@
+"""What a verify writes on its set: by the marks as they are when it is through, not as they were when it began."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snapshotter.checks import Finding, Outcome, Proof
+from snapshotter.core.errors import JudgedBadError
+from snapshotter.core.model import SnapshotSet, compact_time
+from snapshotter.host.locks import Locks
+from snapshotter.verbs import verify
+from tests.unit.upkeep_kit import NOON, World
+
+DAILY = 'every = "7d"\nverify = {level = 2, every = "24h"}'
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path, nodes=DAILY)
+    with made.clock():
+        yield made
+
+
+def proving(monkeypatch: pytest.MonkeyPatch, proof: Proof, meanwhile: Callable[[], Any] = lambda: None) -> None:
+    """Every proof on a clone comes to this, and `meanwhile` happens."""
+
+    def on_a_clone(*_: Any) -> Proof:
+        meanwhile()
+        return proof
+
+    monkeypatch.setattr(verify, "_on_a_clone", on_a_clone)
+
+
+def marks(found: SnapshotSet) -> tuple[str | None, ...]:
+    return tuple(found.marks.get(f"verify-{name}") for name in ("outcome", "level", "at"))
+
+
+@pytest.mark.parametrize("level", [0, 2])
+def test_a_weaker_ok_of_an_older_look_clears_no_corrupt(
+    world: World, monkeypatch: pytest.MonkeyPatch, level: int
+) -> None:
+    """The set was chosen before another verify found it corrupt."""
+    set_id = world.take(NOON)
+    (listed,) = world.sets()
+    at = compact_time(NOON)
+
+    def operator() -> None:
+        world.provider().mark(set_id, {"verify-outcome": "corrupt", "verify-level": "3", "verify-at": at})
+
+    if level == 0:
+        operator()
+    proving(monkeypatch, Proof(level, Outcome.OK), operator)
+    world.pass_by(hours=1)
+    verify.prove_set(world.session(), listed, level)
+    (now,) = world.sets()
+    assert marks(now) == ("corrupt", "3", at) and not now.good
+
+
+def test_a_set_that_is_gone_meanwhile_needs_no_marks(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_id = world.take(NOON)
+    (listed,) = world.sets()
+    proving(monkeypatch, Proof(2, Outcome.OK), lambda: world.provider().delete(set_id))
+    assert verify.prove_set(world.session(), listed, 2).outcome is Outcome.OK
+    assert not world.sets()
+
+
+def test_two_that_are_through_at_once_write_one_after_the_other(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.take(NOON)
+    (listed,) = world.sets()
+    proving(monkeypatch, Proof(2, Outcome.OK))
+    writer = threading.Thread(target=verify.prove_set, args=(world.session(), listed, 2))
+    with Locks([f"mark:{listed.set_id}"]):
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive() and marks(world.sets()[0]) == (None, None, None)
+    writer.join(20)
+    assert marks(world.sets()[0])[:2] == ("ok", "2")
+    monkeypatch.setattr(verify, "_PATIENCE_S", 0.0)
+    proving(monkeypatch, Proof(2, Outcome.CORRUPT, (Finding("x", "/db", 2, Outcome.CORRUPT, "a hole"),)))
+    with Locks([f"mark:{listed.set_id}"]), pytest.raises(JudgedBadError, match="a hole"):
+        verify.prove_set(world.session(), listed, 2)
+
+
+@pytest.mark.parametrize(("policy", "renewed"), [(2, True), (3, False)])
+def test_a_weaker_ok_renews_a_stronger_one_where_the_policy_asks_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: int, renewed: bool
+) -> None:
+    world = World(tmp_path, nodes=DAILY.replace("level = 2", f"level = {policy}"))
+    with world.clock():
+        at = compact_time(NOON)
+        world.take(NOON, verify_outcome="ok", verify_level="3", verify_at=at)
+        world.pass_by(days=2)
+        proving(monkeypatch, Proof(2, Outcome.OK))
+        verify.prove_set(world.session(), world.sets()[0], 2)
+        assert marks(world.sets()[0]) == ("ok", "3", compact_time(world.now) if renewed else at)
+        proving(monkeypatch, Proof(2, Outcome.TOOL_MISSING))
+        world.pass_by(days=2)
+        verify.prove_set(world.session(), world.sets()[0], 4)
+        assert marks(world.sets()[0])[2] != compact_time(world.now), "it says nothing of the image"
