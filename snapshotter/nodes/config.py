@@ -294,6 +294,8 @@ def _check(node: Node, where: str, source: str) -> None:
     for key, argv in argvs.items():
         if (argv and not argv[0]) or any("\0" in word for word in argv):
             raise refuse(f"{key} is no command", 'write it as a list: ["docker", "stop", "node"]')
+    if node.verify.level == 5:
+        raise refuse("verify.level = 5 (the node boots) can't be had yet", "verify = {level = 4}")
     if node.unit is not None and not re.fullmatch(r"[A-Za-z0-9:_.\\@][A-Za-z0-9:_.\\@-]{0,254}", node.unit):
         raise refuse(f"unit {node.unit!r} can't be a unit's name")
     if node.unit is not None and (node.stop or node.start or node.status):

@@ -151,6 +151,7 @@ def test_keys_that_nothing_read_stop_nobody() -> None:
         ("keep = 3", ["node.a.keep", "a table", "an integer"]),
         ("keep = {daily = -1}", ["node.a.keep.daily", "at least 0"]),
         ("verify = {level = 6}", ["node.a.verify.level", "at most 5"]),
+        ("verify = {level = 5}", ["node.a", "can't be had yet", "verify = {level = 4}"]),
         ('stop = "docker stop"', ["node.a.stop", "a list", "a string"]),
         ('stop = ["x", 1]\nstart = ["x"]', ["node.a.stop[1]", "a string", "an integer"]),
         ('stop = [""]\nstart = ["x"]', ["stop", "no command"]),
