@@ -1,15 +1,18 @@
 """tick: what is to be done now for each node, and no more: take what is due, move on what is pending, note what the
-storage says of it (level 0), prune, reap, report. All its memory is the labels, so it may run every minute, late, twice
-at once, on two hosts, or be killed anywhere: the next one goes on.
+storage says of it (level 0), prune, reap, report. All its memory is the labels (and, as a cache, when a set could last
+not be proven), so it may run every minute, late, twice at once, on two hosts, or be killed anywhere: the next one goes
+on.
 
 It never waits for an upload. The catalog is read once for all nodes; what is changed is looked at again, by itself.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import datetime
 from typing import Any
 
 from msgspec import Struct
@@ -18,7 +21,7 @@ from snapshotter.catalog import Catalog
 from snapshotter.core.errors import BusyError, JudgedBadError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.model import SnapshotSet, State, compact_time, parse_compact_time, utc_now
 from snapshotter.host.locks import Locks
-from snapshotter.host.places import host_name, same_host
+from snapshotter.host.places import host_name, private_directory, replace_file, same_host
 from snapshotter.nodes import schedule
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.target import target_of
@@ -246,6 +249,7 @@ def _verify(run: Run, node: Node, sets: list[SnapshotSet], entry: dict[str, Any]
         if (every := node.verify.every) is not None and node.select is None:
             # What said nothing of the image was an attempt too: it isn't made again every minute.
             times = [parse_compact_time(text) for found in sets if (text := found.marks.get("verify-at"))]
+            times += _tried(run.session, node)
             if not any(0 <= (utc_now() - last).total_seconds() < every for last in times):
                 entry["verified"] = _prove(run, node)
         elif "verify-outcome" not in good.marks and same_host(good.birth.host, host_name()):
@@ -265,8 +269,30 @@ def _prove(run: Run, node: Node) -> dict[str, Any]:
             f"is corrupt: {proof['why']}", object=proof["set_id"], cure="restore none but verified ones"
         )
     if proof["outcome"] != "ok":
-        raise PreconditionError(f"could not be proven: {proof['outcome']}: {proof['why']}", object=proof["set_id"])
+        _remember_try(run.session, node)
+        why = proof["why"] or "; ".join(proof["warnings"])
+        raise PreconditionError(f"could not be proven: {proof['outcome']}: {why}", object=proof["set_id"])
     return {key: proof[key] for key in ("set_id", "level", "outcome")}
+
+
+def _tried(session: Session, node: Node) -> list[datetime]:
+    """When this node's set could last not be proven. Its marks don't say so where an older judgement stands in them."""
+    try:
+        with open(_tried_at(session, node), encoding="ascii") as file:
+            return [parse_compact_time(file.read())]
+    except (OSError, ValueError):
+        return []
+
+
+def _remember_try(session: Session, node: Node) -> None:
+    """Who may not write there tries again at the next tick."""
+    with suppress(SnapshotterError):
+        private_directory(session.config.state)
+        replace_file(_tried_at(session, node), compact_time(utc_now()).encode(), 0o600)
+
+
+def _tried_at(session: Session, node: Node) -> str:
+    return os.path.join(session.config.state, f"tried-{target_of(node)}")
 
 
 def _prune(run: Run, node: Node, sets: list[SnapshotSet], entry: dict[str, Any]) -> None:
