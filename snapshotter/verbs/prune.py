@@ -1,7 +1,8 @@
 """prune: remove what retention no longer keeps. What stays and why is `nodes.retention`'s; here it is carried out.
 
-Nothing goes on the word of a list that may be old: under the target's lock the sets that must stay are looked at again,
-and each that goes once more under its own. One that is held, busy or can't be removed doesn't stop the rest.
+Nothing goes on the word of a list that may be old: under the target's lock the sets that must stay are looked at again
+before each that goes, and that once more under its own. One that is held, busy or can't be removed doesn't stop the
+rest.
 """
 
 from __future__ import annotations
@@ -95,14 +96,10 @@ def carry_out(session: Session, of: OfTarget, outcome: Outcome, *, confirm_many:
             return
         with Locks([f"target:{of.target}"]):
             open_restores.refuse(session, of.target)
-            for guard in of.plan.guards:
-                now = session.again(guard)
-                if now is None or not now.good or now.verified != guard.verified:
-                    raise BusyError(
-                        "was to stay, and isn't what it was a moment ago", object=guard.set_id, cure="prune again"
-                    )
+            _look_at_guards(session, of)  # before the hook too: it runs only where any goes
             with Around(of.node, "prune", sets=" ".join(of.going)) as around:
                 for verdict in of.plan.removals:
+                    _look_at_guards(session, of)  # the hook, and each removal, may have taken an hour
                     try:
                         _remove(session, verdict, outcome)
                     except SnapshotterError as error:
@@ -110,6 +107,14 @@ def carry_out(session: Session, of: OfTarget, outcome: Outcome, *, confirm_many:
             outcome.notes += around.notes
     except SnapshotterError as error:
         outcome.note(error, of.node.name)
+
+
+def _look_at_guards(session: Session, of: OfTarget) -> None:
+    """Raise BusyError where a set that is to be left when the others are gone was deleted or found bad meanwhile."""
+    for guard in of.plan.guards:
+        now = session.again(guard)
+        if now is None or not now.good or now.verified != guard.verified:
+            raise BusyError("was to stay, and isn't what it was a moment ago", object=guard.set_id, cure="prune again")
 
 
 def _remove(session: Session, verdict: Verdict, outcome: Outcome) -> None:
@@ -123,6 +128,9 @@ def _remove(session: Session, verdict: Verdict, outcome: Outcome) -> None:
         if now.attachments:
             where = now.attachments[0].path or now.attachments[0].id
             raise BusyError(f"is attached at {where}", object=found.set_id, cure=f"`snapshotter release {where}` first")
+        if (now.good, now.verified) > (found.good, found.verified):  # it may be the newest such, and so to stay
+            what = "verified" if now.verified else "good"
+            raise BusyError(f"is {what}, and wasn't when this was decided", object=found.set_id, cure="prune again")
         if now.state in (State.PENDING, State.UNKNOWN):
             raise BusyError(f"is {now.state} now", object=found.set_id, cure="prune again later")
         remove(session, now)

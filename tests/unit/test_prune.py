@@ -107,6 +107,39 @@ def test_a_pin_that_comes_meanwhile_holds(world: World) -> None:
     assert left(world) == [ids[0], *ids[2:]] and "pinned" in errors[0].line()
 
 
+def test_one_that_is_verified_meanwhile_may_be_the_newest_such(world: World) -> None:
+    ids = days(world, 9)
+
+    class Verified(Proxy):
+        def snapshots(self, set_id: str | None = None):  # type: ignore[no-untyped-def]
+            if set_id == ids[1]:
+                self.inner.mark(ids[1], {"verify-outcome": "ok", "verify-level": "3"})
+            return self.inner.snapshots(set_id)
+
+    document, errors = prune(world.session(Verified(world.provider())))
+    assert left(world) == ids[1:], "the other went"
+    assert [error.line() for error in errors] == [
+        f"{ids[1]}: is verified, and wasn't when this was decided; prune again"
+    ]
+    assert document["failed"][0]["set_id"] == ids[1]
+    prune(world.session())
+    assert left(world) == ids[1:], "newest verified"
+
+
+def test_no_more_go_once_what_was_to_stay_is_found_corrupt(world: World) -> None:
+    """A verify of hours ends while sets are being removed."""
+    ids = days(world, 12)
+
+    class Slow(Proxy):
+        def delete(self, set_id: str) -> None:
+            super().delete(set_id)
+            self.inner.mark(ids[-1], {"verify-outcome": "corrupt", "verify-level": "3"})
+
+    document, errors = prune(world.session(Slow(world.provider())))
+    assert left(world) == ids[1:] and [gone["set_id"] for gone in document["removed"]] == ids[:1]
+    assert [error.exit for error in errors] == [5] and ids[-1] in errors[0].line()
+
+
 def test_an_open_restore_holds_its_target_only(world: World) -> None:
     ids, others = days(world, 9), days(world, 9, number=1)
     where = Path(open_restores.path_of(world.session(), world.target))
