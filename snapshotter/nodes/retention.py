@@ -4,6 +4,8 @@ storage, no clock and no verb.
 Calendar buckets are UTC's, so summer time changes nothing. A set's age is measured from the newest good set that isn't
 stamped in the future, never from the clock: where no sets are taken any more none go, and a clock that jumps ages
 nothing until a set was taken under it. A bucket keeps its newest set.
+
+The newest scheduled set stays whatever comes later: that it is there is how a tick knows that its slot was taken.
 """
 
 from __future__ import annotations
@@ -74,6 +76,9 @@ def decide(sets: Sequence[SnapshotSet], now: datetime, keep: Keep, host: str, *,
     guards = _newest(sets, good, plausible)
     rules = {k: "newest good" for k in guards}
     rules.update((k, "newest verified") for k in guards if sets[k].verified)
+    for order in (good[::-1], plausible):
+        if (k := next((k for k in order if sets[k].birth.slot), None)) is not None:
+            rules.setdefault(k, "newest scheduled")
     for k in plausible[: keep.min]:
         rules.setdefault(k, f"min {keep.min}")
     bucketed = _buckets(plausible, moments, keep)

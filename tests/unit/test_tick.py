@@ -79,6 +79,23 @@ def test_a_month_of_ticks_keeps_what_the_policy_keeps(world: World) -> None:
     assert all(found.verified_level == 0 for found in world.sets()[:-1]), "the storage's word is written down"
 
 
+@pytest.mark.parametrize("keep", ["{daily = 7}", "{weekly = 4}", '{daily = 7, max_space = "1B"}'])
+def test_a_take_by_hand_makes_no_slot_due_again(tmp_path: Path, keep: str) -> None:
+    world = World(tmp_path, nodes=f'every = "24h"\nat = "02:00"\nkeep = {keep}')
+    with world.clock():
+        for _ in range(4):
+            assert run(world)["nodes"][0]["taken"]
+            world.pass_by(hours=1)
+            by_hand = world.take(world.now, verify_outcome="ok", verify_level="2", verify_at=compact_time(world.now))
+            for _ in range(3):
+                world.pass_by(hours=1)
+                entry = run(world)["nodes"][0]
+                assert not entry["due"] and entry["taken"] is None
+                assert by_hand not in entry["removed"]
+            world.pass_by(hours=20)
+        the_law(world)
+
+
 def test_reads_the_catalog_once_for_all_nodes(tmp_path: Path) -> None:
     world = World(tmp_path, count=5)
     listings = []
