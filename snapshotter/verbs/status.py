@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from snapshotter.core.errors import SnapshotterError, UsageError
 from snapshotter.core.model import SnapshotSet, State, parse_compact_time, utc_now
 from snapshotter.host import schedules
 from snapshotter.host.schedules import Installed
+from snapshotter.nodes import profiles
 from snapshotter.nodes.config import Node
 from snapshotter.nodes.target import resolve, target_of
 from snapshotter.verbs import filling, open_restores, plan_outside
@@ -33,7 +34,7 @@ PROBLEMS: dict[str, Severity] = {
     "stale": "critical",  # no good set, or the newest is older than one and a half periods
     "no-tick": "critical",  # nothing scheduled has made a set for two periods
     "no-timer": "critical",  # nothing on this host would make the next one
-    "unverified": "warning",  # verify.every is over
+    "unverified": "warning",  # verify.every is over, at the policy's level or as far as there is anything to prove
     "corrupt": "critical",  # a verification found it so
     "damaged": "critical",  # a sealed set lost a member
     "full": "critical",  # the next take is refused, or the storage is in trouble
@@ -70,7 +71,7 @@ def status(session: Session, target: str | None = None) -> dict[str, Any]:
     entries = session.catalog(node=nodes[0] if target is not None else None)
     timers = {found.node: found for found in schedules.installed()}
     samples = filling.load(session)
-    documents = []
+    documents, notes = [], list(entries.notes)
     for node in nodes:
         problems, found = [], []
         if node.select is None:
@@ -94,7 +95,14 @@ def status(session: Session, target: str | None = None) -> dict[str, Any]:
             except SnapshotterError as error:
                 problems.append(Problem("no-take", error.what(), error.cure))
         timer = timers.get(node.name)
-        problems = [*of_sets(node, sets, now), *of_timer(node, sets, timer, now), *of_rooms(node, found), *problems]
+        bare = {name for name in {found.birth.profile for found in sets} if _is_bare(session, name)}
+        notes += unproven(node, sets, now, bare)
+        problems = [
+            *of_sets(node, sets, now, bare),
+            *of_timer(node, sets, timer, now),
+            *of_rooms(node, found),
+            *problems,
+        ]
         documents.append(_document(node, sets, found, timer, problems, now))
     filling.save(session, samples)
     severities = {problem["severity"] for document in documents for problem in document["problems"]}
@@ -104,12 +112,15 @@ def status(session: Session, target: str | None = None) -> dict[str, Any]:
         "worst": worst,
         "nodes": documents,
         "unavailable": [{"provider": gone.provider, "reason": gone.reason} for gone in entries.unavailable],
-        "warnings": entries.notes,
+        "warnings": notes,
     }
 
 
-def of_sets(node: Node, sets: Sequence[SnapshotSet], now: datetime) -> list[Problem]:
-    """What is wrong with a target's sets (oldest first), by the node's policy. Pure."""
+def of_sets(
+    node: Node, sets: Sequence[SnapshotSet], now: datetime, bare: Collection[str] = (profiles.FALLBACK,)
+) -> list[Problem]:
+    """What is wrong with a target's sets (oldest first), by the node's policy. `bare`: profiles that name no database.
+    Pure."""
     problems: list[Problem] = []
     goods = [found for found in sets if found.good and found.birth.taken_at <= now + _AHEAD]
     newest = goods[-1] if goods else None
@@ -126,7 +137,7 @@ def of_sets(node: Node, sets: Sequence[SnapshotSet], now: datetime) -> list[Prob
         why = f"no scheduled take was made {last}: none for two periods of {_span(node.every)}"
         problems.append(Problem("no-tick", why, f"`snapshotter tick {node.name}` shows why"))
     if node.verify.every is not None and newest is not None:
-        proven = _newest_verified(node, sets, now)
+        proven = _newest_proven(node, sets, now, bare)
         at = None if proven is None else _verified_at(proven)
         if at is None or (now - at).total_seconds() > 1.5 * node.verify.every:
             said = "no good set is verified" if at is None else f"the last verification was {when(at)}"
@@ -148,6 +159,14 @@ def of_sets(node: Node, sets: Sequence[SnapshotSet], now: datetime) -> list[Prob
         if found.birth.taken_at > now + _AHEAD:
             problems.append(Problem("ahead", f"{found.set_id} is from the future", "mend the clock (NTP)"))
     return problems
+
+
+def unproven(node: Node, sets: Sequence[SnapshotSet], now: datetime, bare: Collection[str]) -> list[str]:
+    """A note where the newest proven set is less proven than the policy asks, and no more can be had. Pure."""
+    proven = _newest_proven(node, sets, now, bare) if node.verify.every is not None else None
+    if proven is None or (proven.verified_level or 0) >= node.verify.level:
+        return []
+    return [f"{node.name}: {proven.set_id} is verified at level 1, its files: of its content nothing was proven"]
 
 
 def of_timer(node: Node, sets: Sequence[SnapshotSet], timer: Installed | None, now: datetime) -> list[Problem]:
@@ -232,6 +251,27 @@ def _newest_verified(node: Node, sets: Sequence[SnapshotSet], now: datetime) -> 
     """Ok at level 2 or above and at the policy's."""
     proven = [found for found in sets if found.good and found.verified and found.birth.taken_at <= now + _AHEAD]
     return next((found for found in reversed(proven) if (found.verified_level or 0) >= node.verify.level), None)
+
+
+def _newest_proven(node: Node, sets: Sequence[SnapshotSet], now: datetime, bare: Collection[str]) -> SnapshotSet | None:
+    """The newest good set that is proven at the policy's level, or to level 1 where that was all: a set with a known
+    database is ok at the level asked for or not ok at all, and one whose profile names a database has one or is
+    corrupt. (A person may have asked for no more than level 1: a bare one counts then until a tick proves it.)"""
+    for found in reversed(sets):
+        level = found.verified_level
+        if level is None or not found.good or found.birth.taken_at > now + _AHEAD:
+            continue
+        if level >= node.verify.level or (level == 1 and found.birth.profile in bare):
+            return found
+    return None
+
+
+def _is_bare(session: Session, profile: str) -> bool:
+    """Whether this profile names no database. One that isn't there any more counts as `verify` takes it: as generic."""
+    try:
+        return not profiles.get(profile, session.config.profiles).database
+    except SnapshotterError:
+        return True
 
 
 def _verified_at(found: SnapshotSet) -> datetime | None:

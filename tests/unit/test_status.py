@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
 from snapshotter.core.model import Birth, ImageState, Member, Root, Snapshot, SnapshotSet, Space, State
@@ -85,6 +86,23 @@ def test_verification_has_a_schedule_of_its_own_and_a_level() -> None:
     assert said(policy, proven(11)) == ["unverified"]
     assert said(policy, proven(1, level="2")) == ["unverified"], "not at the policy's level"
     assert said(node('every = "24h"\nverify = {level = 3}'), made(1, slot="s")) == [], "only on request"
+
+
+def test_where_level_1_is_asked_for_or_all_that_can_be_had_it_counts() -> None:
+    def looked(level: int, profile: str = "generic", days: float = 1, said_level: str = "1") -> tuple[list[str], int]:
+        policy = node(f'every = "24h"\nverify = {{level = {level}, every = "7d"}}')
+        at = f"{NOW - timedelta(days=days):%Y%m%dt%H%M%Sz}".lower()
+        found = made(1, slot="s", verify_outcome="ok", verify_level=said_level, verify_at=at)
+        found = replace(found, birth=replace(found.birth, profile=profile))
+        notes = status.unproven(policy, [found], NOW, {"generic"})
+        return [problem.problem for problem in status.of_sets(policy, [found], NOW, {"generic"})], len(notes)
+
+    assert looked(1) == looked(1, "besu") == ([], 0), "the policy asks for no more"
+    assert looked(2) == looked(4) == ([], 1), "no known database: there is no more, and it is said"
+    assert looked(2, days=11) == (["unverified"], 1)
+    assert looked(2, "besu") == (["unverified"], 0), "it has a database, or would be corrupt"
+    assert looked(2, said_level="0") == (["unverified"], 0)
+    assert looked(2, said_level="2") == ([], 0)
 
 
 def test_a_timer_is_missed_unless_a_function_takes_the_sets() -> None:
@@ -204,6 +222,18 @@ def test_stale_without_a_timer_and_without_a_tick(command: Command) -> None:
     assert look(command, 8)[1] == {"stale", "no-timer", "no-tick"}
     human = command.run("status", "n")
     assert human.returncode == 8 and "snapshotter schedule install n" in human.stdout
+
+
+def test_files_of_no_known_database_are_verified_as_far_as_can_be(command: Command) -> None:
+    with open(command.config, "a") as file:
+        file.write('verify = {level = 3, every = "7d"}\n')
+    set_id = command.json("take", "n")["set_id"]
+    assert look(command, 8)[1] == {"unverified"}
+    assert command.json("verify", "n")["level"] == 1, "as the cure says"
+    document, problems = look(command, 0)
+    assert problems == set() and document["nodes"][0]["newest_verified"] is None
+    (warning,) = document["warnings"]
+    assert set_id in warning and "nothing was proven" in warning
 
 
 def test_damaged_and_corrupt(command: Command) -> None:
