@@ -217,6 +217,11 @@ def make(
     chosen, grade = held(node, seen, quiesce=quiesce, require=require, allow_skew=allow_skew)
     keys = [volume.key for volume in volumes]
     set_id = new_set_id(now)
+    # On one host the locks tell whether the run lives; the deadline only has to outlast the quiesce. But a slot's rival
+    # on another host knows no more than that, and a hook comes first.
+    making_s = max(1.0, budget_s or node.budget)
+    if slot and node.hooks.before_take:
+        making_s += node.timeout
 
     def record(address: str) -> Birth:
         return Birth(
@@ -230,8 +235,7 @@ def make(
             ),
             members=tuple(Member(volume.provider, volume.id) for volume in volumes),
             taken_at=now,
-            # On one host the locks tell whether the run lives; the deadline only has to outlast the quiesce.
-            deadline=now + timedelta(seconds=max(1.0, budget_s or node.budget)),
+            deadline=now + timedelta(seconds=making_s),
             slot=slot,
             address=address,
         )

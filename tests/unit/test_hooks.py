@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from snapshotter.core.errors import PreconditionError, UsageError
 from snapshotter.host.secrets import reveal
 from snapshotter.nodes import config
+from snapshotter.verbs import plan as planning
 from snapshotter.verbs.prune import nodes_of, prune
 from snapshotter.verbs.take import take
 from snapshotter.verbs.tick import tick
@@ -56,6 +58,16 @@ def test_hooks_know_what_happens(tmp_path: Path) -> None:
         document, errors = prune(world.session(), confirm_many=True)
         assert not errors
         assert told(tmp_path, "after_prune")["SETS"].split() == [gone["set_id"] for gone in document["removed"]]
+
+
+def test_a_slots_maker_is_taken_for_alive_while_its_hook_runs(tmp_path: Path) -> None:
+    """By another host's take of the same slot, which can ask nothing but the record."""
+    world = with_hooks(tmp_path, hook(tmp_path, "before_take"), more='timeout = "5m"\nbudget = "10s"')
+    node = world.config.nodes["n0"]
+    with world.clock():
+        of_slot = planning.make(world.session(), node, now=world.now, slot="20261122t000000z")
+        assert of_slot.birth.deadline - world.now == timedelta(seconds=310)
+        assert planning.make(world.session(), node, now=world.now).birth.deadline - world.now == timedelta(seconds=10)
 
 
 def test_one_that_fails_before_refuses_and_after_only_warns(tmp_path: Path) -> None:
