@@ -173,6 +173,16 @@ def mount(spec: MountSpec, where: str) -> None:
         raise StorageError(f"can't mount: {outcome.said}", object=where)
 
 
+def bind(source: int, where: int, name: str) -> None:
+    """Show the open directory `source` at the open directory `where`, which is called `name`, read-only if that is seen
+    read-only. By descriptors: a name can lead elsewhere by the time it is looked up. Raises StorageError."""
+    ours = f"/proc/{os.getpid()}/fd"
+    # -c: else mount(8) makes names of them first.
+    outcome = run(["mount", "-c", "--bind", "--", f"{ours}/{source}", f"{ours}/{where}"], mutates=True)
+    if not outcome.ok:
+        raise StorageError(f"can't mount: {outcome.said}", object=name)
+
+
 def is_mount_point(path: str) -> bool:
     """True if something is mounted exactly at the canonical `path`."""
     return any(entry.path == path for entry in table())

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,7 +36,7 @@ from snapshotter.core.model import (
     utc_now,
 )
 from snapshotter.core.undo import Undo
-from snapshotter.host import mounts
+from snapshotter.host import mounts, tree
 from snapshotter.host.locks import Locks
 from snapshotter.host.places import private_directory, run_directory
 from snapshotter.nodes import repoint
@@ -251,6 +252,11 @@ def attach_all(
     for index, (root, place) in enumerate(places):
         if os.path.dirname(place) in beside:
             os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
+        # The outermost place that holds it: from there on, the directories above are of an image.
+        within = next((above for _, above in places[:index] if mounts.is_under(place, above)), "")
+        if within:
+            with _inside(within, os.path.dirname(place), os.path.dirname(root.path)):
+                pass  # refused before the provider makes anything there
         if root.member not in made:
             snapshot = next(member for member in found.snapshots if member.birth.member == root.member)
             provider = holding[snapshot.provider]
@@ -258,7 +264,7 @@ def attach_all(
                 detached.add(provider.name)
                 undo.push(f"attachment {attachment_id}", functools.partial(provider.detach, attachment_id))
             made[root.member] = provider.attach(snapshot, attachment_id, access, place, purpose)
-        bring(undo, made[root.member], root.inside, place, f"{attachment_id}-{index}")
+        bring(undo, made[root.member], root, place, within, f"{attachment_id}-{index}")
 
 
 def staging_directory() -> str:
@@ -266,29 +272,55 @@ def staging_directory() -> str:
     return private_directory(os.path.join(run_directory(), "staging"))
 
 
-def bring(undo: Undo, made: MountSpec | Tree, inside: str, place: str, name: str) -> None:
-    """See to it that the directory `inside` of what was attached is seen at `place`."""
+def bring(undo: Undo, made: MountSpec | Tree, root: Root, place: str, within: str, name: str) -> None:
+    """See to it that `root`, in what was attached, is seen at `place`; `within` is the place of another root that this
+    one is below, or ''. Raises JudgedBadError where an image has a link on the way."""
     if isinstance(made, Tree):
-        if inside or made.path != place:
+        if root.inside or made.path != place:
             raise StorageError("a root below its volume's top can't be a plain tree", object=place)
         return
-    if not os.path.isdir(place):
+    if not within and not os.path.isdir(place):
         undo.push(place, lambda: _remove_if_empty(place))
         os.mkdir(place)
-    if not inside:
+    if not within and not root.inside:
         _mount(undo, made, place)
         return
     staging = private_directory(os.path.join(staging_directory(), name))
     undo.push(staging, lambda: _remove_if_empty(staging))
     _mount(undo, made, staging)
-    options: Sequence[str] = [option for option in made.options if option == "ro"]
-    _mount(undo, MountSpec(os.path.join(staging, inside), "bind", tuple(options)), place)
+    with (
+        _inside(staging, os.path.join(staging, root.inside), root.path) as source,
+        _inside(within or place, place, root.path) as target,
+    ):
+        _push_unmount(undo, place)
+        mounts.bind(source, target, place)
     mounts.unmount(staging)
     _remove_if_empty(staging)
 
 
+@contextmanager
+def _inside(top: str, path: str, origin: str) -> Iterator[int]:
+    """The directory `path`, open: `top`, or in what is seen there, the image of which `origin` was. Whoever could write
+    to the origin may have put a link in its place, by name it would lead to live data. Raises JudgedBadError."""
+    with tree.open_tree(top) as image:
+        try:
+            found = image.get(os.path.relpath(path, top))
+        except OSError as error:
+            if error.errno not in tree.SWAPPED:
+                raise
+            raise JudgedBadError(
+                "the image has a link, or no directory, in its place", object=origin, cure="restore another set"
+            ) from None
+        yield found
+
+
 def _mount(undo: Undo, spec: MountSpec, place: str) -> None:
-    """Mount there; the inverse leaves alone what somebody else had mounted at `place` before."""
+    _push_unmount(undo, place)
+    mounts.mount(spec, place)
+
+
+def _push_unmount(undo: Undo, place: str) -> None:
+    """The inverse of a mount there; it leaves alone what somebody else had mounted at `place` before."""
     before = sum(entry.path == place for entry in mounts.table())
 
     def inverse() -> None:
@@ -296,7 +328,6 @@ def _mount(undo: Undo, spec: MountSpec, place: str) -> None:
             mounts.unmount(place)
 
     undo.push(f"mount {place}", inverse)
-    mounts.mount(spec, place)
 
 
 def _remove_if_empty(path: str) -> None:

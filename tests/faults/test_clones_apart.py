@@ -1,0 +1,83 @@
+"""Clones made and ended as the command does it: nothing of the live data is touched through them, nothing of a
+person's goes with them, and they let in nobody whom the origin kept out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from snapshotter.host.mounts import is_mount_point, table
+from tests.support import Command, loop_file_system
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A btrfs with a subvolume `sub`."""
+    with loop_file_system("btrfs", tmp_path, 300) as point:
+        subprocess.run(["btrfs", "subvolume", "create", point / "sub"], check=True, capture_output=True)
+        yield point
+
+
+def swapping(tmp_path: Path, data: Path, moved: Path, lure: Path) -> Command:
+    """A node at whose take `moved` is a link to `lure`: from before the image is made until after."""
+    hooks = {
+        "before_take": f"mv {moved} {moved}.real && ln -s {lure} {moved}",
+        "after_take": f"rm {moved} && mv {moved}.real {moved}",
+    }
+    lines = ", ".join(f'{name} = ["sh", "-c", "{line}"]' for name, line in hooks.items())
+    return Command(tmp_path / "etc", config=f'[node.n]\npath = "{data}"\nhooks = {{{lines}}}\n')
+
+
+# ------------------------------------------------------------------------------------------------ links in an image
+
+
+@pytest.mark.root
+def test_a_link_where_the_data_path_was_leads_to_nothing_live(tmp_path: Path, disk: Path) -> None:
+    data, live = disk / "sub" / "node", tmp_path / "live"
+    for each in (data, live):
+        each.mkdir()
+        (each / "key").write_text("a" * 64)
+    (live / "link").symlink_to(live / "key")
+    command = swapping(tmp_path, data, data, live)
+    set_id = command.json("take", "n")["set_id"]
+    before = [mount.path for mount in table()]
+    for way in ("--to", "--mount"):
+        error = command.error("restore", set_id, way, str(tmp_path / "clone"), exit_code=8)
+        assert "link" in error["line"] and str(data) in error["line"] and "another set" in error["cure"]
+        assert not (tmp_path / "clone").exists()
+        assert [mount.path for mount in table()] == before and command.json("show", set_id)["attachments"] == []
+    assert command.run("verify", set_id).returncode == 8
+    assert [mount.path for mount in table()] == before and command.json("show", set_id)["attachments"] == []
+    assert (live / "key").read_text() == "a" * 64 and os.readlink(live / "link") == str(live / "key")
+
+
+@pytest.mark.root
+def test_a_link_above_a_nested_root_leads_to_nothing_live(tmp_path: Path, disk: Path) -> None:
+    data, live = disk / "sub", tmp_path / "live"
+    (data / "db" / "blobs").mkdir(parents=True)
+    (live / "blobs").mkdir(parents=True)
+    with loop_file_system("btrfs", tmp_path, 300) as other:
+        subprocess.run(["mount", "--bind", other, data / "db" / "blobs"], check=True)
+        try:
+            (data / "key").write_text("a" * 64)
+            (data / "db" / "blobs" / "1").write_text("blob")
+            command = swapping(tmp_path, data, data / "db", live)
+            set_id = command.json("take", "n")["set_id"]
+            error = command.error("restore", set_id, "--to", str(tmp_path / "clone"), exit_code=8)
+            assert str(data / "db") in error["line"]
+            assert not is_mount_point(str(live / "blobs")) and not (tmp_path / "clone").exists()
+            assert command.json("show", set_id)["attachments"] == []
+            whole = Command(tmp_path / "whole", config=f'[node.n]\npath = "{data}"\n')
+            set_id = whole.json("take", "n")["set_id"]
+            for way, can in (("--to", "rw"), ("--mount", "ro")):
+                whole.json("restore", set_id, way, str(tmp_path / "clone"))
+                assert (tmp_path / "clone" / "db" / "blobs" / "1").read_text() == "blob"
+                nested = next(mount for mount in table() if mount.path == str(tmp_path / "clone" / "db" / "blobs"))
+                assert can in nested.options and (can == "rw" or {"nosuid", "nodev"} <= nested.options)
+                whole.json("release", str(tmp_path / "clone"))
+        finally:
+            subprocess.run(["umount", data / "db" / "blobs"], check=True)
