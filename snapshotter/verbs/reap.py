@@ -19,7 +19,7 @@ from snapshotter.host.places import host_name, same_host
 from snapshotter.provider import resume
 from snapshotter.verbs.delete import lock_names, remove
 from snapshotter.verbs.documents import grouped
-from snapshotter.verbs.release import places_of, refuse_foreign_mount, tidy
+from snapshotter.verbs.release import placed, places_of, refuse_foreign_mount, tidy
 from snapshotter.verbs.session import Session
 
 
@@ -51,7 +51,7 @@ def reap(session: Session, entries: Catalog | None = None) -> dict[str, Any]:
                 continue
             try:
                 trees = {part.path for part in parts if part.tree}
-                places = places_of(session, parts)
+                places = places_of(placed(session, parts), parts)
                 for path in [path for path in places if os.path.lexists(path)]:
                     refuse_foreign_mount(path, trees)
                     if users := processes.users_of(path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, SnapshotterError
@@ -17,7 +18,7 @@ from snapshotter.verbs.session import Session
 
 def release(session: Session, where: str, *, discard_changes: bool = False) -> dict[str, Any]:
     """Unmount and remove what a restore made at `where` (a directory, or an attachment id). Returns its document.
-    Raises NotFoundError, BusyError (in use, or written since)."""
+    Raises NotFoundError, BusyError (in use, written since, or not mounted, so that this can't be told)."""
     providers, gone = session.everywhere()
     seen: dict[tuple[str, str, int], tuple[Provider, Attachment]] = {}  # each once, whichever instances see it
     unasked = [entry.provider for entry in gone]
@@ -42,7 +43,8 @@ def release(session: Session, where: str, *, discard_changes: bool = False) -> d
         raise PreconditionError(
             f"provider {min(hidden)} can't be asked now", object=where, cure="make it work, then try again"
         )
-    paths = places_of(session, attachments)
+    roots = placed(session, attachments)
+    paths = places_of(roots, attachments)
     trees = {found.path for found in attachments if found.tree}
     if any(found.held for found in attachments):
         raise BusyError("is being made by a running restore", object=where, cure="wait for it, or stop it")
@@ -51,7 +53,7 @@ def release(session: Session, where: str, *, discard_changes: bool = False) -> d
             refuse_foreign_mount(path, trees)
             _refuse_if_used(path)
         if not discard_changes and attachments[0].access is Access.WRITABLE:
-            _refuse_if_changed(attachments)
+            _refuse_if_changed(roots, attachments)
         for path in paths:
             mounts.unmount(path)
         notes: list[str] = []
@@ -62,17 +64,22 @@ def release(session: Session, where: str, *, discard_changes: bool = False) -> d
     return {"released": attachment_document(attachments), "set_id": attachments[0].set_id, "warnings": notes}
 
 
-def places_of(session: Session, parts: list[Attachment]) -> list[str]:
-    """Everywhere that something of one attachment may be mounted, the deepest first (a root may be inside another):
-    where its parts are, where the set's other roots were brought, and where a killed restore was mounting."""
-    paths = {found.path for found in parts if found.path}
+def placed(session: Session, parts: list[Attachment]) -> dict[str, int]:
+    """Where each root of the attachment's set was brought, and the member that it is in: one may have several roots."""
+    found = {part.path: part.member for part in parts if part.path}
     for entry in session.catalog(parts[0].set_id).sets:
         data = entry.birth.roots[0].member
-        for top in [found.path for found in parts if found.member == data and found.path]:
-            paths |= {place for _, place in layout(entry, top)}
+        for top in [part.path for part in parts if part.member == data and part.path]:
+            found |= {place: root.member for root, place in layout(entry, top)}
+    return found
+
+
+def places_of(roots: Iterable[str], parts: list[Attachment]) -> list[str]:
+    """Everywhere that something of one attachment may be mounted, the deepest first (a root may be inside another):
+    where its `roots` were brought (`placed`), and where a killed restore was mounting."""
     staging = staging_directory()
-    paths |= {os.path.join(staging, name) for name in os.listdir(staging) if name.startswith(parts[0].id)}
-    return sorted(paths, key=lambda path: path.count("/"), reverse=True)
+    left = [os.path.join(staging, name) for name in os.listdir(staging) if name.startswith(parts[0].id)]
+    return sorted({*roots, *left}, key=lambda path: path.count("/"), reverse=True)
 
 
 def _identify(attachments: list[Attachment], where: str, unasked: list[str]) -> str:
@@ -101,14 +108,24 @@ def _refuse_if_used(path: str) -> None:
         raise BusyError(f"is in use by {some}{more}", object=path, cure="end that first")
 
 
-def _refuse_if_changed(attachments: list[Attachment]) -> None:
-    for found in attachments:
-        # One that was never settled is half-made: nobody has worked in it.
-        changed = first_change(found.path, found.since.timestamp()) if found.path and found.since else None
+def _refuse_if_changed(roots: Mapping[str, int], parts: list[Attachment]) -> None:
+    by_member = {part.member: part for part in parts}
+    for place, member in roots.items():
+        part = by_member.get(member)
+        if part is None or part.since is None:
+            continue  # never settled: half-made, nobody has worked in it
+        if not part.tree and not mounts.is_mount_point(place):
+            # After a reboot, or an umount: the clone is there still, with all that was written to it.
+            raise BusyError(
+                "isn't mounted, so whether it was written to since it was restored can't be told",
+                object=place,
+                cure="mount it there again, or --discard-changes drops what may be in it",
+            )
+        changed = first_change(place, part.since.timestamp())
         if changed is not None:
             raise BusyError(
                 f"was written to since it was restored ({changed})",
-                object=found.path,
+                object=place,
                 cure="--discard-changes drops that",
             )
 

@@ -81,3 +81,42 @@ def test_a_link_above_a_nested_root_leads_to_nothing_live(tmp_path: Path, disk: 
                 whole.json("release", str(tmp_path / "clone"))
         finally:
             subprocess.run(["umount", data / "db" / "blobs"], check=True)
+
+
+# -------------------------------------------------------------------------------------------------- release and changes
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("unmounted", ["", "clone", "clone.roots/1"])
+def test_no_change_goes_without_a_word(tmp_path: Path, disk: Path, unmounted: str) -> None:
+    """Nor in a root that shares its volume with another, nor in a clone that isn't mounted any more."""
+    data, fast = disk / "sub" / "node", disk / "sub" / "fast"
+    for each in (data, fast):
+        each.mkdir()
+        (each / "file").write_text("x")
+    (data / "db").symlink_to(fast)
+    command = Command(tmp_path / "etc")
+    set_id, clone = command.json("take", str(data))["set_id"], tmp_path / "clone"
+    restored = command.json("restore", set_id, "--to", str(clone))
+    assert [root["path"] for root in restored["roots"]] == [str(clone), f"{clone}.roots/1"]
+    command.json("release", str(clone))  # nobody has written to it
+    command.json("restore", set_id, "--to", str(clone))
+    (clone / "db" / "mine").write_text("")
+    source = next(mount for mount in table() if mount.path == f"{clone}.roots/1")
+    if unmounted:
+        subprocess.run(["umount", tmp_path / unmounted], check=True)
+    error = command.error("release", str(clone), exit_code=5)
+    assert "--discard-changes" in error["cure"] and ("isn't mounted" in error["line"]) == bool(unmounted)
+    with_mine = tmp_path / "again"
+    with_mine.mkdir()
+    subprocess.run(["mount", "-o", f"subvol={os.path.dirname(source.root)}", source.source, with_mine], check=True)
+    assert (with_mine / "fast" / "mine").exists()
+    subprocess.run(["umount", with_mine], check=True)
+    command.json("release", str(clone), "--discard-changes")
+    assert command.json("show", set_id)["attachments"] == []
+    os.remove(data / "db")  # read-only such a link is refused
+    set_id = command.json("take", str(data))["set_id"]
+    command.json("restore", set_id, "--mount", str(clone))
+    subprocess.run(["umount", clone], check=True)
+    command.json("release", str(clone))  # read-only: nobody can have
+    assert command.json("show", set_id)["attachments"] == []
