@@ -100,8 +100,13 @@ def _bring_all(
     """Carry out the plan that `document` is, and note in it what came of it."""
     top, attachment_id, warnings = document["path"], document["attachment_id"], document["warnings"]
     holding = {provider.name: provider for provider in session.providers_of(found)}
-    # Shared: two restores of one set may run at once; a delete may not.
-    with Locks([f"set:{found.set_id}"], exclusive=False), Undo(undo_command=f"snapshotter release {top}") as undo:
+    with (
+        Locks([f"place:{top}"]),
+        # Shared: two restores of one set may run at once; a delete may not.
+        Locks([f"set:{found.set_id}"], exclusive=False),
+        Undo(undo_command=f"snapshotter release {top}") as undo,
+    ):
+        destination_of(top, found)  # another restore may have filled it before we had the lock
         if access is Access.READ_ONLY and not os.path.isdir(top):
             undo.push(top, lambda: _remove_if_empty(top))
             os.mkdir(top)
