@@ -63,6 +63,7 @@ class Subvolume(Struct, frozen=True):
     read_only: bool
     uuid: str
     origin: str  # of what it is a snapshot
+    received: bool  # from another file system, by `btrfs receive`
 
 
 def _call(request: int, fd: int, buffer: bytearray) -> bytearray:
@@ -106,7 +107,17 @@ def subvolume(fd: int) -> Subvolume:
         read_only=bool(flags & _ROOT_READ_ONLY),
         uuid=bytes(found[296:312]).hex(),
         origin=origin.hex() if any(origin) else "",
+        received=any(found[328:344]),
     )
+
+
+def is_read_only(path: str) -> bool:
+    """Whether the subvolume that this directory *on btrfs* lies in takes no changes. Raises OSError."""
+    fd = os.open(path, DIRECTORY)
+    try:
+        return subvolume(fd).read_only
+    finally:
+        os.close(fd)
 
 
 def path_of(fd: int) -> str:
@@ -211,8 +222,8 @@ def _children(fd: int) -> Iterator[tuple[str, str]]:
 
 def live_nested(path: str) -> list[str]:
     """The subvolumes below the directory `path` that hold data of their own: not in a snapshot of the subvolume that
-    `path` is in. Left out, with all below them: read-only ones, which are snapshots, and the stores of snapper and of
-    ours. [] where `path` is not on btrfs. Absolute paths, sorted. Raises OSError."""
+    `path` is in. Left out, with all below them: read-only snapshots, and the stores of snapper and of ours. [] where
+    `path` is not on btrfs. Absolute paths, sorted. Raises OSError."""
     top = path
     while not is_top(os.stat(top)):
         above = os.path.dirname(top)
@@ -234,8 +245,13 @@ def live_nested(path: str) -> list[str]:
 
 
 def living(found: Sequence[tuple[str, Subvolume]]) -> list[str]:
-    """The paths of those among `nested(fd)` that aren't snapshots or a snapshot tool's store, nor lie in one."""
-    dead = [path for path, each in found if each.read_only or each.name == SNAPPER or each.name == STORE]
+    """The paths of those among `nested(fd)` that aren't snapshots or a snapshot tool's store, nor lie in one. A
+    read-only one that is no snapshot is data that somebody froze, and a writable snapshot may be what programs use."""
+    dead = [
+        path
+        for path, each in found
+        if (each.read_only and (each.origin or each.received)) or each.name in (SNAPPER, STORE)
+    ]
     return [path for path, _ in found if not any(path == top or path.startswith(top + "/") for top in dead)]
 
 

@@ -55,14 +55,15 @@ class Layout(Struct, frozen=True):
     in the order of their names. `links_outside`: links (and single mounted files) that are not followed, each with
     why. `aliases`: (path, same content's path in a root): bind mounts that aren't stored a second time. `subvolumes`:
     btrfs subvolumes below the roots that aren't mounts: roots too for a provider whose snapshots end at them.
-    `nowhere`: (who leads there, path) of what isn't there now, outside the roots: perhaps on a disk that isn't mounted.
-    """
+    `snapshots`: those that are no roots even then, each directory of them once. `nowhere`: (who leads there, path) of
+    what isn't there now, outside the roots: perhaps on a disk that isn't mounted."""
 
     roots: list[Found]
     subvolumes: list[Found]
     links_outside: list[str]
     aliases: list[tuple[str, str]]
     warnings: list[str]
+    snapshots: list[str]
     nowhere: list[tuple[str, str]]
 
 
@@ -187,6 +188,7 @@ class _Search:
         self.nowhere: list[tuple[str, str]] = []  # (who leads there, where)
         self.aliases: dict[str, str] = {}
         self.subvolumes: dict[str, Mount] = {}
+        self.snapshots: dict[str, set[str]] = {}  # by the directory that they are in
         self.warnings: list[str] = []
         self.linked_options: list[str] = []  # options files that are links: read once their target is in a root
         self.missing: list[tuple[str, str]] = []  # (options file and key, directory that it may not lead us to)
@@ -302,6 +304,7 @@ class _Search:
                         elif entry.is_dir(follow_symlinks=False) and path not in self.mount_points:
                             if mount.fstype == "btrfs" and _is_subvolume(entry):
                                 if path not in nested:
+                                    self._snapshot(directory, entry.name)
                                     continue  # a snapshot of ours or another tool's: not the node's
                                 self.subvolumes[path] = mount
                             waiting.append(path)
@@ -313,6 +316,12 @@ class _Search:
             finally:
                 os.close(fd)
         return leads
+
+    def _snapshot(self, directory: str, name: str) -> None:
+        from snapshotter.host import btrfs
+
+        if name != btrfs.STORE:  # ours, and nobody's loss
+            self.snapshots.setdefault(directory, set()).add(os.path.join(directory, name))
 
     def may_follow(self, led: _Led, who: str, author: int = 0) -> bool:
         """Whether all who led there (`author`: of what names the path) own it, or are root. Notes a refusal."""
@@ -441,6 +450,7 @@ class _Search:
             ),
             aliases=sorted(self.aliases.items()),
             warnings=sorted({*self.warnings, *warned, *unread}),
+            snapshots=sorted(_named(*each) for each in self.snapshots.items()),
             nowhere=[(who, path) for who, path in self.nowhere if not self._known(path)],
         )
 
@@ -448,6 +458,13 @@ class _Search:
         if path == self.data:
             return ""
         return os.path.relpath(path, self.data) if is_under(path, self.data) else None
+
+
+def _named(directory: str, snapshots: set[str]) -> str:
+    """One line for all in a directory: a tool may keep hundreds."""
+    if len(snapshots) == 1:
+        return f"{min(snapshots)}: a btrfs snapshot, or a store of them"
+    return f"{directory}: {len(snapshots)} btrfs snapshots in it, {min(snapshots)} is one"
 
 
 def _nested_subvolumes(top: str) -> set[str]:

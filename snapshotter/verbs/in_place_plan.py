@@ -18,7 +18,7 @@ from snapshotter.core.errors import (
     SnapshotterError,
 )
 from snapshotter.core.model import Birth, Member, SnapshotSet, compact_time
-from snapshotter.host import mounts, processes
+from snapshotter.host import btrfs, mounts, processes
 from snapshotter.host.mounts import Mount, is_under
 from snapshotter.host.places import private_directory
 from snapshotter.host.service import Service
@@ -419,6 +419,12 @@ def _refuse_read_only(root: str, table: list[Mount]) -> None:
             f"is on a file system that is mounted read-only ({mount.path})",
             object=root,
             cure=f"look at why (dmesg), then: mount -o remount,rw {mount.path}; or restore elsewhere with --to",
+        )
+    if mount.fstype == "btrfs" and btrfs.is_read_only(at):
+        raise PreconditionError(
+            "is in a read-only subvolume, so nothing can be put in its place",
+            object=root,
+            cure=f"btrfs property set {at} ro false; or restore elsewhere with --to",
         )
 
 

@@ -78,6 +78,11 @@ class Plan(Struct, frozen=True):
     def locks(self) -> list[str]:
         return [f"target:{self.birth.target}", *(volume.key for volume in self.volumes)]
 
+    def left_out(self) -> list[str]:
+        """What lies below the roots, or is led to from there, and isn't in the set; each with why."""
+        apart = any(provider.traits.subvolumes_apart for provider in self.providers)
+        return [*self.layout.links_outside, *(self.layout.snapshots if apart else ())]
+
     def document(self) -> dict[str, Any]:
         """For `--dry-run`."""
         return {
@@ -95,7 +100,7 @@ class Plan(Struct, frozen=True):
                 {"origin": root.path, "volume": self.volumes[root.member].id, "path": root.inside}
                 for root in self.birth.roots
             ],
-            "left_out": list(self.layout.links_outside),
+            "left_out": self.left_out(),
             "warnings": list(self.layout.warnings),
         }
 

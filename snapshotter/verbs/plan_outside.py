@@ -85,7 +85,9 @@ def make(
     return Plan(
         node=node,
         profile=profile,
-        layout=Layout(roots=[], subvolumes=[], links_outside=[], aliases=[], warnings=doubts, nowhere=[]),
+        layout=Layout(
+            roots=[], subvolumes=[], links_outside=[], aliases=[], warnings=doubts, snapshots=[], nowhere=[]
+        ),
         birth=birth,
         volumes=tuple(volumes),
         providers=(provider,) * len(volumes),

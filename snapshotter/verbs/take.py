@@ -83,7 +83,7 @@ def take_node(
         open_restores.refuse(session, plan.birth.target)
         return plan.document()
     notes = list(plan.layout.warnings)
-    left_out = list(plan.layout.links_outside)
+    left_out = plan.left_out()
     with Locks(plan.locks()):
         open_restores.refuse(session, plan.birth.target)
         try:

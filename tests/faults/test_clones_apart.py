@@ -144,3 +144,47 @@ def test_two_restores_into_one_directory(tmp_path: Path, kind: str, request: pyt
     assert len([mount for mount in table() if mount.path == str(clone)]) == (kind == "btrfs")
     command.json("release", str(clone))
     assert not clone.exists() and command.json("show", set_id)["attachments"] == []
+
+
+# ---------------------------------------------------------------------------------------------- subvolumes in the data
+
+
+@pytest.mark.root
+def test_a_frozen_store_in_the_data_is_data(tmp_path: Path, disk: Path) -> None:
+    """A read-only subvolume that is no snapshot of another is a root. Snapshots aren't, and that is said, briefly."""
+    data, clone = disk / "sub", tmp_path / "clone"
+    (data / "file").write_text("x")
+
+    def btrfs(*words: str | Path) -> None:
+        subprocess.run(["btrfs", *words], check=True, capture_output=True)
+
+    btrfs("subvolume", "create", data / "ancient")
+    (data / "ancient" / "blob").write_text("old")
+    btrfs("property", "set", data / "ancient", "ro", "true")
+    command = Command(tmp_path / "etc")
+    taken = command.json("take", str(data))
+    assert taken["left_out"] == [] and len(taken["snapshots"]) == 2 and taken["good"]
+    for way in ("--to", "--mount"):
+        command.json("restore", taken["set_id"], way, str(clone))
+        assert (clone / "ancient" / "blob").read_text() == "old"
+        command.json("release", str(clone))
+    assert command.json("verify", taken["set_id"], "--level", "1")["outcome"] == "ok"
+    error = command.error("restore", taken["set_id"], "--in-place", "--yes", exit_code=3)
+    assert f"btrfs property set {data}/ancient ro false" in error["cure"]
+
+    with open(tmp_path / "stream", "wb") as stream:
+        subprocess.run(["btrfs", "send", "-q", data / "ancient"], check=True, stdout=stream)
+    (data / "received").mkdir()
+    btrfs("receive", "-q", "-f", tmp_path / "stream", data / "received")
+    btrfs("subvolume", "create", data / ".snapshots")
+    (data / "btrbk").mkdir()
+    for number in range(50):
+        (data / ".snapshots" / str(number)).mkdir()
+        btrfs("subvolume", "snapshot", "-r", data, data / ".snapshots" / str(number) / "snapshot")
+        btrfs("subvolume", "snapshot", "-r", data, data / "btrbk" / str(number))
+    taken = command.json("take", str(data))
+    assert len(taken["snapshots"]) == 2
+    said = [line.partition(":")[0] for line in taken["left_out"]]
+    assert said == [str(data / name) for name in (".snapshots", "btrbk", "received/ancient")]
+    assert "50 btrfs snapshots" in taken["left_out"][1]
+    assert command.json("take", str(data), "--provider", "copy", "--dry-run")["left_out"] == []  # it copies them
