@@ -14,7 +14,7 @@ from typing import Any
 from providers.copy.sets import Sets
 from snapshotter.core.errors import JudgedBadError, PreconditionError, StorageError
 from snapshotter.core.model import Progress, Purpose, Report
-from snapshotter.host import processes, tree
+from snapshotter.host import permissions, processes, tree
 from snapshotter.host.mirror import SKIPPED, Mirror, directory_identity, manifest_lines, remove_clone
 from snapshotter.host.mounts import is_under
 from snapshotter.host.store import MARKER, readable, room_fd, store_around, told, write_object
@@ -79,32 +79,13 @@ def _first_difference(store: Sets, at: str, image: tree.Dirs, now: Mapping[str, 
 # ----------------------------------------------------------------------------------------------------------- reach
 
 
-def reach(path: str, gid: int | None = None) -> int:
-    """Which permission bits for the group and for others count at all on a directory at `path`: those of who can come
-    to it through the directories above. `gid`: its group, if it isn't there yet."""
-    mask = 0o077
-    try:
-        gid = os.stat(path).st_gid if gid is None else gid
-        above = os.path.realpath(path)
-        while above != "/":
-            above = os.path.dirname(above)
-            found = os.stat(above)
-            if not found.st_mode & 0o001:
-                mask &= ~0o007
-            if not found.st_mode & (0o010 if found.st_gid == gid else 0o001):
-                mask &= ~0o070
-    except OSError:
-        return 0
-    return mask
-
-
 def _newly_reached(store: Sets, record: Mapping[str, Any], top: tree.Entry) -> int:
     """The bits of the image's top that would let in whom the origin's place kept out."""
     try:
         had = int(store.image(record["set_id"])[1][record["member"]].get("reach", 0o077))
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         had = 0o077
-    return top.mode & reach(os.path.realpath(record["path"]), top.gid) & ~had & 0o077
+    return permissions.newly_reached(top.mode, top.gid, record["path"], had)
 
 
 # ---------------------------------------------------------------------------------------------------------- making
@@ -140,7 +121,7 @@ def view(store: Sets, name: str, content: Mapping[str, Any]) -> list[str]:
         top = walk_whole(store, at, image)[""]
     record(store, name, content)
     if _newly_reached(store, content, top):
-        return ["through this mount others can read what the directory above the origin kept from them"]
+        return [permissions.SHOWN]
     return []
 
 
@@ -155,7 +136,7 @@ def clone(store: Sets, name: str, content: dict[str, Any], size: int, report: Re
         source = stack.enter_context(tree.open_tree(f"{at}/tree", dir_fd=store.fd))
         now = walk_whole(store, at, source)
         lost = _newly_reached(store, content, now[""])
-        notes = ["its top directory is closed to others, as the directory above the origin was"] if lost else []
+        notes = [permissions.CLOSED] if lost else []
         # An image of an older version may hold a store: in a clone it would look like one more.
         for marker in [each for each in now if each.endswith("/" + MARKER)]:
             inner = os.path.dirname(marker)

@@ -12,7 +12,6 @@ from typing import Any
 
 from msgspec import Struct, field
 
-from providers.copy.clones import reach
 from providers.copy.sets import Sets
 from snapshotter.core.errors import (
     PreconditionError,
@@ -24,7 +23,7 @@ from snapshotter.core.model import (
     Progress,
     Volume,
 )
-from snapshotter.host import mounts, tree
+from snapshotter.host import mounts, permissions, tree
 from snapshotter.host.mirror import (
     SETTLED_NS,
     Mirror,
@@ -219,7 +218,7 @@ class Making(Struct):
                 "size_bytes": sum(files.values()),
                 "files": len(files),
                 "manifest_bytes": len(text),
-                "reach": reach(part.top),
+                "reach": permissions.reach(part.top),
             }
         image = {"order": self.store.next_order(), "members": members}
         write_object(f"{at}/image.json", image, self.store.fd, durable=False)

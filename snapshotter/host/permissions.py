@@ -1,5 +1,5 @@
-"""Who may write below a directory by mode and ACL, and whether anybody has a file open for writing at all: what can
-be said of processes that we may not look into. Knows nothing of /proc.
+"""Who may write below a directory by mode and ACL, who can come to it at all, and whether anybody has a file open for
+writing: what can be said of processes that we may not look into. Knows nothing of /proc.
 """
 
 from __future__ import annotations
@@ -38,6 +38,36 @@ def open_for_writing(path: str) -> bool | None:
         return None
     finally:
         os.close(fd)
+
+
+#: What is told of a clone, or a read-only mount, where `newly_reached` isn't 0.
+CLOSED = "its top directory is closed to others, as the directory above the origin was"
+SHOWN = "through this mount others can read what the directory above the origin kept from them"
+
+
+def reach(path: str, gid: int | None = None) -> int:
+    """Which permission bits for the group and for others count at all on a directory at `path`: those of who can come
+    to it through the directories above. `gid`: its group, if it isn't there yet."""
+    mask = 0o077
+    try:
+        gid = os.stat(path).st_gid if gid is None else gid
+        above = os.path.realpath(path)
+        while above != "/":
+            above = os.path.dirname(above)
+            found = os.stat(above)
+            if not found.st_mode & 0o001:
+                mask &= ~0o007
+            if not found.st_mode & (0o010 if found.st_gid == gid else 0o001):
+                mask &= ~0o070
+    except OSError:
+        return 0
+    return mask
+
+
+def newly_reached(mode: int, gid: int, path: str, had: int) -> int:
+    """Which permission bits of a directory of this mode and group would, at `path`, let in whom its origin's place kept
+    out: `had` is the `reach` there."""
+    return mode & reach(path, gid) & ~had & 0o077
 
 
 class _Access(Struct, frozen=True):

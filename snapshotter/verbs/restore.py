@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ from snapshotter.core.model import (
     utc_now,
 )
 from snapshotter.core.undo import Undo
-from snapshotter.host import mounts, tree
+from snapshotter.host import mounts, permissions, tree
 from snapshotter.host.locks import Locks
 from snapshotter.host.places import private_directory, run_directory
 from snapshotter.nodes import repoint
@@ -110,14 +111,13 @@ def _bring_all(
         if access is Access.READ_ONLY and not os.path.isdir(top):
             undo.push(top, lambda: _remove_if_empty(top))
             os.mkdir(top)
-        attach_all(undo, holding, found, places, attachment_id, access, Purpose.RESTORE)
+        warnings += attach_all(undo, holding, found, places, attachment_id, access, Purpose.RESTORE)
         pairs = [(root.path, place) for root, place in places]
         if os.path.isdir(f"{top}.roots"):
             # Whoever may enter the clone may enter its other roots.
             like = os.stat(top)
             os.chown(f"{top}.roots", like.st_uid, like.st_gid, follow_symlinks=False)
             os.chmod(f"{top}.roots", like.st_mode & 0o777)
-        warnings += [note for provider in holding.values() for note in provider.notes]
         if access is Access.WRITABLE:
             changes = repoint.repoint(pairs, f"{top}.roots/outside")
             if not with_identity:
@@ -243,9 +243,11 @@ def attach_all(
     attachment_id: str,
     access: Access,
     purpose: Purpose,
-) -> None:
+) -> list[str]:
     """Attach the set so that each root is seen at its place (`layout`); inverses are on the stack before. Each
-    provider's is there once, below all its mounts: it detaches all volumes, and none may be mounted then."""
+    provider's is there once, below all its mounts: it detaches all volumes, and none may be mounted then. Returns
+    notes for a person."""
+    notes: list[str] = []
     made: dict[int, MountSpec | Tree] = {}  # several roots may lie in one volume: it is attached once
     detached: set[str] = set()
     # The directory of roots beside the data path: removed below every detach, as it is empty only after that, and made
@@ -257,6 +259,10 @@ def attach_all(
     for index, (root, place) in enumerate(places):
         if os.path.dirname(place) in beside:
             os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
+            # Others come to it as to the clone (`_bring_all`): by that is told what must be closed to them in it.
+            like = os.stat(places[0][1])
+            os.chown(os.path.dirname(place), -1, like.st_gid, follow_symlinks=False)
+            os.chmod(os.path.dirname(place), like.st_mode & 0o055 | 0o700)
         # The outermost place that holds it: from there on, the directories above are of an image.
         within = next((above for _, above in places[:index] if mounts.is_under(place, above)), "")
         if within:
@@ -269,27 +275,26 @@ def attach_all(
                 detached.add(provider.name)
                 undo.push(f"attachment {attachment_id}", functools.partial(provider.detach, attachment_id))
             made[root.member] = provider.attach(snapshot, attachment_id, access, place, purpose)
-        bring(undo, made[root.member], root, place, within, f"{attachment_id}-{index}")
+            notes += provider.notes
+        notes += bring(undo, made[root.member], root, place, within, f"{attachment_id}-{index}")
+    return list(dict.fromkeys(notes))  # `copy` says of what it makes itself what `bring` says
 
 
 def staging_directory() -> str:
-    """Where a volume is mounted for a moment, when only a directory inside it is wanted: `<attachment id>-<n>`."""
+    """Where a volume is mounted for a moment, and nobody else comes: `<attachment id>-<n>`."""
     return private_directory(os.path.join(run_directory(), "staging"))
 
 
-def bring(undo: Undo, made: MountSpec | Tree, root: Root, place: str, within: str, name: str) -> None:
+def bring(undo: Undo, made: MountSpec | Tree, root: Root, place: str, within: str, name: str) -> list[str]:
     """See to it that `root`, in what was attached, is seen at `place`; `within` is the place of another root that this
-    one is below, or ''. Raises JudgedBadError where an image has a link on the way."""
+    one is below, or ''. Returns notes. Raises JudgedBadError where an image has a link on the way."""
     if isinstance(made, Tree):
         if root.inside or made.path != place:
             raise StorageError("a root below its volume's top can't be a plain tree", object=place)
-        return
+        return []
     if not within and not os.path.isdir(place):
         undo.push(place, lambda: _remove_if_empty(place))
         os.mkdir(place)
-    if not within and not root.inside:
-        _mount(undo, made, place)
-        return
     staging = private_directory(os.path.join(staging_directory(), name))
     undo.push(staging, lambda: _remove_if_empty(staging))
     _mount(undo, made, staging)
@@ -297,10 +302,26 @@ def bring(undo: Undo, made: MountSpec | Tree, root: Root, place: str, within: st
         _inside(staging, os.path.join(staging, root.inside), root.path) as source,
         _inside(within or place, place, root.path) as target,
     ):
+        notes = _keep_out(source, root.path, place, writable="ro" not in made.options)
         _push_unmount(undo, place)
         mounts.bind(source, target, place)
     mounts.unmount(staging)
     _remove_if_empty(staging)
+    return notes
+
+
+def _keep_out(top: int, origin: str, place: str, *, writable: bool) -> list[str]:
+    """Close the directory that will be seen at `place` to those who can't come to its origin for a closed directory
+    above that, before they see it; returns notes. Where there is no such directory now, nobody knows."""
+    found = os.fstat(top)
+    had = permissions.reach(origin, found.st_gid) if os.path.isdir(os.path.dirname(origin)) else 0o077
+    lost = permissions.newly_reached(found.st_mode, found.st_gid, place, had)
+    if not lost:
+        return []
+    if not writable:
+        return [permissions.SHOWN]
+    os.fchmod(top, stat.S_IMODE(found.st_mode) & ~lost)
+    return [permissions.CLOSED]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ person's goes with them, and they let in nobody whom the origin kept out."""
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +12,24 @@ from pathlib import Path
 import pytest
 
 from snapshotter.host.mounts import is_mount_point, table
-from tests.support import Command, loop_file_system
+from tests.support import NOBODY, Command, as_user, loop_file_system
+from tests.unit.copy_kit import reachable
+
+__all__ = ["reachable"]  # a fixture
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A btrfs with a subvolume `sub`."""
     with loop_file_system("btrfs", tmp_path, 300) as point:
+        subprocess.run(["btrfs", "subvolume", "create", point / "sub"], check=True, capture_output=True)
+        yield point
+
+
+@pytest.fixture
+def open_disk(reachable: Path) -> Iterator[Path]:
+    """The same, where every user can come to it."""
+    with loop_file_system("btrfs", reachable, 300) as point:
         subprocess.run(["btrfs", "subvolume", "create", point / "sub"], check=True, capture_output=True)
         yield point
 
@@ -188,3 +200,62 @@ def test_a_frozen_store_in_the_data_is_data(tmp_path: Path, disk: Path) -> None:
     assert said == [str(data / name) for name in (".snapshots", "btrbk", "received/ancient")]
     assert "50 btrfs snapshots" in taken["left_out"][1]
     assert command.json("take", str(data), "--provider", "copy", "--dry-run")["left_out"] == []  # it copies them
+
+
+# ------------------------------------------------------------------------------------------------- who may look into it
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("provider", ["btrfs", "copy"])
+def test_what_a_directory_above_hid_stays_hidden(open_disk: Path, reachable: Path, provider: str) -> None:
+    """In the clone, and in its root beside; of a read-only mount, where nothing can be closed, that is told."""
+    hidden, clone = open_disk / "sub" / "hidden", reachable / "clone"
+    hidden.mkdir(mode=0o700)
+    for name in ("node", "fast"):
+        (hidden / name).mkdir()
+        (hidden / name / "key").write_text("a" * 64)
+        for each, mode in ((hidden / name / "key", 0o644), (hidden / name, 0o755)):
+            os.chmod(each, mode)
+    (hidden / "node" / "db").symlink_to(hidden / "fast")
+    command = Command(reachable / "etc")
+    words = ("--provider", provider)
+    set_id = command.json("take", str(hidden / "node"), *words)["set_id"]
+
+    def readable(path: Path) -> bool:
+        return subprocess.run([*as_user(NOBODY), "cat", path], capture_output=True).returncode == 0
+
+    restored = command.json("restore", set_id, "--to", str(clone), "--with-identity")
+    assert sum("closed to others" in note for note in restored["warnings"]) == 1
+    assert not readable(clone / "key") and not readable(clone / "db" / "key")
+    assert stat.S_IMODE(clone.stat().st_mode) == 0o700
+    command.json("release", str(clone))
+    os.remove(hidden / "node" / "db")  # read-only such a link is refused
+    set_id = command.json("take", str(hidden / "node"), *words)["set_id"]
+    restored = command.json("restore", set_id, "--mount", str(clone))
+    assert sum("others can read" in note for note in restored["warnings"]) == 1
+    command.json("release", str(clone))
+    hidden.chmod(0o755)
+    set_id = command.json("take", str(hidden / "node"), *words)["set_id"]
+    restored = command.json("restore", set_id, "--to", str(clone), "--with-identity")
+    assert readable(clone / "key") and not [note for note in restored["warnings"] if "closed" in note]
+    command.json("release", str(clone))
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("provider", ["btrfs", "copy"])
+def test_a_hidden_root_beside_an_open_one(open_disk: Path, reachable: Path, provider: str) -> None:
+    data, hidden, clone = open_disk / "sub" / "node", open_disk / "sub" / "hidden", reachable / "clone"
+    data.mkdir()
+    hidden.mkdir(mode=0o700)
+    (hidden / "fast").mkdir()
+    for each in (data / "open", hidden / "fast" / "closed"):
+        each.write_text("x")
+    (data / "db").symlink_to(hidden / "fast")
+    for each in (data, hidden / "fast"):
+        os.chmod(each, 0o755)
+    command = Command(reachable / "etc")
+    set_id = command.json("take", str(data), "--provider", provider)["set_id"]
+    command.json("restore", set_id, "--to", str(clone))
+    for path, code in ((clone / "open", 0), (clone / "db" / "closed", 1)):
+        assert subprocess.run([*as_user(NOBODY), "cat", path], capture_output=True).returncode == code, path
+    command.json("release", str(clone))
