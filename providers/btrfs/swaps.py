@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from providers.btrfs.images import path as path_of
 from snapshotter.core.errors import BusyError, PreconditionError, StorageError
 from snapshotter.core.model import Volume
-from snapshotter.host import btrfs
+from snapshotter.host import btrfs, mounts
 from snapshotter.host.btrfs import DIRECTORY, STORE, FileSystem, Subvolume
 from snapshotter.host.btrfs_store import Store, read_object, subvolume_at
 
@@ -39,9 +39,9 @@ def check_swappable(store: Store, volume: Volume) -> Subvolume:
             object=volume.id,
             cure=f"mount it by subvol={path}, then: btrfs subvolume set-default 5 {store.name}",
         )
-    for number, line in by_number(store.fs, origin.id):
+    for where, line in by_number(store.fs, origin.id):
         raise PreconditionError(
-            f"{FSTAB}, line {number}, would mount what is set aside: {line}",
+            f"{where} would mount what is set aside: {line}",
             object=volume.id,
             cure=f"write subvol={path} there instead of subvolid={origin.id}",
         )
@@ -111,23 +111,30 @@ def refuse_in_use(store: Store, path: str, fd: int) -> None:
         )
 
 
-def by_number(fs: FileSystem, number: int) -> Iterator[tuple[int, str]]:
-    """(line number, line) of each line of fstab that mounts this subvolume by its number, as far as can be told."""
+def by_number(fs: FileSystem, number: int) -> Iterator[tuple[str, str]]:
+    """(where, line) of each line of fstab and each .mount unit that mounts this subvolume by its number, as far as can
+    be told. A unit also where it isn't enabled: another may ask for it."""
     try:
         with open(FSTAB, encoding="utf-8", errors="surrogateescape") as file:
             lines = file.read().splitlines()
     except OSError:
-        return
+        lines = []
     for count, line in enumerate(lines, 1):
         words = line.split()
         if len(words) < 4 or words[0].startswith("#") or words[2] != "btrfs" or not _may_be(fs, words[0]):
             continue
-        for option in words[3].split(","):
-            name, _, value = option.partition("=")
-            if name != "subvolid" or not re.fullmatch(r"0x[0-9a-fA-F]+|[0-9]+", value):
-                continue
-            if int(value, 16 if value[:2] == "0x" else 8 if value[0] == "0" else 10) == number:
-                yield count, line.strip()
+        if _names(words[3], number):
+            yield f"{FSTAB}, line {count},", line.strip()
+    for unit in mounts.units():
+        what, kind, options = (unit.settings.get(key, "") for key in ("What", "Type", "Options"))
+        if kind in ("btrfs", "auto", "") and _may_be(fs, what) and _names(options, number):
+            yield unit.file, f"Options={options}"
+
+
+def _names(options: str, number: int) -> bool:
+    """Whether these mount options say `subvolid=` this number, as the kernel reads numbers."""
+    given = re.findall(r"(?:^|,)\s*subvolid=(0x[0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)(?=\s*(?:,|$))", options)
+    return any(int(value, 16 if value[:2] == "0x" else 8 if value[0] == "0" else 10) == number for value in given)
 
 
 def _may_be(fs: FileSystem, spec: str) -> bool:

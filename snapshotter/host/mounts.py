@@ -21,6 +21,7 @@ NEVER_FROZEN = frozenset({"zfs", "btrfs"})
 FSTAB = "/etc/fstab"
 #: Of both, the first has the word (systemd.unit(5)).
 UNITS = ("/etc/systemd/system", "/run/systemd/system")
+_SETTING = re.compile(r"\s*(\w+)\s*=(.*)")
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
@@ -40,6 +41,14 @@ class Mount(Struct, frozen=True):
     @property
     def read_only(self) -> bool:
         return "ro" in self.options or "ro" in self.super_options
+
+
+class Unit(Struct, frozen=True):
+    """A .mount unit of systemd's. Of a setting that is given twice, the last."""
+
+    file: str
+    enabled: bool
+    settings: dict[str, str]
 
 
 def unescape(field: bytes) -> str:
@@ -219,23 +228,30 @@ def awaited(path: str, table: list[Mount]) -> list[str]:
 
 
 def _of_units() -> Iterator[str]:
-    """Where the enabled .mount units mount: systemd.mount(5). One that only another unit asks for can't be told from
-    one that nobody wants, so isn't among them."""
-    units: dict[str, str] = {}
+    """Where the enabled .mount units mount. One that only another unit asks for can't be told from one that nobody
+    wants, so isn't among them."""
+    for unit in units():
+        where = unit.settings.get("Where", "")
+        if unit.enabled and where.startswith("/") and "%" not in where:  # %: a specifier
+            yield os.path.normpath(where)
+
+
+def units() -> Iterator[Unit]:
+    """systemd's .mount units (systemd.mount(5)), but for those that it makes of fstab. None of what can't be read."""
+    files: dict[str, str] = {}
     enabled = set()
     for directory in UNITS:
-        for unit in glob.glob("*.mount", root_dir=directory):
-            units.setdefault(unit, os.path.join(directory, unit))  # masked: a link to /dev/null, with nothing in it
+        for name in glob.glob("*.mount", root_dir=directory):
+            files.setdefault(name, os.path.join(directory, name))  # masked: a link to /dev/null, with nothing in it
         for kind in ("wants", "requires"):  # of a target: what a service alone wants comes and goes with it
             enabled |= {os.path.basename(link) for link in glob.glob(f"{directory}/*.target.{kind}/*.mount")}
-    for unit, file in units.items():
+    for name, file in files.items():
         try:
             with open(file, encoding="utf-8", errors="surrogateescape") as lines:
-                where = [line.partition("=")[2].strip() for line in lines if re.match(r"\s*Where\s*=", line)]
+                said = [match.groups() for match in map(_SETTING.match, lines) if match]
         except OSError:
             continue
-        if unit in enabled and where and where[-1].startswith("/") and "%" not in where[-1]:  # %: a specifier
-            yield os.path.normpath(where[-1])
+        yield Unit(file, name in enabled, {key: value.strip() for key, value in said})
 
 
 def unmount(where: str, patience_s: float = 5.0) -> None:

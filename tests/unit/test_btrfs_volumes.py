@@ -460,6 +460,20 @@ def test_an_fstab_by_number_refuses_the_swap(
     fstab.write_text(f"# {line}\n\n" + line.format(**words) + "\n")
     said = refused(harness, volume, older[0])
     assert "line 3" in said and "subvol=/data-1" in said
+    fstab.unlink()
+    monkeypatch.setattr(mounts, "UNITS", (str(tmp_path),))
+    source, _, _, options, *_ = line.format(**words).split()
+    unit = tmp_path / "data.mount"
+    unit.write_text(f"[Mount]\nWhat={source}\nWhere=/data\nOptions = {options}\n")
+    said = refused(harness, volume, older[0])
+    assert str(unit) in said and "subvol=/data-1" in said
+    for harmless_unit in (
+        f"[Mount]\nWhat={source}\nOptions={options}\nOptions=subvol=/data-1\n",  # the last one counts
+        f"[Mount]\nWhat={source}\nType=ext4\nOptions={options}\n",
+        f"[Mount]\nWhat={mount_of('/').source}\nOptions={options}\n",
+    ):
+        unit.write_text(harmless_unit)
+        assert not list(driver.by_number(fs, number)), harmless_unit
     harmless = [
         "UUID={uuid} /data btrfs subvol=/data-1 0 0",
         "UUID=11111111-2222-3333-4444-555555555555 /x btrfs subvolid={number} 0 0",
