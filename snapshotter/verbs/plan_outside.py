@@ -85,9 +85,7 @@ def make(
     return Plan(
         node=node,
         profile=profile,
-        layout=Layout(
-            roots=[], subvolumes=[], links_outside=[], aliases=[], warnings=doubts, snapshots=[], nowhere=[]
-        ),
+        layout=Layout(roots=[], subvolumes=[], links_outside=[], aliases=[], warnings=doubts, snapshots=[], nowhere=[]),
         birth=birth,
         volumes=tuple(volumes),
         providers=(provider,) * len(volumes),
