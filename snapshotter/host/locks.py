@@ -12,11 +12,12 @@ import os
 import re
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from types import TracebackType
 
 from snapshotter.core import command
 from snapshotter.core.digest import sha256
-from snapshotter.core.errors import BusyError
+from snapshotter.core.errors import BusyError, PreconditionError
 from snapshotter.host.places import lock_directory
 
 
@@ -26,7 +27,8 @@ def _path(name: str) -> str:
 
 
 class Locks:
-    """`with Locks(names, wait_s=0): ...`. Sorted order, all or none. Raises BusyError naming the holder."""
+    """`with Locks(names, wait_s=0): ...`. Sorted order, all or none. Raises BusyError naming the holder,
+    PreconditionError where a lock file can't be had."""
 
     def __init__(self, names: Iterable[str], *, exclusive: bool = True, wait_s: float = 0.0) -> None:
         self.names = sorted(set(names))
@@ -45,7 +47,15 @@ class Locks:
         return self
 
     def _take(self, name: str, give_up: float) -> None:
-        fd = os.open(_path(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        path = _path(name)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise PreconditionError(
+                f"can't open the lock file: {error.strerror}",
+                object=path,
+                cure=f"see that {os.path.dirname(path)} can be written and has room",
+            ) from None
         self.fds.append(fd)
         command.LOCKED.add(fd)
         while True:
@@ -59,8 +69,9 @@ class Locks:
                     raise BusyError(f"locked {who}", object=name, cure="wait for it to end, then try again") from None
                 time.sleep(0.05)
         if self._kind == fcntl.LOCK_EX:
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            with suppress(OSError):  # only for others' messages, and a full disk must not keep us from deleting
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         """Give all up. Our own descriptors only: a child that inherited them keeps the lock until it ends."""
