@@ -14,6 +14,7 @@ import os
 import re
 import stat
 from collections.abc import Container, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 
 from msgspec import Struct
 
@@ -86,12 +87,12 @@ def ancestors(pid: int) -> list[int]:
 
 
 def stopped(pid: int, starttime: int) -> bool | None:
-    """True if every thread of that process is stopped (by a signal, or by a tracer), False if one isn't; None if it is
-    gone or dead."""
+    """True if every thread of that process is stopped by a signal, False if one isn't; None if it is gone or dead. One
+    that its tracer stopped isn't: that lets it go on when it likes."""
     seen = proc.stat_of(str(pid))
     if seen is None or seen.dead or seen.starttime != starttime:
         return None
-    if seen.state not in "TtZXx":
+    if seen.state not in "TZXx":
         return False
     try:
         threads = os.listdir(f"/proc/{pid}/task")
@@ -99,9 +100,21 @@ def stopped(pid: int, starttime: int) -> bool | None:
         return None
     for thread in threads:
         one = proc.stat_of(f"{pid}/task/{thread}")
-        if one is not None and one.state not in "TtZXx":
+        if one is not None and one.state not in "TZXx":
             return False
     return True
+
+
+def tracer(pid: int) -> str:
+    """Who traces a thread of that process, for a message; '' if nobody does that this pid namespace shows."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with suppress(FileNotFoundError, ProcessLookupError):  # this one has ended
+                found = int(proc.status(int(thread), (b"TracerPid",))[b"TracerPid"][0])
+                if found:
+                    seen = proc.stat_of(str(found))
+                    return f"{seen.name if seen else '?'} (pid {found})"
+    return ""
 
 
 class Scanner:

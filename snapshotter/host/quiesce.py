@@ -19,7 +19,7 @@ from snapshotter.host import watchdog
 from snapshotter.host.holding import Held, leftovers, reap
 from snapshotter.host.mounts import NEVER_FROZEN, is_root, mount_of
 from snapshotter.host.places import run_directory
-from snapshotter.host.processes import Identity, Process, Scan, Scanner, alive, ancestors, named, stopped
+from snapshotter.host.processes import Identity, Process, Scan, Scanner, alive, ancestors, named, stopped, tracer
 from snapshotter.host.service import Service
 
 __all__ = ["Held", "freeze", "hooks", "leftovers", "none", "on_device_mapper", "pause", "reap", "stop", "sync"]
@@ -114,6 +114,14 @@ class _Pause(Held):
                     f"{writer} has {writer.reason} open for writing and can't be paused: it is {who}",
                     object=writer.reason,
                     cure="start snapshotter from elsewhere, with no output into that directory",
+                )
+            # A tracer lets it go on whatever stopped it, and from the start of a write also in a frozen cgroup, which
+            # says that it is frozen all the while (tried on 6.18).
+            if by := tracer(writer.pid):
+                raise PreconditionError(
+                    f"{writer} has {writer.reason} open for writing and can't be paused: {by} traces it",
+                    object=writer.reason,
+                    cure="end that tracer, or set quiesce = stop",
                 )
         _refuse_unreadable(scan)
 
@@ -214,6 +222,9 @@ class _Pause(Held):
         if self._frozen and self._cgroup is not None and not _is_frozen(self._cgroup):
             return f"{self._cgroup} was unfrozen by somebody"
         found = self._scanner.scan(self._settled)
+        for writer in found.writers:  # of the frozen cgroup; who was stopped one by one is looked at above
+            if by := tracer(writer.pid):
+                return f"{by} traces {writer}"
         new = self._not_held(found.writers)
         if new:
             return f"{named(new)} has {new[0].reason} open for writing"

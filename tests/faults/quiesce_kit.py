@@ -90,6 +90,11 @@ class Zoo:
         until(lambda: child.pid in [found.pid for found in processes.scan([str(file.parent)]).writers], "a writer")
         return child
 
+    def tracer(self, pid: int, *words: str) -> subprocess.Popen[bytes]:
+        child = self.python(TRACER, pid, *words, stdout=subprocess.PIPE)
+        assert child.stdout is not None and child.stdout.readline() == b"traced\n"
+        return child
+
     def end(self) -> None:
         for child in self.started:
             for number in (signal.SIGKILL, signal.SIGCONT):
@@ -181,6 +186,20 @@ try:
     say("end")
 except BaseException as error:
     say(type(error).__name__ + ": " + str(error))
+"""
+
+
+#: strace and gdb do this: the process `argv[1]` is traced until this one ends. It goes on at once, whatever stops it.
+TRACER = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+pid = int(sys.argv[1])
+if libc.ptrace(16, pid, None, None): sys.exit(os.strerror(ctypes.get_errno()))  # PTRACE_ATTACH
+while True:
+    os.waitpid(pid, 0x40000000)  # __WALL
+    print("traced", flush=True)
+    if "--holds" in sys.argv: import time; time.sleep(600)
+    libc.ptrace(7, pid, None, None)  # PTRACE_CONT
 """
 
 

@@ -17,6 +17,7 @@ from quiesce_kit import (
     NOBODY,
     READER,
     THREADED,
+    TRACER,
     WRITER,
     Run,
     Zoo,
@@ -95,6 +96,29 @@ def test_if_somebody_continues_who_was_stopped_before_the_image_is_void(data: Pa
     until(lambda: state(stopped.pid) == "T")
     with pytest.raises(QuiesceError), quiesce.pause([str(data)], BUDGET, "s1"):
         os.kill(stopped.pid, signal.SIGCONT)
+    moves(data)
+
+
+@pytest.mark.parametrize("words", [(), ("--holds",)], ids=["runs", "in a stop of its tracer's"])
+def test_a_traced_writer_is_refused(data: Path, zoo: Zoo, run_dir: Path, words: tuple[str, ...]) -> None:
+    """Its tracer lets it go on, whatever stops it."""
+    traced, other = zoo.writer(data / "a"), zoo.writer(data / "b")
+    by = zoo.tracer(traced.pid, *words)
+    with pytest.raises(PreconditionError) as caught, quiesce.pause([str(data)], BUDGET, "s1"):
+        pytest.fail("held")
+    assert f"pid {traced.pid}" in caught.value.message and f"pid {by.pid}" in caught.value.message
+    assert "tracer" in caught.value.cure and state(other.pid) != "T"
+    by.kill()
+    until(lambda: not processes.tracer(traced.pid))
+    moves(data)
+
+
+def test_a_tracer_that_comes_meanwhile_voids_the_pause(data: Path, zoo: Zoo, run_dir: Path) -> None:
+    writer = zoo.writer(data / "db")
+    with pytest.raises(QuiesceError) as caught, quiesce.pause([str(data)], BUDGET, "s1"):
+        by = zoo.tracer(writer.pid, "--holds")
+    assert f"pid {writer.pid}" in caught.value.message
+    by.kill()
     moves(data)
 
 
@@ -358,6 +382,25 @@ def test_a_writer_taken_out_of_the_frozen_cgroup_voids(data: Path, zoo: Zoo, run
     with pytest.raises(QuiesceError), quiesce.pause([str(data)], BUDGET, "s1", cgroup=str(cgroup)):
         (cgroup.parent / "cgroup.procs").write_text(str(writer.pid))
         moves(data)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_traced_writer_in_a_cgroup_is_refused_too(
+    data: Path, zoo: Zoo, run_dir: Path, cgroup: Path, when: str
+) -> None:
+    """Stopped by its tracer at the start of a write it counts as frozen, and still does that write."""
+    writer = zoo.writer(data / "db")
+    (cgroup / "cgroup.procs").write_text(str(writer.pid))
+    refused = PreconditionError if when == "before" else QuiesceError
+    if when == "before":
+        zoo.tracer(writer.pid)
+    with pytest.raises(refused) as caught, quiesce.pause([str(data)], BUDGET, "s1", cgroup=str(cgroup)):
+        assert when == "meanwhile"
+        zoo.python(TRACER, writer.pid)
+        until(lambda: processes.tracer(writer.pid))
+    assert f"pid {writer.pid}" in caught.value.message
+    assert (cgroup / "cgroup.freeze").read_text().strip() == "0"
 
 
 @pytest.mark.root
