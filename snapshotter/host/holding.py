@@ -3,7 +3,7 @@ that died. Must not know how anything is held: that is `quiesce`.
 
 A record in the run directory names the inverse of every act before the act, and the watchdog, a process of its own, is
 up before the first of them: it lets go when the budget ends, when we die, on any signal. When both die, `reap` does.
-The watchdog, `reap` and the normal end all run `watchdog.undo_record`.
+The watchdog, `reap` and the normal end all run `watchdog.undo_record`, then `watchdog.wake`.
 
 The end is checked. If it isn't proven that everything was held all the time, it raises QuiesceError and the image is
 void. That goes for a watchdog that died, too: what it guarded was most likely held, but "likely" isn't "proven". An
@@ -117,6 +117,10 @@ class Guard:
 
     def undo(self) -> list[str]:
         return watchdog.undo_record(self.path, self._fds)
+
+    def wake(self) -> list[str]:
+        self.arm(time.monotonic() + _END_S)  # all is let go, in time: that the budget ends now is no matter
+        return watchdog.wake(self.path)
 
     def end(self) -> str:
         """The watchdog is to end without acting: everything is undone. Returns what `lost` does, also if it fired
@@ -270,6 +274,7 @@ class Held(ABC):
                         failures = guard.undo()
                         if self.held_ms is None and self._deadline is not None:
                             self.held_ms = (self._budget_s - self._remaining_s()) * 1000
+                        failures += guard.wake()
                         fired = guard.end()
                         guard.close(undone=not failures)
                         self._guard = None
@@ -339,7 +344,7 @@ def reap() -> list[str]:
     done: list[str] = []
     failures: list[str] = []
     for path, held in _dead_records(patience_s=1.0):
-        failed = watchdog.undo_record(path) if held else []
+        failed = watchdog.undo_record(path) + watchdog.wake(path) if held else []
         if failed:
             failures += failed
             continue

@@ -21,6 +21,7 @@ class Stat(Struct, frozen=True):
     name: str
     state: str
     parent: int
+    group: int
     kernel_thread: bool
     threads: int
     starttime: int
@@ -58,6 +59,7 @@ def stat_of(where: str) -> Stat | None:
         name=os.fsdecode(before.partition(b"(")[2]),
         state=fields[0].decode(),
         parent=int(fields[1]),
+        group=int(fields[2]),
         kernel_thread=bool(int(fields[6]) & _PF_KTHREAD),
         threads=int(fields[17]),
         starttime=int(fields[19]),

@@ -15,17 +15,19 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from snapshotter.core.command import run
 from snapshotter.core.errors import BusyError, PreconditionError, QuiesceError, StorageError, UndoIncompleteError
-from snapshotter.host import watchdog
+from snapshotter.host import proc, watchdog
 from snapshotter.host.holding import Held, leftovers, reap
 from snapshotter.host.mounts import NEVER_FROZEN, is_root, mount_of
 from snapshotter.host.places import run_directory
-from snapshotter.host.processes import Identity, Process, Scan, Scanner, alive, ancestors, named, stopped, tracer
+from snapshotter.host.processes import Identity, Process, Scan, Scanner, alive, ancestors, kin, named, stopped, tracer
 from snapshotter.host.service import Service
 
 __all__ = ["Held", "freeze", "hooks", "leftovers", "none", "on_device_mapper", "pause", "reap", "stop", "sync"]
 
 FIFREEZE = 0xC0045877  # linux/fs.h: _IOWR('X', 119, int)
 _VFORK_S = 0.02  # longer than this, a writer that doesn't stop may be waiting for its child
+#: They stop themselves when what they run is stopped (tried; sudo's exec_pty.c and exec_nopty.c).
+_STOP_ALONG = ("su", "runuser", "script", "sudo")
 _ROUNDS = 50  # of scanning for writers that are born while we stop the others
 
 
@@ -82,6 +84,7 @@ class _Pause(Held):
         self._frozen = False
         self._ours: set[Identity] = set()  # we stopped them
         self._before: set[Identity] = set()  # somebody else had
+        self._told: set[Identity] = set()  # ran, and may stop because those that we stop do
         self._settled: set[Identity] = set()  # stopped before they were last looked at
         self._names: dict[Identity, str] = {}
 
@@ -130,6 +133,7 @@ class _Pause(Held):
             self._freeze_cgroup(self._cgroup)
         new = self._not_held(self._first)
         for _ in range(_ROUNDS):
+            self._note_kin(new)
             for writer in new:
                 self._stop(writer)
             names = ", ".join(map(self._name, self._ours - self._settled))
@@ -169,10 +173,33 @@ class _Pause(Held):
         self._wait(iter(lambda: _is_frozen(directory), None), f"{directory} did not freeze in time")
         self._frozen = True
 
+    def _note_kin(self, writers: Sequence[Process]) -> None:
+        """Who may stop because these do (see `watchdog.wake`) is to go on afterwards, unless it stands still already.
+        Raises PreconditionError if we couldn't let it."""
+        assert self._guard is not None
+        for writer in writers:
+            for pid in ancestors(writer.pid):
+                runs = proc.stat_of(str(pid))
+                if runs is None or runs.name not in _STOP_ALONG:
+                    break
+                if not _may_signal(pid):
+                    raise PreconditionError(
+                        f"{writer} has {writer.reason} open for writing, and {runs.name} (pid {pid}), which runs it, "
+                        "would stop with it: we may not let that go on",
+                        object=writer.reason,
+                        cure="run as root",
+                    )
+        if writers:
+            for act, those in zip(("wake", "also"), kin([writer.pid for writer in writers]), strict=True):
+                for who in those:
+                    if who not in self._told and stopped(*who) is False:
+                        self._guard.note(act, *map(str, who))
+                        self._told.add(who)
+
     def _stop(self, writer: Process) -> None:
         assert self._guard is not None
         self._names[writer.identity] = str(writer)
-        if stopped(*writer.identity):
+        if writer.identity not in self._told and stopped(*writer.identity):
             self._before.add(writer.identity)
             self.notes.append(f"was stopped already, and stays so: {writer}")
             return
@@ -231,6 +258,16 @@ class _Pause(Held):
         return f"can't see whether {named(found.refused)} wrote" if found.refused else ""
 
 
+def _may_signal(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return False
+    except ProcessLookupError:
+        pass
+    return True
+
+
 def _members(cgroup: str) -> Iterator[int]:
     """Processes in this cgroup and those below it."""
     for directory, _, files in os.walk(cgroup):
@@ -261,12 +298,13 @@ def pause(
     (default: `paths`). With `cgroup` (a directory in cgroup v2) that is frozen as a whole first; writers outside it
     get SIGSTOP. No writers at all is fine. Readers are left alone; whoever was stopped before stays stopped.
 
-    A shell sees its job stop: it takes the terminal back, as after Ctrl-Z, and the job goes on in the background.
-    Freezing a cgroup has no such effect. A process that opens a file only now and then is missed if it hasn't one open:
-    the caller's own check for changes must find that.
+    A shell sees its job stop: it takes the terminal back, as after Ctrl-Z, and the job goes on in the background. Who
+    stops itself then (su, sudo, runuser, script) goes on as well. Freezing a cgroup has no such effects. A process that
+    opens a file only now and then is missed if it hasn't one open: the caller's own check for changes must find that.
 
-    Raises PreconditionError: a writer is pid 1, ourselves or an ancestor, may not be signalled, or is hidden from us
-    (`Scanner.scan` tells whom that means); the cgroup holds ourselves. QuiesceError: not held in time, or lost.
+    Raises PreconditionError: a writer is pid 1, ourselves or an ancestor, may not be signalled (nor who would stop with
+    it), is traced, or is hidden from us (`Scanner.scan` tells whom that means); the cgroup holds ourselves.
+    QuiesceError: not held in time, or lost.
     """
     return _Pause(paths, budget_s, what, cgroup, sync)
 

@@ -5,7 +5,8 @@ Run as a program of its own (`python -I -S watchdog.py RECORD PARENT CGROUP_PROC
 else of snapshotter, and imports little.
 
 The record is a file of lines of blank-separated words (`line`, `words`). The first names the owner; every other is the
-inverse of an act and is there before the act: `cont PID STARTTIME`, `unfreeze CGROUP`, `thaw MOUNT_POINT ST_DEV`,
+inverse of an act and is there before the act: `cont PID STARTTIME`, `wake PID STARTTIME` (an ancestor:
+see `wake`), `also PID STARTTIME` (one of an ancestor's process group), `unfreeze CGROUP`, `thaw MOUNT_POINT ST_DEV`,
 `run ARGV...`. `not` cancels the line before it (the act was refused), `fired REASON` is the watchdog's. All inverses
 treat "already done" as done: undoing twice, or by two at once, is fine. While the watchdog lives it holds a flock on
 it.
@@ -21,6 +22,9 @@ import time
 
 FITHAW = 0xC0045878  # linux/fs.h: _IOWR('X', 120, int)
 _THAW_PATIENCE_S = 10.0
+_WAKE_S = 1.0  # for `wake`, where somebody never sleeps
+_WAKE_TICK_S = 0.005
+_WAKE_TICKS = 10  # that all must be asleep in a row
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #: A fault inside the interpreter would come again and again if it were caught. The others have no use as an alarm.
 _UNCAUGHT = {"SIGKILL", "SIGSTOP", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGCHLD"}
@@ -60,14 +64,15 @@ def read_record(path: str) -> list[list[str]]:
     return [words(text[:-2]) for text in content.split(b"\n") if text.endswith(b" ;")]
 
 
-def start_time(pid: int) -> int | None:
-    """When that process began (clock ticks after boot); None if there is none, or only its zombie."""
+def _seen(pid: int) -> tuple[bytes, int | None]:
+    """State (its letter) and start time (clock ticks after boot) of that process; None if there is none, or only its
+    zombie."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in (b"Z", b"X") and int(fields[17]) <= 1 else int(fields[19])
+        return b"", None
+    return fields[0], None if fields[0] in (b"Z", b"X") and int(fields[17]) <= 1 else int(fields[19])
 
 
 def resume(pid: int, begun: int) -> None:
@@ -78,7 +83,7 @@ def resume(pid: int, begun: int) -> None:
         return
     try:
         # Looked at after the pidfd: from here on it can't become another process.
-        if start_time(pid) == begun:
+        if _seen(pid)[1] == begun:
             signal.pidfd_send_signal(fd, signal.SIGCONT)
     except ProcessLookupError:
         pass
@@ -141,12 +146,32 @@ def _run(argv: list[str]) -> None:
 def _undo(act: list[str], fds: dict[int, int]) -> None:
     if act[0] == "cont":
         resume(int(act[1]), int(act[2]))
+    elif act[0] in ("wake", "also"):
+        _wake(int(act[1]), int(act[2]))
     elif act[0] == "unfreeze":
         _unfreeze(act[1])
     elif act[0] == "thaw":
         _thaw(act[1], int(act[2]), fds)
     elif act[0] == "run":
         _run(act[1:])
+
+
+def _wake(pid: int, begun: int) -> None:
+    try:
+        resume(pid, begun)
+    except PermissionError:
+        pass  # most aren't stopped at all
+
+
+def _acts(path: str) -> list[list[str]]:
+    """Of the record: the inverses that are to be done. Raises OSError."""
+    acts: list[list[str]] = []
+    for act in read_record(path):
+        if act and act[0] == "not":
+            del acts[-1:]
+        elif act and act[0] in ("cont", "wake", "also", "unfreeze", "thaw", "run"):
+            acts.append(act)
+    return acts
 
 
 def undo_record(path: str, fds: tuple[int, ...] = ()) -> list[str]:
@@ -156,15 +181,9 @@ def undo_record(path: str, fds: tuple[int, ...] = ()) -> list[str]:
     has the pid of the recorded one. The record stays; it is removed by whoever knows that no act can follow.
     """
     try:
-        record = read_record(path)
+        acts = _acts(path)
     except OSError as error:
         return [f"{path}: {error.strerror}"]
-    acts: list[list[str]] = []
-    for act in record:
-        if act and act[0] == "not":
-            del acts[-1:]
-        elif act and act[0] in ("cont", "unfreeze", "thaw", "run"):
-            acts.append(act)
     failures: list[str] = []
     threads: list[tuple[str, list[str]]] = []
     by_device = {os.fstat(fd).st_dev: fd for fd in fds}
@@ -195,6 +214,35 @@ def undo_record(path: str, fds: tuple[int, ...] = ()) -> list[str]:
         if failure:
             failures.append(failure)
     return failures
+
+
+def wake(path: str) -> list[str]:
+    """After `undo_record`: see to it that nobody has stopped because of those that we stopped; return who has.
+
+    su, runuser, script and sudo run a program as a shell runs a job: where that is stopped they stop themselves, sudo
+    its whole process group, and then whoever runs them so. That can be late: one may have been told before its child
+    went on, and act on it afterwards. So all are told to go on until each ancestor has been seen asleep for a while
+    (the kernel wakes a parent in the same instant in which its child stops), or is busy all the time.
+    """
+    try:
+        acts = _acts(path)
+    except OSError:
+        return []  # `undo_record` has said it
+    ours = {(int(act[1]), int(act[2])) for act in acts if act[0] in ("cont", "also")}
+    told = {(int(act[1]), int(act[2])) for act in acts if act[0] == "wake" and int(act[1]) != os.getpid()}
+    until = time.monotonic() + _WAKE_S
+    quiet = 0
+    while told and quiet < _WAKE_TICKS:
+        seen = {(pid, begun): _seen(pid) for pid, begun in ours | told}
+        halted = [who for who in seen if seen[who] == (b"T", who[1])]
+        for who in halted:
+            _wake(*who)
+        if time.monotonic() > until:
+            return [f"process {pid}: can't be made to go on" for pid, _ in halted]
+        busy = any(seen[who][0] in (b"R", b"D") for who in told - ours)
+        quiet = 0 if halted or busy else quiet + 1
+        time.sleep(_WAKE_TICK_S)
+    return []
 
 
 def _protect(cgroup_procs: str) -> None:
@@ -280,7 +328,7 @@ def main(arguments: list[str]) -> int:
         os.write(lock, line("fired", reason))
     except OSError:
         pass  # the exit status says it too
-    if undo_record(record, fds):
+    if undo_record(record, fds) + wake(record):
         return 4
     if reason == "parent died":
         try:
