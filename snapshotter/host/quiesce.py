@@ -430,6 +430,7 @@ class _Stop(Held):
         self._ran = self._service.running()
         self._scanner = Scanner(self._paths)
         if self._ran:
+            self._along = self._service.stops_along()
             self._watch()
         else:
             self.notes.append(f"was stopped already, and stays so: {self._service.name}")
@@ -437,7 +438,8 @@ class _Stop(Held):
     def _take(self) -> None:
         if self._ran:
             assert self._guard is not None
-            self._guard.note("run", *self._service.start_argv)
+            for act in reversed(self._service.start_acts(self._along)):  # the newest is done first
+                self._guard.note(*act)
             self._service.stop()
         writing = self._writing()
         if writing:
@@ -456,7 +458,7 @@ class _Stop(Held):
 
 def stop(service: Service, what: str, budget_s: float = 300.0, paths: Sequence[str] = ()) -> Held:
     """Stop the service, and prove that nobody has anything below `paths` open for writing. It is started again on every
-    path out, unless it was stopped before.
+    path out, with what was stopped along with it, unless it was stopped before.
 
     Raises PreconditionError (can't be told, a writer is left), StorageError (won't stop), QuiesceError (was started
     meanwhile), UndoIncompleteError (won't start).

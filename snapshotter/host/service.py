@@ -21,6 +21,13 @@ from snapshotter.host.mounts import table
 #: with 252).
 _MASKS = "/etc/systemd/system.control"
 
+#: Of a unit: those that a stop of it stops too (systemd.unit(5): Requires=, Requisite=, BindsTo=, PartOf=,
+#: StopPropagatedFrom= in them name it).
+_STOPPED_WITH = ("RequiredBy", "RequisiteOf", "BoundBy", "ConsistsOf", "PropagatesStopTo")
+
+#: Only what was stopped, and nothing that it wants: a target may want another validator that its operator has stopped.
+_ALONG_ARGV = ("systemctl", "start", "--job-mode=ignore-requirements", "--")
+
 
 class Service(Protocol):
     """Starting what runs and stopping what is stopped are done, not errors: both may be asked twice."""
@@ -29,9 +36,11 @@ class Service(Protocol):
     def name(self) -> str:
         """For messages."""
 
-    @property
-    def start_argv(self) -> Sequence[str]:
-        """What starts it: the watchdog runs this when we can't."""
+    def stops_along(self) -> Sequence[str]:
+        """Others that run now and that `stop` stops with it: nothing else starts them again. Ask before it."""
+
+    def start_acts(self, along: Sequence[str]) -> list[tuple[str, ...]]:
+        """What `start` does, as acts of a `watchdog`'s record, in their order: for when we can't."""
 
     def running(self) -> bool:
         """Raises PreconditionError if that can't be told."""
@@ -39,8 +48,8 @@ class Service(Protocol):
     def stop(self) -> None:
         """Returns when it is stopped. Raises StorageError."""
 
-    def start(self) -> None:
-        """Raises StorageError."""
+    def start(self, along: Sequence[str] = ()) -> None:
+        """And then those that were stopped `along` with it. Raises StorageError."""
 
     @property
     def can_mask(self) -> bool:
@@ -168,9 +177,34 @@ class SystemdUnit(Struct, frozen=True):
     def name(self) -> str:
         return self.unit
 
-    @property
-    def start_argv(self) -> Sequence[str]:
+    def _start_argv(self) -> tuple[str, ...]:
         return ("systemctl", "start", "--", self.unit)
+
+    def _reset_argv(self, along: Sequence[str]) -> tuple[str, ...]:
+        """They may have been started too often lately: systemd counts, and restores go wrong more than once."""
+        return ("systemctl", "reset-failed", "--", self.unit, *along)
+
+    def stops_along(self) -> Sequence[str]:
+        known: dict[str, bool] = {}  # those that run, and those that don't; itself first, under its real name
+        todo = [self.unit]
+        while todo:
+            wanted = ",".join(("Id", "ActiveState", *_STOPPED_WITH))
+            outcome = run(["systemctl", "show", f"--property={wanted}", "--", *todo], timeout=10.0)
+            if not outcome.ok:
+                raise PreconditionError(f"can't ask systemd: {outcome.said}", object=self.unit)
+            found: set[str] = set()
+            for block in outcome.stdout.strip().split("\n\n"):
+                said = dict(line.partition("=")[::2] for line in block.splitlines())
+                runs = said["ActiveState"] not in ("inactive", "failed", "deactivating")
+                if runs or not known:  # a stop doesn't go on through one that doesn't run (tried with 252)
+                    found.update(name for key in _STOPPED_WITH for name in said.get(key, "").split())
+                known[said["Id"]] = runs
+            todo = sorted(found - known.keys())
+        return [name for name, runs in list(known.items())[1:] if runs]
+
+    def start_acts(self, along: Sequence[str]) -> list[tuple[str, ...]]:
+        acts = [("try", *self._reset_argv(along)), ("run", *self._start_argv())]
+        return [*acts, ("run", *_ALONG_ARGV, *along)] if along else acts
 
     def _show(self, wanted: str) -> str:
         outcome = run(["systemctl", "show", f"--property={wanted}", "--value", "--", self.unit], timeout=10.0)
@@ -187,11 +221,12 @@ class SystemdUnit(Struct, frozen=True):
     def stop(self) -> None:
         _must(["systemctl", "stop", "--", self.unit], "stop", self.unit)
 
-    def start(self) -> None:
-        if not run(self.start_argv, mutates=True, leaves_daemons=True).ok:
-            # It may have been started too often lately: systemd counts, and restores go wrong more than once.
-            run(["systemctl", "reset-failed", "--", self.unit], mutates=True)
-            _must(self.start_argv, "start", self.unit)
+    def start(self, along: Sequence[str] = ()) -> None:
+        if not run(self._start_argv(), mutates=True, leaves_daemons=True).ok:
+            run(self._reset_argv(along), mutates=True)
+            _must(self._start_argv(), "start", self.unit)
+        if along:
+            _must([*_ALONG_ARGV, *along], "start", " ".join(along))
 
     def masked(self) -> bool:
         return self._show("LoadState") == "masked"
@@ -273,6 +308,12 @@ class Commands(Struct, frozen=True):
         common = [word for word in self.start_argv if word in self.stop_argv]
         return " ".join(common if common and common[-1] != "-c" else self.start_argv)
 
+    def stops_along(self) -> Sequence[str]:
+        return ()
+
+    def start_acts(self, along: Sequence[str]) -> list[tuple[str, ...]]:
+        return [("run", *self.start_argv)]
+
     def running(self) -> bool:
         if not self.status_argv:
             raise PreconditionError(
@@ -290,7 +331,7 @@ class Commands(Struct, frozen=True):
     def stop(self) -> None:
         _must(self.stop_argv, "stop")
 
-    def start(self) -> None:
+    def start(self, along: Sequence[str] = ()) -> None:
         _must(self.start_argv, "start")
 
     def masked(self) -> bool:

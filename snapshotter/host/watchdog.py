@@ -5,11 +5,11 @@ Run as a program of its own (`python -I -S watchdog.py RECORD PARENT CGROUP_PROC
 else of snapshotter, and imports little.
 
 The record is a file of lines of blank-separated words (`line`, `words`). The first names the owner; every other is the
-inverse of an act and is there before the act: `cont PID STARTTIME`, `wake PID STARTTIME` (an ancestor:
-see `wake`), `also PID STARTTIME` (one of an ancestor's process group), `unfreeze CGROUP`, `thaw MOUNT_POINT ST_DEV`,
-`run ARGV...`. `not` cancels the line before it (the act was refused), `fired REASON` is the watchdog's. All inverses
-treat "already done" as done: undoing twice, or by two at once, is fine. While the watchdog lives it holds a flock on
-it.
+inverse of an act and is there before the act: `cont PID STARTTIME`, `wake PID STARTTIME` (an ancestor: see `wake`),
+`also PID STARTTIME` (one of an ancestor's process group), `unfreeze CGROUP`, `thaw MOUNT_POINT ST_DEV`, `run ARGV...`,
+`try ARGV...` (which may fail). `not` cancels the line before it (the act was refused), `fired REASON` is the
+watchdog's. All inverses treat "already done" as done: undoing twice, or by two at once, is fine. While the watchdog
+lives it holds a flock on it.
 """
 
 import _thread
@@ -154,6 +154,11 @@ def _undo(act: list[str], fds: dict[int, int]) -> None:
         _thaw(act[1], int(act[2]), fds)
     elif act[0] == "run":
         _run(act[1:])
+    elif act[0] == "try":
+        try:
+            _run(act[1:])
+        except OSError:
+            pass
 
 
 def _wake(pid: int, begun: int) -> None:
@@ -169,7 +174,7 @@ def _acts(path: str) -> list[list[str]]:
     for act in read_record(path):
         if act and act[0] == "not":
             del acts[-1:]
-        elif act and act[0] in ("cont", "wake", "also", "unfreeze", "thaw", "run"):
+        elif act and act[0] in ("cont", "wake", "also", "unfreeze", "thaw", "run", "try"):
             acts.append(act)
     return acts
 

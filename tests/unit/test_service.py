@@ -166,6 +166,107 @@ def test_a_unit_that_was_started_too_often_is_started_all_the_same(systemd: Aske
     systemd.enter("systemctl", "stop", "in-run")
 
 
+@pytest.fixture
+def dependent(systemd: Asked) -> Iterator[list[str]]:
+    """Units that a stop of in-etc stops too, by each way of saying so; among them a target that wants another unit,
+    which its operator has stopped."""
+    says = {
+        "required.service": "Requires=in-etc.service",
+        "requisite.service": "Requisite=in-etc.service",
+        "bound.service": "BindsTo=in-etc.service",
+        "part.service": "PartOf=in-etc.service",
+        "propagated.service": "StopPropagatedFrom=in-etc.service",
+        "second.service": "BindsTo=bound.service",
+        "idle.service": "PartOf=in-etc.service",
+        "past-idle.service": "PartOf=idle.service",
+        "other.service": "",
+        "wanting.target": "Requires=in-etc.service\nWants=other.service",
+        "beside.service": "Wants=in-etc.service",
+    }
+    systemd.enter("systemctl", "start", "in-etc.service")
+    for name, text in says.items():
+        head = f"[Unit]\nDefaultDependencies=no\nAfter=in-etc.service\n{text}\n"
+        rest = "[Service]\nExecStart=/bin/sleep 9999\n" if name.endswith(".service") else ""
+        systemd.write(f"/etc/systemd/system/{name}", head + rest)
+    systemd.enter("systemctl", "daemon-reload")
+    systemd.enter("systemctl", "start", *says)
+    systemd.enter("systemctl", "stop", "idle.service", "other.service")
+    systemd.enter("systemctl", "start", "past-idle.service")
+    yield sorted(says.keys() - {"idle.service", "past-idle.service", "other.service", "beside.service"})
+    systemd.enter("systemctl", "stop", "in-etc.service", *says)
+    for name in says:
+        os.unlink(f"/proc/{systemd.pid}/root/etc/systemd/system/{name}")
+    systemd.enter("systemctl", "daemon-reload")
+
+
+def active(systemd: Asked, names: list[str]) -> list[str]:
+    return [name for name in names if systemd.show(name, "ActiveState") == "active"]
+
+
+@pytest.mark.root
+def test_those_that_are_stopped_along_with_it_are_known_before(systemd: Asked, dependent: list[str]) -> None:
+    assert active(systemd, dependent) == dependent
+    assert sorted(systemd.python("answer(service.SystemdUnit('in-etc').stops_along())")) == dependent
+    systemd.enter("systemctl", "stop", "in-etc.service")
+    assert active(systemd, dependent) == [], "each of them is stopped by that"
+    assert len(active(systemd, ["beside.service", "past-idle.service"])) == 2
+    assert systemd.python("answer(service.SystemdUnit('in-etc').stops_along())") == []
+
+
+@pytest.mark.root
+def test_they_are_started_and_nobody_else(systemd: Asked, dependent: list[str]) -> None:
+    systemd.python(
+        "unit = service.SystemdUnit('in-etc.service')\nalong = unit.stops_along()\nunit.stop(); unit.start(along)"
+    )
+    assert active(systemd, ["in-etc.service", *dependent]) == ["in-etc.service", *dependent]
+    assert active(systemd, ["other.service", "idle.service"]) == [], "their operator had stopped them"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("by", ["the end", "the watchdog", "reap"])
+def test_a_hold_by_a_stop_starts_them_too(systemd: Asked, dependent: list[str], by: str) -> None:
+    dies = {
+        "the end": "pass",
+        "the watchdog": "os.kill(os.getpid(), 9)",
+        "reap": "os.kill(held._guard._process.pid, 9); os.kill(os.getpid(), 9)",
+    }[by]
+    hold = (
+        "import os\nfrom snapshotter.host import quiesce, service\n"
+        "with quiesce.stop(service.SystemdUnit('in-etc.service'), 's1') as held:\n"
+        f"    print(service.SystemdUnit('in-etc.service').running(), flush=True); {dies}"
+    )
+    all_of_them = ["in-etc.service", *dependent]
+    done = systemd.enter(sys.executable, "-c", hold, check=False)
+    assert done.stdout.strip() == "False", done.stderr
+    if by == "reap":
+        assert active(systemd, all_of_them) == []
+        assert len(systemd.python("from snapshotter.host import quiesce\nanswer(quiesce.reap())")) == 1
+    give_up = time.monotonic() + 30
+    while by == "the watchdog" and active(systemd, all_of_them) != all_of_them and time.monotonic() < give_up:
+        time.sleep(0.1)
+    assert active(systemd, all_of_them) == all_of_them
+    assert active(systemd, ["other.service", "idle.service"]) == []
+
+
+@pytest.mark.root
+def test_a_hold_by_a_stop_starts_one_that_was_started_too_often(systemd: Asked) -> None:
+    """The limit is longer than anybody waits: it would stay stopped."""
+    sleeps = "[Service]\nExecStart=/bin/sleep 9999\n"
+    systemd.unit("limited.service", f"[Unit]\nStartLimitIntervalSec=1d\nStartLimitBurst=2\n{sleeps}")
+    # Something keeps it loaded: what systemd forgets it doesn't count.
+    systemd.unit("keeps.service", f"[Unit]\nAfter=limited.service\n{sleeps}")
+    systemd.enter("systemctl", "start", "keeps.service", "limited.service")
+    hold = (
+        "from snapshotter.host import quiesce, service\n"
+        "with quiesce.stop(service.SystemdUnit('limited.service'), 's1') as held: pass"
+    )
+    for _ in range(4):
+        done = systemd.enter(sys.executable, "-c", hold, check=False)
+        assert done.returncode == 0, done.stderr
+        assert active(systemd, ["limited.service"]) == ["limited.service"]
+    systemd.enter("systemctl", "stop", "limited.service", "keeps.service")
+
+
 # ---------------------------------------------------------------------------------------------- the operator's commands
 
 SCRIPT = """#!/bin/sh
