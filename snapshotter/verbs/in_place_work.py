@@ -43,6 +43,7 @@ class Work:
         self.journal = journal
         self.profile = profiles.get(plan.profile, session.config.profiles)
         self.service = plan.service()
+        self.along: list[str] = list((journal.last("along") or {"units": []})["units"])  # units stopped with it
         self.notes: list[str] = []
         self.health: health.Health | None = None
         #: What was set aside is being put back: that, or exit 7. The journal may have had no room to tell.
@@ -319,6 +320,10 @@ class Work:
     def stop(self) -> None:
         """Stopped, masked, and nobody uses the data. Raises StorageError, BusyError."""
         if self.service is not None:
+            # Noted before they are: nobody else would start them. An interrupted run's may be stopped by now.
+            self.along = list(dict.fromkeys([*self.along, *self.service.stops_along()]))
+            if self.along:
+                self.note("along", units=self.along)
             self.service.stop()
             if self.service.can_mask and not self.plan.masked:
                 self.service.mask()
@@ -359,7 +364,10 @@ class Work:
                         raise
                     self.notes.append(error.line())
             if run:
-                self.service.start()
+                self.service.start(self.along)
+                if self.along:
+                    self.along = []  # a later undo has its own: their operator may have stopped them by then
+                    self.note("along", units=self.along)
 
     # --------------------------------------------------------------------------------- taken away, whoever made it
 

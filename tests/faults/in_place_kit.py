@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -333,10 +333,10 @@ def with_a_mask(node: Story) -> Callable[[], None]:
         class Unit(Commands, frozen=True):
             can_mask: ClassVar[bool] = True
 
-            def start(self) -> None:
+            def start(self, along: Sequence[str] = ()) -> None:
                 if os.path.exists(flag):
                     raise StorageError("is masked", object=self.name)
-                super().start()
+                super().start(along)
 
             def masked(self) -> bool:
                 return os.path.exists(flag)

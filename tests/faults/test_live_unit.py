@@ -103,6 +103,29 @@ def test_in_place_stops_masks_and_starts_it(inside: Inside, tmp_path: Path) -> N
     assert inside.systemd.show("chain.service", "LoadState") == "loaded"
 
 
+def dependents(inside: Inside) -> None:
+    for name, text in {"exporter": "PartOf=chain.service", "consensus": "BindsTo=chain.service"}.items():
+        inside.systemd.unit(
+            f"{name}.service", f"[Unit]\nAfter=chain.service\n{text}\n[Service]\nExecStart=/bin/sleep 9999\n"
+        )
+    inside.systemd.enter("systemctl", "start", "exporter.service", "consensus.service")
+
+
+def state_of(inside: Inside) -> list[str]:
+    return [inside.systemd.show(f"{name}.service", "ActiveState") for name in ("chain", "exporter", "consensus")]
+
+
+def test_what_is_stopped_along_with_it_is_started_again(inside: Inside, tmp_path: Path) -> None:
+    dependents(inside)
+    document = taken(inside, "--quiesce", "stop")
+    assert state_of(inside) == ["active"] * 3
+    assert inside.run("restore", document["set_id"], "--in-place", "--yes").returncode == 0
+    assert state_of(inside) == ["active"] * 3
+    inside.systemd.enter("systemctl", "stop", "consensus.service")
+    assert inside.run("restore", "--undo", "chain").returncode == 0
+    assert state_of(inside) == ["active", "active", "inactive"], "its operator has stopped it since"
+
+
 CUT = """
 import os, signal, sys
 from snapshotter import cli
@@ -120,6 +143,7 @@ def test_killed_between_the_stop_and_the_start_it_stays_masked_until_it_is_undon
     inside: Inside, tmp_path: Path
 ) -> None:
     show = inside.systemd.show
+    dependents(inside)
     document = taken(inside)
     (tmp_path / "node" / "since").write_text("x")
     variables = [f"{name}={value}" for name, value in inside.environment().items()]
@@ -134,4 +158,5 @@ def test_killed_between_the_stop_and_the_start_it_stays_masked_until_it_is_undon
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "node" / "since").exists()
     assert show("chain.service", "LoadState") == "loaded" and show("chain.service", "ActiveState") == "active"
+    assert state_of(inside) == ["active"] * 3
     assert not inside.systemd.enter("sh", "-c", "ls /etc/systemd/system.control", check=False).stdout.split()
