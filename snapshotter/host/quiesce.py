@@ -104,6 +104,7 @@ class _Pause(Held):
         first = self._scanner.scan()
         self._refuse(first)
         self._first = first.writers
+        self._note_kin(self._first)
         if first.assumed:
             self.notes.append(
                 f"assumed not to write (can't be looked into): {len(first.assumed)} processes: {named(first.assumed)}"
@@ -133,7 +134,6 @@ class _Pause(Held):
             self._freeze_cgroup(self._cgroup)
         new = self._not_held(self._first)
         for _ in range(_ROUNDS):
-            self._note_kin(new)
             for writer in new:
                 self._stop(writer)
             names = ", ".join(map(self._name, self._ours - self._settled))
@@ -146,6 +146,7 @@ class _Pause(Held):
             new = self._not_held(found.writers)
             if not new:
                 return
+            self._note_kin(new)
             if self._remaining_s() < self._budget_s / 2:
                 break
         raise QuiesceError(f"new writers come faster than they can be stopped: {named(new)}", object=self._what)
@@ -189,12 +190,11 @@ class _Pause(Held):
                         object=writer.reason,
                         cure="run as root",
                     )
-        if writers:
-            for act, those in zip(("wake", "also"), kin([writer.pid for writer in writers]), strict=True):
-                for who in those:
-                    if who not in self._told and stopped(*who) is False:
-                        self._guard.note(act, *map(str, who))
-                        self._told.add(who)
+        for act, those in zip(("wake", "also"), kin([writer.pid for writer in writers]), strict=True):
+            for who in those:
+                if who not in self._told and stopped(*who) is False:
+                    self._guard.note(act, *map(str, who))
+                    self._told.add(who)
 
     def _stop(self, writer: Process) -> None:
         assert self._guard is not None
