@@ -142,9 +142,9 @@ class Api:
 
     def _told(self, error: Exception, action: str, within: Deadline, quota: MinuteQuota) -> Exception:
         """What Google's client raised as one of ours; what is a bug stays as it is."""
-        import google.auth.exceptions
         import requests
         from google.api_core.exceptions import GoogleAPICallError
+        from google.auth.exceptions import GoogleAuthError, TransportError
 
         if isinstance(error, SnapshotterError):
             return error
@@ -159,13 +159,14 @@ class Api:
                 return Lost(f"status {status}")
             message = str(error.message).partition(": ")[2] or str(error.message)
             return errors.told(reason, message, action.replace("_unary", ""), within.what)
-        if isinstance(error, google.auth.exceptions.RefreshError) and not error.retryable:
-            said_so = " ".join(str(error.args[0] if error.args else error).split())[:200]
-            return PreconditionError(f"Google gives no token: {said_so}", object=within.what, cure=errors.LOGIN)
-        if isinstance(error, google.auth.exceptions.GoogleAuthError):
-            return Temporary(type(error).__name__)
+        if isinstance(error, TransportError) or (isinstance(error, GoogleAuthError) and error.retryable):
+            return Temporary(f"Google gives no token: {_words(error)}")
         if isinstance(error, requests.exceptions.RequestException):
             return Lost(type(error).__name__)
+        if isinstance(
+            error, GoogleAuthError | OSError
+        ):  # a token is asked for when it is needed, by a file or a program
+            return PreconditionError(f"Google gives no token: {_words(error)}", object=within.what, cure=errors.LOGIN)
         return error
 
     # -- clients ------------------------------------------------------------------------------------------------
@@ -182,7 +183,11 @@ class Api:
         from google.cloud import compute_v1
 
         options = ClientOptions(api_endpoint=self._endpoint) if self._endpoint else None
-        return getattr(compute_v1, f"{service}Client")(credentials=credentials, client_options=options)
+        try:
+            return getattr(compute_v1, f"{service}Client")(credentials=credentials, client_options=options)
+        except Exception as error:  # as below: certificates, GOOGLE_API_* and GOOGLE_CLOUD_* of the environment
+            why = f"Google's client can't be made: {_words(error)}"
+            raise PreconditionError(why, object="gce", cure="mend the environment variable it names") from None
 
     def _credentials(self) -> tuple[Any, str | None]:
         """Google's credentials for this place, and the project that they are of."""
@@ -190,7 +195,6 @@ class Api:
             if self._given is None:
                 try:
                     import google.auth
-                    import google.auth.exceptions
                     import google.cloud.compute_v1
                 except ImportError:
                     raise PreconditionError(
@@ -199,17 +203,17 @@ class Api:
                 try:
                     scopes = _IMPERSONATING if self._impersonate else _SCOPES
                     found, project = google.auth.default(scopes=scopes)
-                except google.auth.exceptions.GoogleAuthError as error:
-                    said = "" if "were not found" in str(error) else f": {' '.join(str(error).split())[:200]}"
+                    if self._impersonate:
+                        from google.auth import impersonated_credentials
+
+                        found = impersonated_credentials.Credentials(  # type: ignore[no-untyped-call]
+                            source_credentials=found, target_principal=self._impersonate, target_scopes=list(_SCOPES)
+                        )
+                except Exception as error:  # a file that is none of Google's meets any kind of error in their library
+                    said = "" if "were not found" in str(error) else f": {_words(error)}"
                     raise PreconditionError(
                         f"there are no Google credentials{said}", object="gce", cure=CREDENTIALS
                     ) from None
-                if self._impersonate:
-                    from google.auth import impersonated_credentials
-
-                    found = impersonated_credentials.Credentials(  # type: ignore[no-untyped-call]
-                        source_credentials=found, target_principal=self._impersonate, target_scopes=list(_SCOPES)
-                    )
                 self._given = found, project
             return self._given
 
@@ -218,6 +222,12 @@ class Api:
 _WITHOUT_ID = frozenset({"Snapshots.set_labels"})
 _SCOPED = {"Disks.aggregated_list": "disks", "InstantSnapshots.aggregated_list": "instant_snapshots"}
 _STATUS = {401: "authError", 403: "forbidden", 404: "notFound", 409: "alreadyExists", 412: "conditionNotMet"}
+
+
+def _words(error: Exception) -> str:
+    """What an error of Google's library says: its causes are beside it, for programmers."""
+    said = str(error if isinstance(error, OSError) or not error.args else error.args[0])
+    return " ".join(said.split())[:200] or type(error).__name__
 
 
 def _last(link: str) -> str:

@@ -7,6 +7,7 @@ What must be true afterwards is asked of the twin itself, never of the provider.
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import time
 from collections import Counter
@@ -486,6 +487,89 @@ def test_no_credentials(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path:
     with pytest.raises(PreconditionError) as refused:
         cloud.take()
     told(refused.value, Exit.PRECONDITION, "no Google credentials", "service account")
+
+
+EXTERNAL = {
+    "type": "external_account",
+    "audience": "//iam.googleapis.com/pool",
+    "subject_token_type": "urn:ietf:params:oauth:token-type:jwt",
+    "token_url": "https://sts.googleapis.com/v1/token",
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no Google credentials"),
+        ("", "not a valid json file"),
+        ("\udcff", "not a valid json file"),
+        ("[]", "no Google credentials"),
+        ({}, "does not have a valid type"),
+        ({"type": "service_account"}, "Failed to load service account"),
+        (
+            {"type": "service_account", "client_email": "a@b", "token_uri": "https://t", "private_key": "x"},
+            "Failed to load service account",
+        ),
+        ({"type": "authorized_user"}, "Failed to load authorized user"),
+        ({"type": "impersonated_service_account"}, "no Google credentials"),
+        ({**EXTERNAL, "credential_source": "x"}, "no Google credentials"),
+        ({**EXTERNAL, "credential_source": {"file": "/nonexistent/token"}}, "/nonexistent/token"),
+        ({**EXTERNAL, "credential_source": {"executable": {"command": "/nonexistent/it"}}}, "/nonexistent/it"),
+        ({**EXTERNAL, "credential_source": {"executable": {"command": "false"}}}, "gives no token"),
+    ],
+    ids=str,
+)
+def test_credentials_that_are_broken(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: object, words: str
+) -> None:
+    """A directory, a file that is no key, a key that is none, a token that nobody gives: never a bug of ours."""
+    file = tmp_path / "key.json"
+    if content is None:
+        file.mkdir()
+    else:
+        text = content if isinstance(content, str) else json.dumps(content)
+        file.write_bytes(text.encode(errors="surrogateescape"))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
+    monkeypatch.setenv("GOOGLE_EXTERNAL_ACCOUNT_ALLOW_EXECUTABLES", "1")
+    with pytest.raises(PreconditionError) as refused:
+        cloud.take()
+    told(refused.value, Exit.PRECONDITION, words)
+
+
+@pytest.mark.parametrize("name", ["GOOGLE_API_USE_MTLS_ENDPOINT", "GOOGLE_CLOUD_UNIVERSE_DOMAIN"])
+def test_a_client_that_the_environment_forbids(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, " ")
+    with pytest.raises(PreconditionError) as refused:
+        cloud.take()
+    told(refused.value, Exit.PRECONDITION, "client can't be made")
+
+
+@pytest.mark.parametrize(
+    ("kind", "retryable", "refused"),
+    [
+        ("DefaultCredentialsError", False, PreconditionError),
+        ("RefreshError", False, PreconditionError),
+        ("RefreshError", True, StorageError),
+        ("MalformedError", False, PreconditionError),
+        ("TransportError", False, StorageError),
+    ],
+)
+def test_a_token_that_is_not_given(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, kind: str, retryable: bool, refused: type[SnapshotterError]
+) -> None:
+    """Refused: at once. Not answered: asked for again until the deadline, as every call is."""
+    import google.auth.exceptions
+    from google.auth.compute_engine import Credentials
+
+    def refresh(self: object, request: object) -> None:
+        raise getattr(google.auth.exceptions, kind)("nobody knows you", {"error": "x"}, retryable=retryable)
+
+    monkeypatch.setattr(Credentials, "refresh", refresh)
+    started = cloud.clock.now()
+    with pytest.raises(refused) as failed:
+        cloud.take()
+    told(failed.value, refused.exit, "Google gives no token: nobody knows you")
+    assert (cloud.clock.now() - started < 5) is (refused is PreconditionError)
 
 
 def test_a_project_that_is_not_ours(cloud: Cloud) -> None:
