@@ -4,7 +4,7 @@ before anybody is held still. Must change nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,6 +23,7 @@ BURST, WITHIN_S = 6, 3600.0
 #: The guide to instant snapshots.
 INSTANTS, INSTANT_SPACING_S = 32, 30.0
 _SEEN_S = 60.0
+_SELECT = "see the config's `select`"
 
 
 class Plan(Struct, frozen=True):
@@ -60,48 +61,105 @@ def instance(api: Api, seen: Seen, zone: str, name: str, within: Deadline) -> An
 
 def find(api: Api, seen: Seen, select: Mapping[str, object], zone: str) -> list[str]:
     """Ids of the disks that `select` means. `instance`: all of its disks but the one it boots from; `volumes`: by id,
-    or by name in `zone`; `tags`: by labels. Raises NotFoundError where there is none, PreconditionError where nothing
-    is selected."""
+    or by name in `zone`; `tags`: by labels. Restored copies aren't meant, unless they took their origin's place. Raises
+    NotFoundError where there is none, BusyError while one of them changes places (the rest is no whole node),
+    PreconditionError where nothing is selected."""
     within = api.deadline("the disks selected")
     if isinstance(named := select.get("instance"), str) and named:
         where, _, name = named.rpartition("/")
         if not (where or zone):
             raise PreconditionError("is in a zone that isn't known", object=named, cure="write ZONE/NAME, or -o zone=")
         about = instance(api, seen, where or zone, name, within)
-        wanted = [disk_of(each.source) for each in about.disks if not each.boot and each.source]
-        items = [(each, look(api, seen, each, within)) for each in wanted if each is not None]
+        items = [
+            look(api, seen, each, within)
+            for attached in about.disks
+            if not attached.boot and (each := disk_of(attached.source)) is not None
+        ]
+        # What a swap detached from it is known by what is to take its place.
+        for item in api.pages("Disks.aggregated_list", within, filter=f'labels.{labels.INSTANCE}="{about.id}"'):
+            if (record := labels.swap_of(item)) is not None and not item.users:
+                items += _set_aside(api, disk(record[0]), within)
     elif isinstance(volumes := select.get("volumes"), list | tuple) and volumes:
-        ids = [str(each) if "/" in str(each) else f"{zone}/{each}" for each in volumes]
-        items = [(disk(each), look(api, seen, disk(each), within)) for each in ids]
+        named_so = [disk(each if "/" in each else f"{zone}/{each}") for each in map(str, volumes)]
+        for which in named_so:
+            _refuse_no_nodes(which, look(api, seen, which, within))
+        return sorted(each.id for each in named_so)
     elif isinstance(tags := select.get("tags"), Mapping) and tags:
         given = " ".join(f'(labels.{key}="{value}")' for key, value in tags.items())
-        items = []
-        for item in api.pages("Disks.aggregated_list", within, filter=given):
-            if (found := disk_of(item.self_link)) is not None:
-                items.append((found, item))
-                seen[found.id] = (api.clock.now(), item)
+        items = list(api.pages("Disks.aggregated_list", within, filter=given))
+        seen |= {found.id: (api.clock.now(), item) for item in items if (found := disk_of(item.self_link)) is not None}
     else:
         raise PreconditionError("selects nothing", object="select", cure="give instance, volumes or tags")
-    found_ids = [which.id for which, item in items if not {labels.ATTACHMENT, labels.ASIDE} & set(item.labels)]
+    found_ids = []
+    for which, aside in _of_nodes(items):
+        if aside:
+            raise _open(which)
+        found_ids.append(which.id)
     if not found_ids:
-        raise NotFoundError("there is no such disk", object=str(dict(select)), cure="see the config's `select`")
+        raise NotFoundError("there is no such disk", object=str(dict(select)), cure=_SELECT)
     return sorted(found_ids)
 
 
+def _of_nodes(items: Sequence[Any]) -> Iterator[tuple[Disk, bool]]:
+    """Of these, the disks that are nodes', and whether each is set aside with nothing in its place yet. Not restored
+    copies: of a swap's two, the new one when it is attached, until then the origin."""
+    arrived = {item.labels[labels.SWAP] for item in items if labels.SWAP in item.labels and item.users}
+    for item in items:
+        which, marks = disk_of(item.self_link), item.labels
+        if which is None or labels.ATTACHMENT in marks or marks.get(labels.ASIDE) in arrived:
+            continue
+        if labels.SWAP in marks and not item.users:
+            continue
+        yield which, labels.ASIDE in marks
+
+
+def _set_aside(api: Api, origin: Disk, within: Deadline) -> list[Any]:
+    """A swap's origin as it is now, if it is set aside already."""
+    try:
+        item = look(api, {}, origin, within)
+    except NotFoundError:
+        raise _open(origin) from None
+    return [item] if labels.ASIDE in item.labels else []
+
+
+def _refuse_no_nodes(which: Disk, item: Any) -> None:
+    """Raise BusyError, NotFoundError for a disk that isn't a node's: left out, the rest would pass for the whole."""
+    if labels.ASIDE in item.labels or (labels.SWAP in item.labels and not item.users):
+        raise _open(which)
+    if labels.ATTACHMENT in item.labels:
+        raise NotFoundError("is a restored copy, no node's disk", object=which.id, cure=_SELECT)
+
+
+def _open(which: Disk) -> BusyError:
+    return BusyError(
+        "changes places: a restore in place is open",
+        object=which.id,
+        cure="`snapshotter restore --continue` or `--undo` on its host; after `--discard` select what took its place",
+    )
+
+
 def tagged(api: Api) -> list[Tagged]:
-    """Nodes of the fleet, by their disks' labels, in the order of their names."""
+    """Nodes of the fleet, by their disks' labels, in the order of their names. One of whose disks changes places has
+    what is set aside among its own: `find` refuses that, for this node alone."""
+    there = api.pages("Disks.aggregated_list", api.deadline("the fleet"), filter=f"labels.{labels.NODE}:*")
+    items = {found.id: item for item in there if (found := disk_of(item.self_link)) is not None}
     disks: dict[tuple[str, str], list[str]] = {}
     types: dict[tuple[str, str], str] = {}
-    for item in api.pages("Disks.aggregated_list", api.deadline("the fleet"), filter=f"labels.{labels.NODE}:*"):
-        found = disk_of(item.self_link)
-        if found is None or {labels.ATTACHMENT, labels.ASIDE} & set(item.labels):
-            continue
-        if labels.SWAP in item.labels and not item.users:  # on its way in or out: the origin is the node's
+    aside: list[Disk] = []
+    for which, is_aside in _of_nodes(list(items.values())):
+        item = items[which.id]
+        if is_aside and not item.users:
+            aside.append(which)
             continue
         user = path_of(next(iter(item.users), "")).split("/")
         node = item.labels[labels.NODE], f"{user[3]}/{user[5]}" if len(user) == 6 else ""
-        disks.setdefault(node, []).append(found.id)
+        disks.setdefault(node, []).append(which.id)
         types[node] = types.get(node) or item.labels.get(labels.TYPE, "")
+    for which in aside:  # on the instance where the node's other disks are
+        marks = items[which.id].labels
+        node = next((known for known in disks if known[0] == marks[labels.NODE]), (marks[labels.NODE], ""))
+        disks.setdefault(node, []).append(which.id)
+        types[node] = types.get(node) or marks.get(labels.TYPE, "")
     return [
         Tagged(name, types[name, instance], tuple(Volume(NAME, each) for each in sorted(those)), instance)
         for (name, instance), those in sorted(disks.items())

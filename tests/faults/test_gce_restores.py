@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from providers.gce import GceProvider
-from snapshotter.core.errors import PreconditionError, StorageError
+from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, StorageError
 from snapshotter.core.model import Access, ImageState, Tagged, Volume, new_attachment_id, utc_now
 from snapshotter.host.disks import Disks
 from snapshotter.provider import Settings
@@ -317,3 +317,69 @@ def test_disks_are_found_from_outside() -> None:
         for nothing in ({}, {"instance": harness.instance.name}):
             with pytest.raises(PreconditionError):
                 outside(harness).find(nothing)
+
+
+@pytest.mark.parametrize("action", ["instances.detachDisk", "instances.attachDisk"])
+def test_a_node_whose_disk_changes_places_is_not_taken_without_it(action: str) -> None:
+    """A swap killed before its origin is detached, or before the new disk is attached: seen from outside, where the
+    host's journal isn't."""
+    with gce_harness() as harness:
+        volume, where = harness.volume(), f"{harness.instance.zone}/{harness.instance.name}"
+        world, zone = harness.twin.world, harness.instance.zone
+        world.add_disk("wal", harness.instance, with_bytes=False)
+        world.add_disk("other", world.run_instance(zone), with_bytes=False)
+        harness.origins |= set(world.disks)
+        for name, node in (("d1", "n1"), ("wal", "n1"), ("other", "n2")):
+            world.disks[f"zones/{zone}/disks/{name}"].labels |= {"snapshotter-node": node, "team": node}
+        ways: list[dict[str, object]] = [{"instance": where}, {"tags": {"team": "n1"}}]
+        named = {"volumes": [volume.id, f"{zone}/wal"]}
+
+        def find(select: dict[str, object]) -> list[str]:
+            return [each.id for each in outside(harness).find(select)]
+
+        def fleet() -> dict[str, tuple[list[str], str]]:
+            return {each.node: ([v.id for v in each.volumes], each.instance) for each in outside(harness).tagged()}
+
+        whole = sorted(named["volumes"])
+        assert all(find(select) == whole for select in [*ways, named])
+        before = fleet()
+        assert before["n1"] == (whole, where)
+        birth = take(harness.provider(), harness, [volume])
+        (found,) = ready(harness.provider(), harness, birth.set_id)
+        swap_id = "w20261122t100630z-000002"
+        # Made, and nothing is set aside yet: the origin alone is the node's.
+        harness.twin.fail("disks.setLabels", "refuse", code="forbidden", status=403)
+        with pytest.raises(PreconditionError):
+            harness.provider().swap(swap_id, found, volume)
+        assert fleet() == before and all(find(select) == whole for select in [*ways, named])
+        harness.provider().swap_back(swap_id)
+        fault = harness.twin.fail(action, "refuse", code="forbidden", status=403)
+        with pytest.raises(PreconditionError):
+            harness.provider().swap(swap_id, found, volume)
+        assert fault not in harness.twin.faults
+        tagged = fleet()
+        assert tagged["n2"] == before["n2"], "the others of the fleet go on"
+        assert tagged["n1"][1] == where
+        for select in [*ways, named, {"volumes": tagged["n1"][0]}]:
+            with pytest.raises(BusyError) as refused:
+                find(select)
+            assert volume.id in refused.value.line() and "--undo" in refused.value.line()
+        harness.provider().swap_back(swap_id)
+        assert fleet() == before and all(find(select) == whole for select in [*ways, named])
+        # Done: what took its place is the node's, and the old one no longer.
+        harness.provider().swap(swap_id, found, volume)
+        now = sorted([f"{zone}/{swap_id}-0", f"{zone}/wal"])
+        assert all(find(select) == now for select in [*ways, {"volumes": now}])
+        assert fleet()["n1"] == (now, where)
+        with pytest.raises(BusyError):
+            find(named)
+        harness.provider().swap_commit(swap_id)
+        assert all(find(select) == now for select in [*ways, {"volumes": now}])
+        with pytest.raises(NotFoundError):
+            find(named)
+        # A copy is no node's, however it is named.
+        attached = attach(harness, found, Access.WRITABLE)
+        with pytest.raises(NotFoundError, match="restored copy"):
+            find({"volumes": [f"{zone}/{attached.id}-0", f"{zone}/wal"]})
+        assert find(ways[0]) == now
+        attached.end()
