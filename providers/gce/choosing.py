@@ -78,7 +78,7 @@ def find(api: Api, seen: Seen, select: Mapping[str, object], zone: str) -> list[
         # What a swap detached from it is known by what is to take its place.
         for item in api.pages("Disks.aggregated_list", within, filter=f'labels.{labels.INSTANCE}="{about.id}"'):
             if (record := labels.swap_of(item)) is not None and not item.users:
-                items += _set_aside(api, disk(record[0]), within)
+                items += _set_aside(api, disk(record.origin), within)
     elif isinstance(volumes := select.get("volumes"), list | tuple) and volumes:
         named_so = [disk(each if "/" in each else f"{zone}/{each}") for each in map(str, volumes)]
         for which in named_so:

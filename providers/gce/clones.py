@@ -151,8 +151,8 @@ class Clones:
             if away or (host is None and self.number and item.labels.get(labels.INSTANCE) == self.number):
                 yield which, item, found
 
-    def _of(self, attachment_id: str) -> list[Disk]:
-        return [which for which, _, found in self._all() if found.id == attachment_id]
+    def _of(self, attachment_id: str) -> list[tuple[Disk, Attachment]]:
+        return [(which, found) for which, _, found in self._all() if found.id == attachment_id]
 
     def listed(self) -> Iterator[Attachment]:
         """By disk: a member may be several."""
@@ -164,16 +164,18 @@ class Clones:
         ours = self._of(attachment_id)
         if not ours:
             raise NotFoundError("no such attachment", object=attachment_id)
-        for which in ours:
+        for which, _ in ours:
             within = self.api.deadline(which.id)
             changes = {labels.SINCE: labels.since(since), labels.MAKER: None}
             taking.relabel(self.api, "Disks", within, which.id, changes)
 
     def detach(self, attachment_id: str) -> None:
         ours = self._of(attachment_id)
-        for which in ours:  # the device's name is the disk's
-            self.host.refuse_mounted(devices(self.host).get(which.name), which.id)
-        for which in ours:
+        for which, found in ours:
+            self.host.refuse_mounted(devices(self.host).get(which.name), which.id)  # the device's name is the disk's
+            if found.since is not None:  # a restore that isn't through has told nobody of it
+                disks.refuse_elsewhere(self.api, which, self.instance)
+        for which, _ in ours:
             disks.remove(self.api, which, self.settings.report)
 
 

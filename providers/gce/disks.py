@@ -136,6 +136,16 @@ def detach(api: Api, which: Disk, report: Report) -> None:
     poll(free, within, first_s=0.2, most_s=10.0, report=report)
 
 
+def refuse_elsewhere(api: Api, which: Disk, instance: str) -> None:
+    """Raise BusyError while another instance than this one has a disk: whether it is mounted there isn't known here,
+    and Compute Engine pulls it away all the same."""
+    found = look(api, which, api.deadline(which.id))
+    users = {user_of(link) for link in found.users} - {instance} if found is not None else set()
+    if users:
+        cure = "umount it and `gcloud compute instances detach-disk` it there, then try again"
+        raise BusyError(f"is attached to {', '.join(sorted(users))}", object=which.id, cure=cure)
+
+
 def remove(api: Api, which: Disk, report: Report) -> None:
     """Detached, deleted; absent is done."""
     detach(api, which, report)

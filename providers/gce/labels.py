@@ -14,6 +14,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from msgspec import Struct, convert
+from msgspec.structs import asdict
+
 from providers.gce.names import NAME, disk_of, member_names
 from snapshotter.core.errors import PreconditionError
 from snapshotter.core.labels import MARK_NAMES, LabelLimits, decode_birth, encode_birth, slot_value
@@ -135,21 +138,36 @@ def maker_of(labels: Mapping[str, str]) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def of_swap(swap_id: str, origin: str, device: str, auto_delete: bool, instance: str) -> dict[str, Any]:
-    """Description and labels of a disk that takes the place of `origin` (a volume's id), attached as `device`."""
-    record = {"origin": origin, "device": device, "auto_delete": auto_delete}
+class InPlace(Struct, frozen=True):
+    """Whose place a disk takes (a volume's id), and as what that was attached."""
+
+    origin: str
+    device: str
+    auto_delete: bool
+    interface: str = ""
+    mode: str = ""
+
+
+def of_swap(swap_id: str, record: InPlace, instance: str, theirs: str) -> dict[str, Any]:
+    """Description and labels of a disk that takes another's place. `theirs`: the other's description, which it can't be
+    given later: the record is its last line."""
+    ours = json.dumps(asdict(record))
+    if _record_of(theirs) is not None:
+        theirs = theirs.rpartition("\n")[0]  # of an earlier swap
+    theirs = theirs[: _MOST - len(ours) - 1]
     labels = {MANAGED: "true", SWAP: swap_id, INSTANCE: instance}
-    return {"description": json.dumps(record), "labels": labels}
+    return {"description": f"{theirs}\n{ours}" if theirs else ours, "labels": labels}
 
 
-def swap_of(item: Any) -> tuple[str, str, bool] | None:
-    """(origin, device, auto-delete) of a disk that is in another's place; None if it is none of ours."""
+def swap_of(item: Any) -> InPlace | None:
+    """Of a disk that is in another's place; None if it is none of ours."""
+    return _record_of(item.description) if item.labels.get(MANAGED) == "true" and SWAP in item.labels else None
+
+
+def _record_of(description: str) -> InPlace | None:
     try:
-        record = json.loads(item.description)
-        if item.labels.get(MANAGED) != "true" or SWAP not in item.labels:
-            return None
-        return str(record["origin"]), str(record["device"]), bool(record["auto_delete"])
-    except (KeyError, ValueError, TypeError):
+        return convert(json.loads(description.rpartition("\n")[2]), InPlace)
+    except (ValueError, TypeError):
         return None
 
 

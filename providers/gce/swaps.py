@@ -21,6 +21,9 @@ from snapshotter.core.model import Report, Snapshot
 from snapshotter.host.cloud import parts
 from snapshotter.host.disks import Disks, alone
 
+#: Of the origin, as it is. What can't be read of a disk, its resource manager tags, isn't kept.
+_KEPT = ("provisioned_iops", "provisioned_throughput", "access_mode", "storage_pool")
+
 
 class Swaps:
     """On one instance, for one call."""
@@ -49,8 +52,8 @@ class Swaps:
             why = f"is a {kind}: it may not be seen beside its origin"
             raise PreconditionError(why, object=snapshot.id, cure="restore it on another instance")
         for other, which, item in self.open():
-            record = labels.swap_of(item)
-            if other == swap_id or which.id == volume or (record and record[0] == volume):
+            swapped = labels.swap_of(item)
+            if other == swap_id or which.id == volume or (swapped and swapped.origin == volume):
                 raise BusyError(f"swap {other} is open", object=volume, cure="take it back or commit it")
         origin = disk(volume)
         within = self.api.deadline(volume)
@@ -59,8 +62,10 @@ class Swaps:
         if item is None or how is None:
             raise PreconditionError("isn't attached to this instance", object=volume, cure="restore with --to")
         self.host.refuse_mounted(origin_here(self.api, self.host, origin, self.instance), volume)
+        disks.refuse_elsewhere(self.api, origin, self.instance)  # a Hyperdisk may be on several
         theirs = {key: value for key, value in item.labels.items() if key not in labels.ours(item.labels)}
-        born = labels.of_swap(swap_id, volume, how.device_name, how.auto_delete, self.here.number)
+        record = labels.InPlace(volume, how.device_name, how.auto_delete, how.interface, how.mode)
+        born = labels.of_swap(swap_id, record, self.here.number, item.description)
         new = Disk(origin.place, f"{swap_id}-{snapshot.birth.member}")
         wanted: dict[str, Any] = {
             **born,
@@ -70,7 +75,7 @@ class Swaps:
             "size_gb": item.size_gb,
             "resource_policies": list(item.resource_policies),
             "replica_zones": list(item.replica_zones),
-            **{key: getattr(item, key) for key in ("provisioned_iops", "provisioned_throughput") if getattr(item, key)},
+            **{key: getattr(item, key) for key in _KEPT if getattr(item, key)},
         }
         if key := key_of(item.disk_encryption_key):
             wanted["disk_encryption_key"] = {"kms_key_name": key}
@@ -78,27 +83,29 @@ class Swaps:
         aside = {labels.MANAGED: "true", labels.ASIDE: swap_id}
         taking.relabel(self.api, "Disks", self.api.deadline(volume), volume, aside)
         disks.detach(self.api, origin, self.report)
-        self._attach(new, how.device_name, how.auto_delete)
+        self._attach(new, record)
 
-    def _attach(self, which: Disk, device: str, auto_delete: bool) -> None:
-        body = {"device_name": device, "auto_delete": auto_delete}
+    def _attach(self, which: Disk, record: labels.InPlace) -> None:
+        body: dict[str, Any] = {"device_name": record.device, "auto_delete": record.auto_delete}
+        body |= {key: value for key in ("interface", "mode") if (value := getattr(record, key))}
         disks.attach(self.api, which, self.instance, body, self.report)
-        disks.appeared(self.api, self.host, device, self.report)
+        disks.appeared(self.api, self.host, record.device, self.report)
 
     def back(self, swap_id: str) -> None:
         found = self._of(swap_id)
         record = labels.swap_of(found[1]) if found else None
         if found is None or record is None:
             return
-        (new, item), (volume, device, auto_delete) = found, record
+        (new, item), volume = found, record.origin
         if labels.COMMITTED in item.labels:
             return self.commit(swap_id)
         origin = disk(volume)
         self.host.refuse_mounted(origin_here(self.api, self.host, new, self.instance), new.id)
+        disks.refuse_elsewhere(self.api, new, self.instance)
         if disks.look(self.api, origin, self.api.deadline(volume)) is None:
             raise StorageError("what it set aside is gone", object=swap_id, cure="commit it, to keep what is there")
         disks.detach(self.api, new, self.report)
-        self._attach(origin, device, auto_delete)
+        self._attach(origin, record)
         none = {labels.MANAGED: None, labels.ASIDE: None}
         taking.relabel(self.api, "Disks", self.api.deadline(volume), volume, none)
         disks.remove(self.api, new, self.report)
@@ -108,7 +115,7 @@ class Swaps:
         record = labels.swap_of(found[1]) if found else None
         if found is None or record is None:
             return
-        (new, item), (volume, _, _) = found, record
+        (new, item), volume = found, record.origin
         if self.instance not in [disks.user_of(link) for link in item.users]:
             raise StorageError("the swap was never finished", object=swap_id, cure="take it back")
         within = self.api.deadline(swap_id)
@@ -125,7 +132,7 @@ class Swaps:
     def device_of(self, volume: str) -> str | None:
         """The kernel name of the disk that stands in a volume's place now, or of the volume's own; None if neither is
         attached here."""
-        record = {swap[0]: which for _, which, item in self.open() if (swap := labels.swap_of(item))}
+        record = {swap.origin: which for _, which, item in self.open() if (swap := labels.swap_of(item))}
         for which in (record.get(volume), disk(volume)):
             if which is not None and (found := origin_here(self.api, self.host, which, self.instance)):
                 return found

@@ -206,16 +206,34 @@ def test_a_swap_keeps_what_the_origin_was_like() -> None:
         origin.labels |= {"team": "nodes", "snapshotter-node": "archive-1", "snapshotter-type": "archive"}
         origin.type, origin.provisioned_iops, origin.size = "hyperdisk-balanced", 6000, 2
         group(harness.twin, ["d1"])
+        origin.description, origin.access_mode = "of the archive\n{}", "READ_WRITE_SINGLE"
+        zone, world = harness.instance.zone, harness.twin.world
+        origin.storage_pool = world.link(f"zones/{zone}/storagePools/fast")
         theirs = dict(origin.labels)
+
+        def attached(path: str) -> tuple[str, str, str]:
+            (how,) = [each for each in harness.instance.disks if each.disk == path]
+            return how.device_name, how.interface, how.mode
+
+        next(each for each in harness.instance.disks if each.disk == origin.path).interface = "NVME"
+        before = attached(origin.path)
         birth = take(harness.provider(), harness, [volume])
         (found,) = ready(harness.provider(), harness, birth.set_id)
-        harness.provider().swap("w20261122t100630z-000001", found, volume)
-        harness.provider().swap_commit("w20261122t100630z-000001")
-        new = harness.twin.world.disks[f"zones/{harness.instance.zone}/disks/w20261122t100630z-000001-0"]
+        harness.provider().swap("w20261122t100630z-000000", found, volume)
+        harness.provider().swap_back("w20261122t100630z-000000")
+        assert attached(origin.path) == before and origin.labels == theirs
+        for swap_id in ("w20261122t100630z-000001", "w20261122t100630z-000002"):
+            harness.provider().swap(swap_id, found, volume)
+            harness.provider().swap_commit(swap_id)
+            volume = harness.again(volume)
+        new = world.disks[f"zones/{zone}/disks/w20261122t100630z-000002-0"]
         assert new.labels == theirs
         assert (new.type, new.provisioned_iops, new.size) == ("hyperdisk-balanced", 6000, 2)
+        assert (new.access_mode, new.storage_pool) == (origin.access_mode, origin.storage_pool)
         assert new.resource_policies == origin.resource_policies
-        assert [each.device_name for each in harness.instance.disks if each.disk == new.path] == ["dev-1"]
+        assert attached(new.path) == before
+        first, _, record = new.description.rpartition("\n")
+        assert first == origin.description and "000001" in record
 
 
 def outside(harness: object, **options: object) -> GceProvider:
@@ -248,7 +266,10 @@ def test_disks_for_another_machine_in_another_zone(tmp_path: Path) -> None:
         (listed,) = outside(harness).attachments()
         assert (listed.id, listed.path, listed.set_id) == (attachment_id, "", taken["set_id"])
         assert attachment_id in command.error("delete", taken["set_id"], "--yes", "--last", exit_code=5)["line"]
+        assert other.name in command.error("release", attachment_id, exit_code=5)["line"]
+        harness.twin.here = other  # there it sees what is mounted
         command.json("release", attachment_id)
+        harness.twin.here = harness.instance
         assert harness.objects() == before
         with pytest.raises(PreconditionError) as refused:
             outside(harness).attach_away(found, attachment_id)
@@ -263,6 +284,56 @@ def test_disks_for_another_machine_in_another_zone(tmp_path: Path) -> None:
         assert not document["volumes"][0]["instance"]
         command.json("release", document["attachment_id"])
         assert harness.objects() == before
+
+
+def test_a_disk_that_is_mounted_on_another_instance_is_not_pulled_away(tmp_path: Path) -> None:
+    """Compute Engine asks nobody. Before the restore is through nobody has mounted it, and its undo takes it back."""
+    with gce_harness() as harness:
+        volume = harness.volume()
+        assert volume.path is not None
+        fill(volume.path)
+        birth = take(harness.provider(), harness, [volume])
+        (found,) = ready(harness.provider(), harness, birth.set_id)
+        before, other = harness.objects(), harness.twin.world.run_instance(harness.instance.zone)
+        harness.origins |= set(harness.twin.world.disks)
+        harness.twin.limits.pulls = True
+        provider = outside(harness, instance=f"{other.zone}/{other.name}")
+        undone = new_attachment_id(utc_now())
+        provider.attach_away(found, undone)
+        provider.detach(undone)
+        assert harness.objects() == before
+        attachment_id = new_attachment_id(utc_now())
+        provider.attach_away(found, attachment_id)
+        provider.settle(attachment_id, datetime.now(UTC))
+        disk = harness.twin.world.disks[f"zones/{other.zone}/disks/{attachment_id}-0"]
+        subprocess.run(["mount", harness.disks.device(disk.bytes), tmp_path], check=True)
+        try:
+            with pytest.raises(BusyError) as refused:
+                provider.detach(attachment_id)
+            assert other.name in refused.value.line() and refused.value.cure
+            assert disk.users == [other.path]
+        finally:
+            subprocess.run(["umount", tmp_path], check=True)
+        api = provider._api()
+        fields = {"zone": other.zone, "instance": other.name, "device_name": disk.name}
+        api.do("Instances.detach_disk", api.deadline("what a person does"), other.name, **fields)
+        provider.detach(attachment_id)
+        assert harness.objects() == before
+
+
+def test_a_disk_that_several_instances_have_is_not_swapped() -> None:
+    with gce_harness() as harness:
+        volume = harness.volume()
+        birth = take(harness.provider(), harness, [volume])
+        (found,) = ready(harness.provider(), harness, birth.set_id)
+        before, other = harness.objects(), harness.twin.world.run_instance(harness.instance.zone)
+        harness.origins |= set(harness.twin.world.disks)
+        origin = harness.twin.world.disks[f"zones/{harness.instance.zone}/disks/d1"]
+        origin.users.append(other.path)
+        with pytest.raises(BusyError, match=other.name):
+            harness.provider().swap("w20261122t100630z-000003", found, volume)
+        origin.users.remove(other.path)
+        assert harness.objects() == before and not origin.labels
 
 
 def test_a_set_in_place_of_the_live_disk(tmp_path: Path) -> None:

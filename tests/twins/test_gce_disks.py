@@ -360,3 +360,19 @@ def test_a_mounted_disk_does_not_let_go(tmp_path: Path) -> None:
         device = os.path.realpath(disks.by_id / "google-ours")
         subprocess.run(["mount", "-o", "ro,noload", device, str(point)], check=True)
         subprocess.run(["umount", str(point)], check=True)
+
+
+@pytest.mark.root
+def test_a_mounted_disk_may_be_pulled_away(tmp_path: Path) -> None:
+    with bytes_of_disks(tmp_path / "disks") as disks, Twin(disks) as twin:
+        ask, twin.here, twin.limits.pulls = Asked(twin), twin.world.run_instance(ZONE, "node"), True
+        twin.world.add_disk("data", twin.here, "dev-data")
+        link, point = disks.by_id / "google-dev-data", tmp_path / "point"
+        subprocess.run(["mkfs.ext4", "-q", os.path.realpath(link)], check=True)
+        point.mkdir()
+        subprocess.run(["mount", os.path.realpath(link), str(point)], check=True)
+        try:
+            ask.done("Instances.detach_disk", zone=ZONE, instance="node", device_name="dev-data")
+            assert not ask.disk().users and not link.is_symlink()
+        finally:
+            subprocess.run(["umount", str(point)], check=True)

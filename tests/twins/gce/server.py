@@ -240,7 +240,7 @@ class Twin:
                     {
                         "deviceName": each.device_name,
                         "index": index,
-                        "interface": "NVME",
+                        "interface": each.interface,
                         "mode": each.mode,
                         "type": "PERSISTENT-BALANCED",
                     }

@@ -48,6 +48,7 @@ class Limits:
     snapshots: int | None = None
     disks_gib: int | None = None
     attached: int = 128  # disks of an instance
+    pulls: bool = False  # a disk that is mounted is detached at once, as `detach-disk` warns of; else when it isn't
     keys_denied: set[str] = field(default_factory=set)  # KMS keys that Compute Engine may not use
 
 
@@ -97,6 +98,7 @@ class Attached:
     boot: bool = False
     auto_delete: bool = False
     mode: str = "READ_WRITE"
+    interface: str = "SCSI"
 
 
 @dataclass(kw_only=True)
@@ -110,6 +112,8 @@ class Disk(Resource):
     snapshot_id: str = ""
     provisioned_iops: int = 0
     provisioned_throughput: int = 0
+    access_mode: str = ""
+    storage_pool: str = ""
     ready: float = 0.0
     users: list[str] = field(default_factory=list)  # paths of instances
 
@@ -268,14 +272,17 @@ class World:
             self.bytes.attach(disk.bytes, link, read_only=how.mode == "READ_ONLY")
 
     def part(self, instance: Instance, how: Attached) -> None:
-        """Not while it is mounted: then as soon as it isn't."""
+        """Not while it is mounted, unless it `pulls`: then as soon as it isn't."""
         if not self._part(instance, how):
             self._parting.append((instance, how))
 
     def _part(self, instance: Instance, how: Attached) -> bool:
         disk = self.disks.get(how.disk)
         if disk is not None and self.bytes and not self.bytes.detach(disk.bytes):
-            return False
+            if not self.limits.pulls:
+                return False
+            # The kernel here can't lose a disk: what is mounted goes on, unlinked, until these bytes are closed.
+            (self.bytes.by_id / BY_ID.format(device_name=how.device_name)).unlink(missing_ok=True)
         if how in instance.disks:
             instance.disks.remove(how)
         if disk is not None and instance.path in disk.users:

@@ -51,7 +51,7 @@ def message(world: World, disk: Disk) -> Message:
         kind = "source_instant_snapshot" if "instantSnapshots" in disk.snapshot else "source_snapshot"
         setattr(found, kind, world.link(disk.snapshot))
         setattr(found, f"{kind}_id", disk.snapshot_id)
-    for amount in ("provisioned_iops", "provisioned_throughput"):
+    for amount in ("provisioned_iops", "provisioned_throughput", "access_mode", "storage_pool"):
         if getattr(disk, amount):
             setattr(found, amount, getattr(disk, amount))
     if disk.key:
@@ -126,6 +126,17 @@ def _type(call: Call, asked: Message) -> str:
     return name
 
 
+def _pool(call: Call, asked: Message) -> str:
+    """A storage pool of the disk's zone."""
+    if not asked.storage_pool:
+        return ""
+    path = call.world.path(asked.storage_pool, "resource.storagePool")
+    call.demand("storagePools.use", path)
+    if path.partition("/storagePools/")[0] != call.place or not _type(call, asked).startswith("hyperdisk"):
+        raise invalid("resource.storagePool", asked.storage_pool, "It takes Hyperdisks of its own zone.")
+    return call.world.link(path)
+
+
 def _replicas(call: Call, asked: Message) -> list[str]:
     zones = [call.world.path(zone, "resource.replicaZones").removeprefix("zones/") for zone in asked.replica_zones]
     region = call.place.removeprefix("regions/") if call.place.startswith("regions/") else ""
@@ -158,6 +169,8 @@ def insert(call: Call) -> Message:
         key=call.usable_key(asked.disk_encryption_key.kms_key_name),
         provisioned_iops=asked.provisioned_iops,
         provisioned_throughput=asked.provisioned_throughput,
+        access_mode=asked.access_mode,
+        storage_pool=_pool(call, asked),
     )
     return _made(call, disk, source)
 

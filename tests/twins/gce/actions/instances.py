@@ -21,7 +21,7 @@ def message(world: World, instance: Instance) -> Message:
             auto_delete=each.auto_delete,
             mode=each.mode,
             type_="PERSISTENT",
-            interface="NVME",
+            interface=each.interface,
             disk_size_gb=world.disks[each.disk].size if each.disk in world.disks else 0,
         )
         for index, each in enumerate(instance.disks)
@@ -71,6 +71,9 @@ def attach(call: Call) -> Message:
     mode = asked.mode or "READ_WRITE"
     if mode not in ("READ_WRITE", "READ_ONLY"):
         raise invalid("resource.mode", mode, "It is READ_WRITE or READ_ONLY.")
+    interface = asked.interface or "SCSI"  # of most machine types
+    if interface not in ("SCSI", "NVME"):
+        raise invalid("resource.interface", interface, "It is SCSI or NVME.")
     if not asked.source:
         raise Refusal("required", "Required field 'resource.source' not specified")
     path = world.path(asked.source, "resource.source")
@@ -91,14 +94,14 @@ def attach(call: Call) -> Message:
         raise invalid("resource.deviceName", name, "The instance has a disk of that device name.")
     if len(names) >= world.limits.attached:
         raise Refusal("limitExceeded", f"Exceeded limit 'maximum_persistent_disks' on resource '{instance.name}'.")
-    how = Attached(disk.path, name, asked.boot, asked.auto_delete, mode)
+    how = Attached(disk.path, name, asked.boot, asked.auto_delete, mode, interface)
     with_bytes = world.bytes is not None and (world.bytes.live / disk.bytes).exists()
     return call.begin("attachDisk", instance, lambda: world.join(instance, disk, how, with_bytes=with_bytes))
 
 
 @action("instances.detachDisk")
 def detach(call: Call) -> Message:
-    """The operation isn't done before the kernel has let go of the disk: not while it is mounted."""
+    """The operation isn't done before the kernel has let go of the disk: not while it is mounted, unless it `pulls`."""
     world, instance, name = call.world, _existing(call, "detachDisk"), call.request.device_name
     how = next((each for each in instance.disks if each.device_name == name), None)
     if how is None:
