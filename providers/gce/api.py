@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from providers.gce import errors
-from snapshotter.core.errors import PreconditionError, SnapshotterError, UsageError, pip_install
+from snapshotter.core.errors import PreconditionError, SnapshotterError, StorageError, UsageError, pip_install
 from snapshotter.core.model import Report, no_report
 from snapshotter.core.remote import Clock, Deadline, Lost, MinuteQuota, Temporary, operation_id, persist, poll
 
@@ -27,6 +27,11 @@ _SCOPES = ("https://www.googleapis.com/auth/compute",)
 _IMPERSONATING = ("https://www.googleapis.com/auth/cloud-platform",)
 Operation = Any
 CREDENTIALS = "give the instance a service account, or set GOOGLE_APPLICATION_CREDENTIALS"
+_UNREACHABLE = "UNREACHABLE"
+
+
+class Unreachable(StorageError):
+    """What is in a zone or a region isn't known now."""
 
 
 class Api:
@@ -80,18 +85,25 @@ class Api:
         return persist(attempt, within, again_after_loss=True)
 
     def pages(self, action: str, within: Deadline, **fields: Any) -> Iterator[Any]:
-        """All items of a listing; of an aggregated one, of all its scopes."""
+        """All items of a listing; of an aggregated one, of all its scopes. Raises Unreachable at its end if there may
+        be more: Google answers without a scope that it can't ask, and says so beside it alone."""
         token: dict[str, str] = {}
+        missing: set[str] = set()
         while True:
             page = next(self.call(action, within, max_results=_PAGE, **fields, **token).pages)
-            if action.endswith(".aggregated_list"):
-                for scoped in page.items.values():
-                    yield from getattr(scoped, _SCOPED[action])
-            else:
+            scopes = page.items if action.endswith(".aggregated_list") else {}
+            missing |= {scope for scope, scoped in scopes.items() if scoped.warning.code == _UNREACHABLE}
+            missing |= {page.warning.message or "a zone"} if page.warning.code == _UNREACHABLE else set()
+            for scoped in scopes.values():
+                yield from getattr(scoped, _SCOPED[action])
+            if not action.endswith(".aggregated_list"):
                 yield from page.items
             if not page.next_page_token:
-                return
+                break
             token = {"page_token": page.next_page_token}
+        if missing:
+            why = f"Compute Engine can't say what is in {', '.join(sorted(missing))} now"
+            raise Unreachable(why, object=within.what, cure="try again when it can: https://status.cloud.google.com")
 
     def begin(self, action: str, within: Deadline, name: str, **fields: Any) -> Operation:
         """A mutating call about the object `name`: what it began. However often an answer is lost, it begins once."""

@@ -76,7 +76,7 @@ def find(api: Api, seen: Seen, select: Mapping[str, object], zone: str) -> list[
             if not attached.boot and (each := disk_of(attached.source)) is not None
         ]
         # What a swap detached from it is known by what is to take its place.
-        for item in api.pages("Disks.aggregated_list", within, filter=f'labels.{labels.INSTANCE}="{about.id}"'):
+        for item in near(api, within, f'labels.{labels.INSTANCE}="{about.id}"', where or zone):
             if (record := labels.swap_of(item)) is not None and not item.users:
                 items += _set_aside(api, disk(record.origin), within)
     elif isinstance(volumes := select.get("volumes"), list | tuple) and volumes:
@@ -98,6 +98,13 @@ def find(api: Api, seen: Seen, select: Mapping[str, object], zone: str) -> list[
     if not found_ids:
         raise NotFoundError("there is no such disk", object=str(dict(select)), cure=_SELECT)
     return sorted(found_ids)
+
+
+def near(api: Api, within: Deadline, given: str, zone: str) -> Iterator[Any]:
+    """Disks that an instance of the zone can have, and that fit a filter: known also while another zone can't be
+    asked."""
+    yield from api.pages("Disks.list", within, filter=given, zone=zone)
+    yield from api.pages("RegionDisks.list", within, filter=given, region=region_of(zone))
 
 
 def _of_nodes(items: Sequence[Any]) -> Iterator[tuple[Disk, bool]]:

@@ -138,11 +138,11 @@ class Clones:
             wanted["disk_encryption_key"] = {"kms_key_name": key}
         return which, wanted
 
-    def _all(self) -> Iterator[tuple[Disk, Any, Attachment]]:
+    def _all(self, zone: str = "") -> Iterator[tuple[Disk, Any, Attachment]]:
         """Disks that are attachments on this instance, and those made for another machine: by this host, or by another
         once they are complete. Another instance's are its own."""
         within = self.api.deadline("the list of attachments")
-        for item in disks.labelled(self.api, within, f"labels.{labels.ATTACHMENT}:*"):
+        for item in disks.labelled(self.api, within, f"labels.{labels.ATTACHMENT}:*", zone):
             which, found = disk_of(item.self_link), labels.attachment_of(item)
             if found is None or which is None:
                 continue
@@ -152,7 +152,11 @@ class Clones:
                 yield which, item, found
 
     def _of(self, attachment_id: str) -> list[tuple[Disk, Attachment]]:
-        return [(which, found) for which, _, found in self._all() if found.id == attachment_id]
+        """All of one attachment's disks are in one place. Here first: when another zone is lost, a restore goes on."""
+        for zone in [self.zone, ""] if self.zone else [""]:
+            if ours := [(which, found) for which, _, found in self._all(zone) if found.id == attachment_id]:
+                return ours
+        return []
 
     def listed(self) -> Iterator[Attachment]:
         """By disk: a member may be several."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from providers.gce import errors
 from providers.gce.api import Api
+from providers.gce.choosing import near
 from providers.gce.devices import devices
 from providers.gce.names import Disk, last, path_of
 from providers.gce.taking import remove as delete
@@ -31,9 +32,10 @@ def look(api: Api, which: Disk, within: Deadline) -> Any | None:
         return None
 
 
-def labelled(api: Api, within: Deadline, given: str) -> Iterator[Any]:
-    """Disks whose labels fit a filter, wherever they are."""
-    for item in api.pages("Disks.aggregated_list", within, filter=given):
+def labelled(api: Api, within: Deadline, given: str, zone: str = "") -> Iterator[Any]:
+    """Disks whose labels fit a filter, wherever they are, or those that an instance of this zone can have."""
+    everywhere = "Disks.aggregated_list"
+    for item in near(api, within, given, zone) if zone else api.pages(everywhere, within, filter=given):
         if item.status != "DELETING":
             yield item
 

@@ -36,7 +36,8 @@ class Swaps:
         """(swap id, the new disk, what is said of it) of every swap here, committed ones that aren't through
         included."""
         within = self.api.deadline("the list of swaps")
-        for item in disks.labelled(self.api, within, f'labels.{labels.INSTANCE}="{self.here.number}"'):
+        given = f'labels.{labels.INSTANCE}="{self.here.number}"'
+        for item in disks.labelled(self.api, within, given, self.here.zone):
             which = disk_of(item.self_link)
             if which is not None and labels.swap_of(item) and item.labels.get(labels.INSTANCE) == self.here.number:
                 yield item.labels[labels.SWAP], which, item

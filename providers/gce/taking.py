@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from providers.gce import errors, labels
-from providers.gce.api import Api, Operation
+from providers.gce.api import Api, Operation, Unreachable
 from providers.gce.choosing import Plan
 from providers.gce.names import Disk, disk, disk_of, last, path_of
 from snapshotter.core.errors import NotFoundError, SnapshotterError, StorageError
@@ -130,12 +130,17 @@ def record_of(api: Api, place: Disk, within: Deadline) -> Birth | None:
 
 
 def groups(api: Api, within: Deadline, set_id: str | None = None) -> dict[str, list[Disk]]:
-    """Sets (one, or all) of which there are instant snapshots still, and these as (place, name)."""
+    """Sets (one; or all that can be asked for now) of which there are instant snapshots still, and these as (place,
+    name)."""
     found: dict[str, list[Disk]] = {}
-    for item in api.pages("InstantSnapshots.aggregated_list", within):
-        of = last(item.source_instant_snapshot_group)
-        if SET_ID.fullmatch(of) and set_id in (None, of):
-            found.setdefault(of, []).append(Disk(last(item.zone or item.region), item.name))
+    try:
+        for item in api.pages("InstantSnapshots.aggregated_list", within):
+            of = last(item.source_instant_snapshot_group)
+            if SET_ID.fullmatch(of) and set_id in (None, of):
+                found.setdefault(of, []).append(Disk(last(item.zone or item.region), item.name))
+    except Unreachable:
+        if set_id is not None:
+            raise
     return found
 
 

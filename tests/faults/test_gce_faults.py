@@ -592,6 +592,61 @@ def test_a_disk_in_error(cloud: Cloud) -> None:
     told(refused.value, Exit.PRECONDITION, cloud.names[0], "FAILED")
 
 
+def test_a_zone_that_cannot_be_asked_is_not_empty(pair: Cloud) -> None:
+    """Its part of a list is missing, and only a warning says so: what is there may be attached, a node's, a group's."""
+    provider = pair.provider()
+    set_id = pair.take(provider)
+    disk = pair.twin.world.disks[f"zones/{pair.zone}/disks/{pair.names[0]}"]
+    disk.labels |= {"snapshotter-node": "n1"}
+    pair.twin.world.unreachable = {f"zones/{pair.zone}"}
+    for ask in (
+        lambda: pair.provider().delete(set_id),
+        lambda: list(pair.provider().attachments()),
+        lambda: pair.provider().find({"tags": {"snapshotter-node": "n1"}}),
+        lambda: pair.provider().tagged(),
+    ):
+        with pytest.raises(StorageError) as refused:
+            ask()
+        told(refused.value, Exit.REFUSED, f"zones/{pair.zone}", "try again")
+    assert pair.living() == pair.each_once()
+    # What is known of all the same: what an instance there has, and what another zone's dead runs left.
+    assert pair.provider().find({"instance": f"{pair.zone}/{pair.instance.name}"}) == pair.volumes()
+    with _later(3600):
+        assert pair.provider().reap() == []
+    pair.twin.world.unreachable = {"zones/us-central1-a"}
+    with _later(3600):
+        assert pair.provider().reap() == [f"instant snapshots of {set_id}"]
+    with pytest.raises(StorageError):
+        pair.provider().delete(set_id)
+    pair.twin.world.unreachable = set()
+    pair.provider().delete(set_id)
+    assert not pair.living()
+
+
+@pytest.mark.root
+def test_a_restore_goes_on_while_another_zone_is_lost() -> None:
+    with gce_harness() as harness:
+        volume = harness.volume()
+        top = str(volume.path)
+        fill(top)
+        before, content, life = harness.objects(), describe(top), Life.new(harness)
+        harness.twin.world.unreachable = {"zones/us-central1-a", "regions/us-central1"}
+        provider = harness.provider()
+        birth = take(provider, harness, [volume], make_birth([volume], set_id=life.set_id))
+        seal(provider, birth)
+        (found,) = ready(provider, harness, birth.set_id)
+        provider.attach(found, life.attachment_id, Access.WRITABLE, life.destination)
+        provider.settle(life.attachment_id, datetime.now(UTC))
+        provider.detach(life.attachment_id)
+        provider.swap(life.swap_id, found, volume)
+        assert list(provider.swaps()) == [life.swap_id]
+        provider.swap_back(life.swap_id)
+        assert describe(top) == content
+        harness.twin.world.unreachable = set()
+        provider.delete(birth.set_id)
+        assert harness.objects() == before
+
+
 @pytest.mark.root
 def test_a_disk_that_is_never_ready_is_given_up_and_removed() -> None:
     with gce_harness() as harness:

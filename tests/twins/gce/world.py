@@ -187,6 +187,7 @@ class World:
         self.bytes, self.limits, self.clock = disks, limits, clock
         self.project = PROJECT
         self.zones = [f"europe-west3-{letter}" for letter in "abc"] + [f"us-central1-{letter}" for letter in "abcf"]
+        self.unreachable: set[str] = set()  # places of which aggregated lists say no more than that
         self.instances: dict[str, Instance] = {}
         self.disks: dict[str, Disk] = {}
         self.snapshots: dict[str, Snapshot] = {}  # by name

@@ -223,8 +223,11 @@ class Call:
         items: dict[str, list[Message]] = {scope: [] for scope in scopes}
         for each, item in chosen:
             items.setdefault(each.place, []).append(item)
+        lost = {scope: "UNREACHABLE" for scope in self.world.unreachable}
         answer.items = {
-            scope: scoped({field: found} if found else {"warning": {"code": "NO_RESULTS_ON_PAGE", "message": scope}})
+            scope: scoped({field: found})
+            if found and scope not in lost
+            else scoped({"warning": {"code": lost.get(scope, "NO_RESULTS_ON_PAGE"), "message": scope}})
             for scope, found in items.items()
         }
         return answer
