@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 _CREATE_S = 60.0
 #: A snapshot is deleted while another operation of it ends.
 _DELETE_S = 300.0
+#: A tick moves on all sets: what isn't removed within this is left to the next.
+_GROUP_S = 30.0
 #: After this long, what was asked for without an answer is there, or never will be.
 _SETTLE_S = 30.0
 _ELSEWHERE = timedelta(hours=1)
@@ -367,19 +369,25 @@ class GceProvider(Cloud, Provider):
         if not self._used():
             return []
         api = self._api()
-        within = api.deadline("instant snapshots of dead runs", _DELETE_S)
-        gone = []
+        within = api.deadline("instant snapshots of dead runs")
+        gone, failed = [], None
         for set_id, instants in taking.groups(api, within).items():
-            birth = taking.record_of(api, names.Disk(instants[0].place, set_id), within)
-            if birth is None or any(each.state is ImageState.PENDING for each in self.snapshots(set_id)):
-                continue
-            # Nobody but its own host knows whether the run that made them lives.
-            patience = timedelta(0) if same_host(birth.host, host_name()) else _ELSEWHERE
-            if utc_now() < birth.deadline + patience:
-                continue
-            with suppress(BusyError), Locks([f"target:{birth.target}"]):
-                taking.instants_gone(api, set_id, instants, within)
-                gone.append(f"instant snapshots of {set_id}")
+            within = api.deadline(set_id, _GROUP_S)
+            try:
+                birth = taking.record_of(api, names.Disk(instants[0].place, set_id), within)
+                if birth is None or any(each.state is ImageState.PENDING for each in self.snapshots(set_id)):
+                    continue
+                # Nobody but its own host knows whether the run that made them lives.
+                patience = timedelta(0) if same_host(birth.host, host_name()) else _ELSEWHERE
+                if utc_now() < birth.deadline + patience:
+                    continue
+                with suppress(BusyError), Locks([f"target:{birth.target}"]):
+                    taking.instants_gone(api, set_id, instants, within)
+                    gone.append(f"instant snapshots of {set_id}")
+            except SnapshotterError as error:  # the others' go all the same
+                failed = failed or error
+        if failed is not None:
+            raise failed
         return gone
 
     # -- disks made of snapshots --------------------------------------------------------------------------------

@@ -108,8 +108,8 @@ def attachment_of(item: Any) -> Attachment | None:
     labels = item.labels
     try:
         record = json.loads(item.description)
-        if labels.get(MANAGED) != "true":
-            return None
+        if labels.get(MANAGED) != "true" or not item.name.startswith(f"{labels[ATTACHMENT]}-"):
+            return None  # a copy of our labels on another's disk is none
         return Attachment(
             id=labels[ATTACHMENT],
             provider=NAME,
@@ -161,7 +161,8 @@ def of_swap(swap_id: str, record: InPlace, instance: str, theirs: str) -> dict[s
 
 def swap_of(item: Any) -> InPlace | None:
     """Of a disk that is in another's place; None if it is none of ours."""
-    return _record_of(item.description) if item.labels.get(MANAGED) == "true" and SWAP in item.labels else None
+    ours = item.labels.get(MANAGED) == "true" and SWAP in item.labels
+    return _record_of(item.description) if ours and item.name.startswith(f"{item.labels[SWAP]}-") else None
 
 
 def _record_of(description: str) -> InPlace | None:

@@ -223,6 +223,24 @@ def test_a_group_that_nobody_waited_for_is_reaped(pair: Cloud) -> None:
     assert pair.living() == pair.each_once()
 
 
+def test_a_group_that_cannot_be_removed_holds_up_no_other(pair: Cloud) -> None:
+    first, second = pair.take(), pair.take()
+    pair.twin.clock.advance(60)
+    for _ in range(100):
+        pair.twin.fail("instantSnapshotGroups.delete", "refuse", code="resourceInUseByAnotherResource")
+    started = pair.clock.now()
+    with _later(3600), pytest.raises(StorageError) as failed:
+        pair.provider().reap()
+    told(failed.value, Exit.REFUSED, "within 30 s")
+    assert pair.clock.now() - started < 120, "and the tick isn't over"
+    pair.twin.faults[:] = [pair.twin.fail("instantSnapshotGroups.get", "refuse", code="forbidden", status=403)]
+    with _later(3600), pytest.raises(PreconditionError):
+        pair.provider().reap()
+    assert len(pair.twin.world.groups) == 1 and {first, second} > {
+        each.name for each in pair.twin.world.groups.values()
+    }, "one failed, the other's are gone"
+
+
 @contextlib.contextmanager
 def _later(seconds: float) -> Iterator[None]:
     """The provider's look at the machine's clock, so much later."""

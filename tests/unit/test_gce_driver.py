@@ -76,7 +76,8 @@ def test_an_attachments_record_comes_back(path: str) -> None:
     born = labels.of_attachment(
         identity, "s20261122t100630z-5f3a9c", 3, path, Access.READ_ONLY, Purpose.VERIFY, "4711", (12, 34)
     )
-    item = compute_v1.Disk(name="x", **born)
+    item = compute_v1.Disk(name=f"{identity}-3", **born)
+    assert labels.attachment_of(compute_v1.Disk(name="a-copy-of-it", **born)) is None
     found = labels.attachment_of(item)
     assert found is not None
     assert (found.id, found.member, found.path, found.since) == (identity, 3, path, None)
@@ -86,6 +87,21 @@ def test_an_attachments_record_comes_back(path: str) -> None:
     settled = labels.attachment_of(item)
     assert settled is not None and settled.since == since
     assert all(len(value) <= 63 and value == value.lower() for value in item.labels.values())
+
+
+def test_a_swaps_record_comes_back() -> None:
+    """Below whatever the origin's description is, also a long one, and one that ends with an earlier record."""
+    swap_id, record = "w20261122t100630z-5f3a9c", labels.InPlace("z/data", "dev-1", True, "NVME", "READ_ONLY")
+    for theirs in ("", "data", "{}", "two\nlines", "x" * 2048):
+        born = labels.of_swap(swap_id, record, "1", theirs)
+        assert born["description"].startswith(theirs[:1900]) and len(born["description"]) <= 2048
+        assert labels.swap_of(compute_v1.Disk(name=f"{swap_id}-0", **born)) == record
+        assert labels.swap_of(compute_v1.Disk(name="a-copy-of-it", **born)) is None
+        assert labels.of_swap(swap_id, record, "1", born["description"]) == born
+    # As it was written before there was more to keep.
+    born["description"] = '{"origin": "z/data", "device": "dev-1", "auto_delete": false}'
+    old = labels.swap_of(compute_v1.Disk(name=f"{swap_id}-0", **born))
+    assert old == labels.InPlace("z/data", "dev-1", False)
 
 
 def test_a_path_that_does_not_fit_is_refused() -> None:
