@@ -742,3 +742,29 @@ def test_what_the_metadata_server_says_is_checked() -> None:
             harness.provider().check([volume], birth)
         told(refused.value, Exit.PRECONDITION, "metadata", "-o zone=")
         harness.twin.here, harness.instance.id = harness.instance, known
+
+
+def test_a_fleet_is_taken_but_for_the_node_whose_disk_changes_places(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As a restore that was killed between the two leaves it: the origin is detached, and nothing stands for it."""
+    from providers.gce import labels
+    from snapshotter import functions
+
+    monkeypatch.setattr(functions, "_STATE", str(tmp_path))
+    monkeypatch.setenv("SNAPSHOTTER_CONFIG_TOML", "")
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", cloud.twin.world.project)
+    world, theirs = cloud.twin.world, {labels.NODE: "n1", labels.TYPE: "validator"}
+    world.disks[f"zones/{cloud.zone}/disks/{cloud.names[0]}"].labels |= theirs
+    swap_id = "w20261122t100630z-5f3a9c"
+    record = labels.InPlace(f"{cloud.zone}/origin", "dev", False)
+    born = labels.of_swap(swap_id, record, cloud.instance.id, "")
+    born["labels"] |= theirs
+    world.add_disk(f"{swap_id}-0", with_bytes=False, **born)
+    aside = {labels.MANAGED: "true", labels.ASIDE: swap_id}
+    world.add_disk("origin", with_bytes=False, labels=theirs | aside)
+    world.add_disk("another", world.run_instance(), with_bytes=False, labels={**theirs, labels.NODE: "n2"})
+    answer = functions.run("gce", 300.0)
+    assert len(answer["taken"]) == 1 and cloud.living() == {"another": 1}
+    (busy,) = answer["busy"]
+    assert busy.startswith("n1: ") and f"{cloud.zone}/origin" in busy and "--undo" in busy
