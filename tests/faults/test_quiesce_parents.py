@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ from quiesce_kit import (
 )
 
 from snapshotter.core.errors import UndoIncompleteError
-from snapshotter.host import processes, quiesce
+from snapshotter.host import proc, processes, quiesce
 
 __all__ = ["data", "run_dir", "zoo"]
 
@@ -51,6 +53,20 @@ while True:
         os.killpg(0, signal.SIGSTOP)
         os.kill(child.pid, signal.SIGCONT)
 """
+
+
+@pytest.fixture(autouse=True)
+def nobody_stays(zoo: Zoo) -> Iterator[None]:
+    """What runs a program as su does outlives nobody's end: each of our descendants is ended by itself."""
+    before = set(descendants())
+    yield
+    for pid in set(descendants()) - before:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def descendants() -> list[int]:
+    return [pid for pid in proc.pids() if os.getpid() in processes.ancestors(pid)]
 
 
 @pytest.fixture(params=WRAPPERS)
