@@ -35,6 +35,7 @@ class Api:
         self._region, self._profile, self._role = region, profile, role
         self.clock = clock
         self._lock = threading.RLock()
+        self.looking = threading.Lock()  # held by the thread that makes a listing which all share
         self._session: Any = None
         self._clients: dict[float, Any] = {}
         self._buckets: dict[str, TokenBucket] = {}

@@ -4,21 +4,22 @@ know no tag but ours on volumes, and change nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
 
 from providers.ebs import tags
 from providers.ebs.api import Api
-from providers.ebs.volumes import attached_to, of_instance
+from providers.ebs.volumes import attached_to, described, of_instance
 from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError
-from snapshotter.core.remote import Deadline
+from snapshotter.core.remote import Deadline, poll
 
 SPACING_S = 15.0  # EC2 takes no two snapshots of a volume within this
 _MOST_PENDING = {"sc1": 1, "st1": 1}
 _USUALLY = 5
 _SEEN_S = 60.0
+_SWAPS_S = 5.0  # EC2 needs longer to make the disk of a swap and to detach its origin
 
 
 class Plan(Struct, frozen=True):
@@ -44,7 +45,8 @@ def _seen(api: Api, seen: Seen, name: str) -> dict[str, Any] | None:
 
 def find(api: Api, seen: Seen, select: Mapping[str, object]) -> list[str]:
     """Ids of the volumes that `select` means. `instance`: all of its volumes but the root; `volumes`: by id; `tags`.
-    Raises NotFoundError where there is none, PreconditionError where nothing is selected."""
+    Raises NotFoundError where there is none, PreconditionError where nothing is selected, BusyError while one is set
+    aside and nothing stands in its place: the rest would pass for the whole node."""
     within = api.deadline("the volumes selected")
     filters: dict[str, list[str]] = {}
     boot = ""
@@ -59,17 +61,58 @@ def find(api: Api, seen: Seen, select: Mapping[str, object]) -> list[str]:
         filters |= {f"tag:{key}": [str(value)] for key, value in wanted.items()}
     if not filters:
         raise PreconditionError("selects nothing", object="select", cure="give instance, volumes or tags")
-    found = [
-        item
-        for item in _listed(api, within, filters)
-        if item["VolumeId"] != boot and not {tags.ATTACHMENT, tags.ASIDE} & set(tags.read(item))
-    ]
+    listed = _listed(api, within, filters)
+    found = [item for item in standing(listed) if item["VolumeId"] != boot]
+    aside = [str(item["VolumeId"]) for item in found if tags.ASIDE in tags.read(item)]
+    if instance:  # an origin that is detached already isn't listed as the instance's
+        there = {str(item["VolumeId"]) for item in listed}
+        aside += [origin for origin in _vacant(api, seen, str(instance), within) if origin not in there]
+    if aside:
+        cure = "continue or undo it on its host"
+        raise BusyError("a restore in place is open, and has set it aside", object=aside[0], cure=cure)
     missing = set(filters.get("volume-id", [])) - {item["VolumeId"] for item in found}
     if missing or not found:
         raise NotFoundError("there is no such volume", object=", ".join(sorted(missing)) or str(dict(select)))
     for item in found:
         seen[item["VolumeId"]] = (api.clock.now(), item)
     return sorted(str(item["VolumeId"]) for item in found)
+
+
+def standing(items: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The volumes among these that are their nodes' own now, not made for an attachment, nor set aside by a swap whose
+    disk stands in its place. One set aside whose place is empty is among them: it is to be asked for, not left out."""
+    items = list(items)
+    taken = {tags.read(item).get(tags.SWAP) for item in items if attached_to(item)[0]}
+    for item in items:
+        labels = tags.read(item)
+        on_its_way = tags.SWAP in labels and not attached_to(item)[0]
+        replaced = tags.ASIDE in labels and (labels[tags.ASIDE] in taken or item["State"] in ("deleting", "deleted"))
+        if tags.ATTACHMENT not in labels and not on_its_way and not replaced:
+            yield item
+
+
+def _vacant(api: Api, seen: Seen, instance: str, within: Deadline) -> list[str]:
+    """Origins of the swaps on an instance whose own disk isn't attached. All of the region's are listed at once, by one
+    thread: a fleet would ask for each node else."""
+
+    def look() -> list[dict[str, Any]] | None:
+        began, known = seen.get(tags.SWAP, (0.0, {}))
+        if known and api.clock.now() - began < _SWAPS_S:
+            return list(known["Volumes"])
+        if api.looking.acquire(blocking=False):
+            try:
+                began = api.clock.now()
+                seen[tags.SWAP] = began, {"Volumes": list(described(api, within, {"tag-key": [tags.SWAP]}))}
+                return list(seen[tags.SWAP][1]["Volumes"])
+            finally:
+                api.looking.release()
+        return None
+
+    return [
+        tags.read(item).get(tags.ORIGIN, "")
+        for item in poll(look, within, first_s=0.1, most_s=1.0)
+        if tags.read(item).get(tags.INSTANCE) == instance and tags.SWAP in tags.read(item) and not attached_to(item)[0]
+    ]
 
 
 def _listed(api: Api, within: Deadline, filters: Mapping[str, list[str]]) -> list[dict[str, Any]]:

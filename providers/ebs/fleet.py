@@ -8,7 +8,7 @@ from typing import Any
 
 from providers.ebs import tags
 from providers.ebs.api import Api
-from providers.ebs.choosing import Seen
+from providers.ebs.choosing import Seen, standing
 from providers.ebs.volumes import attached_to
 from snapshotter.core.errors import PreconditionError
 from snapshotter.core.model import Tagged, Volume
@@ -17,20 +17,23 @@ _DELIVERY_S = 300  # an agent that doesn't come for the command by then never ge
 
 
 def tagged(api: Api, seen: Seen) -> list[Tagged]:
-    """Nodes by their volumes' tags, in the order of their names; a node on two instances is two."""
+    """Nodes by their volumes' tags, in the order of their names; a node on two instances is two. While a swap has
+    emptied a volume's place that volume is still the node's, so that who selects it is told (`choosing.find`)."""
     within = api.deadline("the fleet")
     filters = [{"Name": "tag-key", "Values": [tags.NODE]}]
     volumes: dict[tuple[str, str], list[str]] = {}
     types: dict[tuple[str, str], str] = {}
-    for item in api.pages("describe_volumes", "Volumes", within, Filters=filters):
+    items = list(api.pages("describe_volumes", "Volumes", within, Filters=filters))
+    swapping = {
+        labels[tags.SWAP]: labels.get(tags.INSTANCE, "") for labels in map(tags.read, items) if tags.SWAP in labels
+    }
+    for item in standing(items):
         labels = tags.read(item)
-        if {tags.ATTACHMENT, tags.ASIDE} & set(labels) or not labels.get(tags.NODE):
-            continue
-        if tags.SWAP in labels and not attached_to(item)[0]:  # on its way in or out: the origin is the node's
+        if not labels.get(tags.NODE):
             continue
         name = str(item["VolumeId"])
         seen[name] = (api.clock.now(), item)
-        node = labels[tags.NODE], attached_to(item)[0]
+        node = labels[tags.NODE], attached_to(item)[0] or swapping.get(labels.get(tags.ASIDE, ""), "")
         volumes.setdefault(node, []).append(name)
         types[node] = types.get(node) or labels.get(tags.TYPE, "")
     return [

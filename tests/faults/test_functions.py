@@ -88,6 +88,23 @@ def test_lambda_raises_after_the_rest(twin: Twin, tmp_path: Path) -> None:
         assert len({tags["snapshotter:set"] for tags in alive(twin) if "snapshotter:mark-sealed" in tags}) == 3
 
 
+def test_a_node_in_the_middle_of_a_restore_is_told_and_the_others_are_taken(twin: Twin, tmp_path: Path) -> None:
+    """Its host was killed after it had detached a disk: what is left on the instance isn't the node."""
+    fleet(twin, 3, volumes=2)
+    origin = next(each for each in twin.world.volumes.values() if each.tags.get("snapshotter:node") == "n1")
+    assert origin.attached is not None
+    new = twin.world.add_volume(twin.world.instances[origin.attached.instance], "/dev/sdh", with_bytes=False)
+    tag(twin, new, node="n1", swap="w1", origin=origin.id, instance=origin.attached.instance)
+    tag(twin, origin, **{"node": "n1", "set-aside": "w1"})
+    origin.attached = new.attached = None
+    with lambda_function(twin.environment(), tmp_path / "log") as call:
+        kind, answer = call({})
+    assert kind == "response", answer
+    assert len(answer["taken"]) == 2 and len(alive(twin)) == 4
+    (busy,) = answer["busy"]
+    assert busy.startswith("n1: ") and "restore in place" in busy and origin.id in busy
+
+
 def test_two_at_once_leave_one_set_a_slot(twin: Twin, tmp_path: Path) -> None:
     """EventBridge calls at least once: two functions, on machines that share nothing."""
     fleet(twin, 4)

@@ -14,7 +14,7 @@ import pytest
 
 from providers.ebs import EbsProvider
 from providers.ebs.tags import BY_ID, VENDOR, serial
-from snapshotter.core.errors import PreconditionError, StorageError
+from snapshotter.core.errors import BusyError, PreconditionError, StorageError
 from snapshotter.core.model import (
     Access,
     Grade,
@@ -133,6 +133,40 @@ def test_a_swap_keeps_the_node_in_its_fleet() -> None:
         harness.provider().swap_commit(again)
         (new,) = [each for each in harness.twin.world.volumes.values() if each.gone is None and each.tags.get("team")]
         assert new.id != volume.id and new.tags == theirs
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("action", ["DetachVolume", "AttachVolume"])
+def test_a_node_in_the_middle_of_a_swap_is_not_taken_without_that_volume(action: str) -> None:
+    """The swap is killed when the origin is set aside but attached, or when it is detached: nothing of it is seen on
+    the instance then, and the other volume alone would pass for the whole node."""
+    with ebs_harness() as harness:
+        volume, other, swap_id = harness.volume(), harness.volume(), "w20261122t100630z-5f3a9c"
+        theirs = {"team": "nodes", "snapshotter:node": "validator-1"}
+        for each in (volume, other):
+            harness.twin.world.volumes[each.id].tagged.append((0.0, theirs))
+        here, both = harness.instance.id, sorted([volume.id, other.id])
+        selects = ({"instance": here}, {"tags": {"team": "nodes"}}, {"volumes": both})
+        birth = take(harness.provider(), harness, [volume])
+        (found,) = ready(harness.provider(), harness, birth.set_id)
+        harness.twin.fail(action, "refuse", code="UnsupportedOperation")
+        with pytest.raises(StorageError):
+            harness.provider().swap(swap_id, found, volume)
+        for select in selects:
+            with pytest.raises(BusyError, match="restore in place") as refused:
+                harness.provider().find(select)
+            assert refused.value.object == volume.id and refused.value.cure
+        (node,) = harness.provider().tagged()
+        assert sorted(each.id for each in node.volumes) == both and node.instance == here
+        harness.provider().swap_back(swap_id)
+        assert [[each.id for each in harness.provider().find(select)] for select in selects] == [both] * 3
+        swap_id = "w20261122t100640z-5f3a9c"
+        harness.provider().swap(swap_id, found, volume)  # all of it is there: another disk in the origin's place
+        (node,) = harness.provider().tagged()
+        for select in selects[:2]:
+            now = [each.id for each in harness.provider().find(select)]
+            assert len(now) == 2 and volume.id not in now and now == [each.id for each in node.volumes]
+        harness.provider().swap_back(swap_id)
 
 
 class Mapped(DisksHere, frozen=True):
