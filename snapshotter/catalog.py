@@ -11,7 +11,7 @@ from itertools import accumulate
 
 from msgspec import Struct
 
-from snapshotter.core.errors import NotFoundError, SnapshotterError, UsageError
+from snapshotter.core.errors import NotFoundError, UsageError, foreseen
 from snapshotter.core.labels import merge_marks
 from snapshotter.core.model import SET_ID, Attachment, ImageState, Member, Snapshot, SnapshotSet, State, utc_now
 from snapshotter.host.places import host_name, same_host
@@ -96,9 +96,9 @@ def read(
     slot: tuple[str, str] | None = None,
     needed: Sequence[Provider] = (),
 ) -> Catalog:
-    """Ask every provider, each object once (two instances may see the same store). A provider that fails becomes
-    `unavailable`; the rest is still listed. `slot` (target, scheduled time): only those sets, without attachments.
-    Raises SnapshotterError: of one of the `needed` instances."""
+    """Ask every provider, each object once (two instances may see the same store). A provider that fails, be it by a
+    bug, becomes `unavailable`; the rest is still listed. `slot` (target, scheduled time): only those sets, without
+    attachments. Raises SnapshotterError: of one of the `needed` instances."""
     gone = list(unavailable)
     notes: list[str] = []
     members: dict[str, dict[tuple[str, int], Snapshot]] = {}
@@ -112,15 +112,15 @@ def read(
                 # counts.
                 if key not in found or found[key].state is ImageState.INVALID:
                     found[key] = snapshot
-        except SnapshotterError as error:
+        except Exception as error:
             if any(provider is each for each in needed):
                 raise
-            gone.append(Unavailable(provider.name, error.line()))
+            gone.append(Unavailable(provider.name, foreseen(error, provider.name).line()))
         try:
             for attachment in provider.attachments() if slot is None else ():
                 attachments[(attachment.id, attachment.provider, attachment.member)] = attachment
-        except SnapshotterError as error:
-            gone.append(Unavailable(provider.name, error.line()))
+        except Exception as error:
+            gone.append(Unavailable(provider.name, foreseen(error, provider.name).line()))
         notes += provider.notes
     by_set: dict[str, list[Attachment]] = {}
     for attachment in attachments.values():

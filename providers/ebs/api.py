@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from providers.ebs.errors import THROTTLED, UNSURE, told
+from providers.ebs.errors import CREDENTIALS, LOGIN, THROTTLED, UNSURE, told
 from snapshotter.core.errors import PreconditionError, SnapshotterError, UsageError, pip_install
 from snapshotter.core.remote import Clock, Deadline, Lost, Temporary, TokenBucket, persist
 
@@ -53,9 +53,8 @@ class Api:
 
         def attempt() -> dict[str, Any]:
             self.bucket(action).take(within)
-            client = self.client(within)
-            try:
-                return getattr(client, action)(**parameters)  # type: ignore[no-any-return]
+            try:  # the credentials are looked for when the client is made, or when it signs
+                return getattr(self.client(within), action)(**parameters)  # type: ignore[no-any-return]
             except SnapshotterError:
                 raise
             except Exception as error:
@@ -80,7 +79,7 @@ class Api:
             return self._buckets[action]
 
     def _told(self, error: Exception, action: str, within: Deadline) -> Exception:
-        """What boto3 raised as one of ours; what is a bug stays as it is."""
+        """What boto3 raised as one of ours."""
         from botocore import exceptions as boto
         from botocore.parsers import ResponseParserError
 
@@ -98,15 +97,9 @@ class Api:
             return refusal
         if isinstance(error, boto.EndpointConnectionError | boto.ConnectTimeoutError | boto.ProxyConnectionError):
             return Temporary("no connection")
-        if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
-            cure = "give the instance a role, or set AWS_PROFILE, or `profile` in [aws]"
-            return PreconditionError("there are no AWS credentials", object=within.what, cure=cure)
-        if isinstance(error, boto.CredentialRetrievalError | boto.MetadataRetrievalError | boto.SSOError):
-            said = " ".join(str(error).split())[:200]
-            return PreconditionError(f"no AWS credentials: {said}", object=within.what, cure="log in again")
         if isinstance(error, boto.HTTPClientError | boto.ResponseStreamingError | ResponseParserError):
             return Lost(type(error).__name__)
-        return error
+        return unusable(error, within.what)
 
     # -- clients ------------------------------------------------------------------------------------------------
 
@@ -153,14 +146,34 @@ class Api:
                 raise PreconditionError("boto3 isn't installed", object="ebs", cure=pip_install("aws")) from None
             try:
                 session = boto3.Session(profile_name=self._profile, region_name=self._region)
+                if session.region_name is not None:
+                    self._session = _assuming(session, self._role) if self._role else session
+            except SnapshotterError:
+                raise
             except boto.ProfileNotFound:
                 raise UsageError(
                     "there is no such AWS profile", object=str(self._profile), cure="mend `profile` in [aws]"
                 ) from None
+            except Exception as error:
+                raise unusable(error, "ebs") from None
             if session.region_name is None:
                 raise UsageError("no AWS region is known", object="ebs", cure="set `region` in [aws], or -o region=")
-            self._session = _assuming(session, self._role) if self._role else session
         return self._session
+
+
+def unusable(error: Exception, what: str) -> Exception:
+    """A failure of boto3's before anything was sent: the credentials, or what it was told of them. What is a bug stays
+    as it is."""
+    from botocore import exceptions as boto
+
+    if isinstance(error, boto.ParamValidationError) or not isinstance(error, boto.BotoCoreError | OSError):
+        return error
+    if isinstance(error, boto.InvalidRegionError):
+        return UsageError("is no name of an AWS region", object=what, cure="mend `region` or `copy_to` in [aws]")
+    if isinstance(error, boto.NoCredentialsError):
+        return PreconditionError("there are no AWS credentials", object=what, cure=CREDENTIALS)
+    said = " ".join(str(error).split())[:200]
+    return PreconditionError(f"no AWS credentials: {said}", object=what, cure=LOGIN)
 
 
 def _assuming(session: Any, role: str) -> Any:
@@ -170,9 +183,11 @@ def _assuming(session: Any, role: str) -> Any:
     from botocore.session import get_session
 
     below = session._session  # boto3 has no public way to its botocore session
+    if (credentials := below.get_credentials()) is None:
+        raise PreconditionError("there are no AWS credentials to assume it with", object=role, cure=CREDENTIALS)
     fetcher = AssumeRoleCredentialFetcher(
         client_creator=below.create_client,
-        source_credentials=below.get_credentials(),
+        source_credentials=credentials,
         role_arn=role,
         extra_args={"RoleSessionName": "snapshotter"},
     )

@@ -18,6 +18,7 @@ from snapshotter.core.errors import (
 
 LIMIT = "ask AWS for a higher quota, or delete old sets"
 DENIED = "grant it: docs/aws.md has the policies"
+CREDENTIALS = "give the instance a role, or set AWS_PROFILE, or `profile` in [aws]"
 LOGIN = "log in again, or mend the profile or the instance's role"
 REGION = "is it in another region? name it with -o region=, or `region` in [aws]"
 

@@ -49,15 +49,16 @@ def ask(session: Any, instance: str, argv: Sequence[str]) -> str:
     from botocore.config import Config
 
     # Not repeated where the answer is lost: the slot makes a second command harmless, but nobody needs it.
-    client = session.client("ssm", config=Config(connect_timeout=3, read_timeout=10, retries={"total_max_attempts": 1}))
+    config = Config(connect_timeout=3, read_timeout=10, retries={"total_max_attempts": 1})
     try:
+        client = session.client("ssm", config=config)
         sent = client.send_command(
             InstanceIds=[instance],
             DocumentName="AWS-RunShellScript",
             Parameters={"commands": [shlex.join(argv)]},
             TimeoutSeconds=_DELIVERY_S,
         )
-    except (boto.ClientError, boto.BotoCoreError) as error:
+    except (boto.ClientError, boto.BotoCoreError, OSError) as error:
         said = " ".join(str(error).split())[:200]
         raise PreconditionError(f"can't be asked by SSM: {said}", object=instance) from None
     return str(sent["Command"]["CommandId"])

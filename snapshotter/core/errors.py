@@ -161,6 +161,20 @@ class Interrupted(Told):
     exit, code = Exit.INTERRUPTED, "interrupted"
 
 
+def foreseen(error: Exception, what: str) -> SnapshotterError:
+    """One that isn't of ours as a failure at `what`, so that a bug, a driver's for one, stops nothing else and is told
+    like any other."""
+    if isinstance(error, SnapshotterError):
+        return error
+    from traceback import extract_tb
+
+    at = extract_tb(error.__traceback__)[-1]
+    place = f"{at.filename.rpartition('/')[2]}:{at.lineno}"
+    return SnapshotterError(
+        f"met a bug of snapshotter: {type(error).__name__}: {error} ({place})", object=what, cure="report it"
+    )
+
+
 def worst(errors: Sequence[Told]) -> Exit:
     """The exit code of a run with these errors: 7 over 6 over 8 over whichever came first; 0 if none."""
     exits = [error.exit for error in errors]

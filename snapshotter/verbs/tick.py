@@ -18,7 +18,14 @@ from typing import Any
 from msgspec import Struct
 
 from snapshotter.catalog import Catalog
-from snapshotter.core.errors import BusyError, JudgedBadError, PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.errors import (
+    BusyError,
+    JudgedBadError,
+    PreconditionError,
+    SnapshotterError,
+    StorageError,
+    foreseen,
+)
 from snapshotter.core.model import SnapshotSet, State, compact_time, parse_compact_time, utc_now
 from snapshotter.host.locks import Locks
 from snapshotter.host.places import host_name, private_directory, replace_file, same_host
@@ -134,27 +141,14 @@ def _everything(run: Run) -> tuple[list[str], dict[str, Any] | None]:
             try:
                 advanced += provider.advance()
             except Exception as error:
-                run.fail(None, "advance", _told(error, provider.name))
+                run.fail(None, "advance", foreseen(error, provider.name))
     if not run.in_time("reap"):
         return advanced, None
     try:
         return advanced, reap(run.session, run.entries)
     except Exception as error:
-        run.fail(None, "reap", _told(error, "reap"))
+        run.fail(None, "reap", foreseen(error, "reap"))
         return advanced, None
-
-
-def _told(error: Exception, what: str) -> SnapshotterError:
-    """A bug as a failure: it stops no other node, and whoever is told of failures is told of it."""
-    if isinstance(error, SnapshotterError):
-        return error
-    from traceback import extract_tb
-
-    at = extract_tb(error.__traceback__)[-1]
-    place = f"{at.filename.rpartition('/')[2]}:{at.lineno}"
-    return SnapshotterError(
-        f"met a bug of snapshotter: {type(error).__name__}: {error} ({place})", object=what, cure="report it"
-    )
 
 
 def _node(run: Run, node: Node, sets: list[SnapshotSet]) -> dict[str, Any]:
@@ -176,7 +170,7 @@ def _node(run: Run, node: Node, sets: list[SnapshotSet]) -> dict[str, Any]:
     try:
         _serve(run, node, sets, entry)
     except Exception as error:
-        run.fail(node.name, "tick", _told(error, node.name))
+        run.fail(node.name, "tick", foreseen(error, node.name))
     _tell(run, node, entry)
     return entry
 

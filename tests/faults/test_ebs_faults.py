@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -347,6 +348,56 @@ def test_no_credentials(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with pytest.raises(PreconditionError) as refused:
         cloud.take()
+    told(refused.value, Exit.PRECONDITION, "no AWS credentials", "role")
+
+
+_NOT_THERE = "/nonexistent/file"
+_SSO = """[profile broken]
+sso_session = ours
+sso_account_id = 123456789012
+sso_role_name = x
+[sso-session ours]
+sso_region = eu-central-1
+sso_start_url = https://ours.invalid/start
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "variables"),
+    [
+        ("[profile broken]\ncredential_process = /bin/false\n", {}),  # CredentialRetrievalError
+        ("[profile broken]\naws_access_key_id = AKIATWIN\n", {}),  # PartialCredentialsError
+        ("[profile broken]\nrole_arn = arn:aws:iam::123456789012:role/x\nsource_profile = gone\n", {}),  # InvalidConfig
+        (_SSO, {}),  # TokenRetrievalError, SSOTokenLoadError
+        (
+            "[profile broken]\nrole_arn = arn:aws:iam::123456789012:role/x\nweb_identity_token_file = /nonexistent/t\n",
+            {},
+        ),
+        ("nonsense", {}),  # ConfigParseError
+        ("", {"AWS_ROLE_ARN": "arn:aws:iam::123456789012:role/x", "AWS_WEB_IDENTITY_TOKEN_FILE": _NOT_THERE}),
+    ],
+)
+def test_broken_credentials(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: str, variables: dict[str, str]
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    (tmp_path / "config").write_text(config)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    provider = cloud.provider(**({} if variables else {"profile": "broken"}))
+    with pytest.raises(PreconditionError) as refused:
+        list(provider.snapshots())
+    told(refused.value, Exit.PRECONDITION, "no AWS credentials")
+
+
+def test_a_role_and_nothing_to_assume_it_with(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(PreconditionError) as refused:
+        list(cloud.provider(role_arn="arn:aws:iam::123456789012:role/x").snapshots())
     told(refused.value, Exit.PRECONDITION, "no AWS credentials", "role")
 
 

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from snapshotter import catalog
 from snapshotter.catalog import Unavailable
-from snapshotter.core.errors import NotFoundError, SnapshotterError, StorageError, UsageError
+from snapshotter.core.errors import NotFoundError, StorageError, UsageError
 from snapshotter.core.model import Attachment, Birth, ImageState, Member, Root, Snapshot, State
 from snapshotter.host.places import host_name
 from snapshotter.nodes.config import Config
@@ -46,7 +46,7 @@ def snapshot(
 class Listed:
     """A provider as the catalog sees one."""
 
-    def __init__(self, name: str, found: list[Snapshot], error: SnapshotterError | None = None) -> None:
+    def __init__(self, name: str, found: list[Snapshot], error: Exception | None = None) -> None:
         self.name = name
         self.notes: list[str] = []
         self.found = found
@@ -181,6 +181,16 @@ def test_a_provider_that_fails_hides_only_its_own() -> None:
     entries = catalog.read([Listed("two", [], StorageError("is down")), here])  # type: ignore[list-item]
     assert [gone.provider for gone in entries.unavailable] == ["two"]
     assert [found.state for found in entries.sets] == [State.READY]
+
+
+def test_a_bug_of_one_provider_hides_only_its_own() -> None:
+    here = Listed("one", [snapshot(birth("000001"), **GOOD)])
+    broken = Listed("two", [], AttributeError("'NoneType' object has no attribute 'x'"))
+    entries = catalog.read([broken, here])  # type: ignore[list-item]
+    assert [(gone.provider, "a bug" in gone.reason) for gone in entries.unavailable] == [("two", True)]
+    assert [found.state for found in entries.sets] == [State.READY]
+    with pytest.raises(AttributeError):
+        catalog.read([broken, here], needed=[broken])  # type: ignore[list-item]
 
 
 def test_the_same_object_through_two_instances_counts_once() -> None:
