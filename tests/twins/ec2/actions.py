@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.twins.ec2 import policy
@@ -243,7 +243,7 @@ def _snapshot(world: World, snapshot: Snapshot) -> Answer:
         "VolumeSize": snapshot.size,
         "Encrypted": snapshot.encrypted,
         "KmsKeyId": snapshot.key,
-        "StorageTier": "standard",
+        "StorageTier": snapshot.tier,
         "Tags": _tag_set(world.tags(snapshot)),
     }
 
@@ -293,6 +293,11 @@ def _room_for(call: Call, volumes: Sequence[Volume]) -> None:
         running = [each for each in theirs if now < each.done]
         if len(running) >= world.limits.concurrent.get(volume.kind, 5):
             raise Refusal("ConcurrentSnapshotLimitExceeded", f"Too many pending snapshots of {volume.id}")
+
+
+def _refuse_archived(snapshot: Snapshot) -> None:
+    if snapshot.tier == "archive":
+        raise Refusal("IncorrectState", f"Snapshot {snapshot.id} is archived")
 
 
 def _shoot(call: Call, volumes: Sequence[Volume], params: Params, tags: dict[str, str]) -> list[Snapshot]:
@@ -380,10 +385,12 @@ def copy_snapshot(call: Call, params: Params) -> Answer:
     world, now = call.world, call.world.clock.now()
     source = world.find(world.snapshots, params["SourceSnapshotId"], params["SourceRegion"], "Snapshot")
     tags = _tags_given(params, "snapshot")
+    replace(call, region=params["SourceRegion"]).demand("CopySnapshot", "snapshot", source.id, source)
     call.demand("CopySnapshot", "snapshot", "*", request=tags)
     call.may_tag("CopySnapshot", "snapshot", tags)
     if world.snapshot_state(source) != "completed":
         raise Refusal("IncorrectState", f"Snapshot is in invalid state - {world.snapshot_state(source)}")
+    _refuse_archived(source)
     under_way = [s for s in world.snapshots.values() if s.copied and s.region == call.region and now < s.done]
     if len(under_way) >= world.limits.copies:
         raise Refusal("ResourceLimitExceeded", "Too many snapshot copies in progress. The limit is 20 for this region")
@@ -437,6 +444,7 @@ def create_volume(call: Call, params: Params) -> Answer:
         call.demand("CreateVolume", "snapshot", snapshot.id, snapshot)
         if world.snapshot_state(snapshot) != "completed":
             raise Refusal("IncorrectState", f"Snapshot is in invalid state - {world.snapshot_state(snapshot)}")
+        _refuse_archived(snapshot)
     tags = _tags_given(params, "volume")
     call.demand("CreateVolume", "volume", "*", request=tags)
     call.may_tag("CreateVolume", "volume", tags)

@@ -97,6 +97,7 @@ class Snapshot(Resource):
     description: str = ""
     error: str = ""
     copied: bool = False  # from another region
+    tier: str = "standard"  # or "archive"
 
 
 R = TypeVar("R", bound=Resource)
