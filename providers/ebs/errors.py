@@ -31,7 +31,6 @@ THROTTLED = frozenset(
         "RequestThrottled",
         "RequestThrottledException",
         "EC2ThrottledException",
-        "ResourceCountExceeded",
     }
 )
 #: EC2 failed at what it was asked: the effect may be there.
@@ -55,6 +54,7 @@ TABLE: Mapping[str, tuple[type[SnapshotterError], str, str]] = {
     "SnapshotLimitExceeded": (StorageError, "the region has as many snapshots as the account may have", LIMIT),
     "VolumeLimitExceeded": (StorageError, "the account's quota of volume storage is used up", LIMIT),
     "MaxIOPSLimitExceeded": (StorageError, "the account's quota of IOPS is used up", LIMIT),
+    "ResourceCountExceeded": (StorageError, "", LIMIT),
     "AttachmentLimitExceeded": (StorageError, "the instance has as many volumes as it may", "detach one"),
     "ConcurrentSnapshotLimitExceeded": (StorageError, "too many snapshots of the volume are pending", "wait for them"),
     "SnapshotCreationPerVolumeRateExceeded": (
