@@ -188,8 +188,8 @@ def _assemble(found: list[Snapshot], attachments: tuple[Attachment, ...], asked:
         invalid = [snapshot for snapshot in found if snapshot.state is ImageState.INVALID]
         if invalid:
             state, why = State.DAMAGED, f"{invalid[0].volume}: {invalid[0].why or 'the image is invalid'}"
-        elif any(snapshot.state is ImageState.PENDING for snapshot in found):
-            state = State.PENDING
+        elif pending := [snapshot for snapshot in found if snapshot.state is ImageState.PENDING]:
+            state, why = State.PENDING, pending[0].why
     return SnapshotSet(
         birth=birth.of_member(0),
         snapshots=tuple(found),

@@ -9,6 +9,7 @@ checked against EC2. From outside, volumes are named (`find`). No SDK is importe
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +21,7 @@ from snapshotter.core.errors import (
     NotFoundError,
     SnapshotterError,
     StorageError,
+    UsageError,
 )
 from snapshotter.core.labels import check_marks, encode_birth, pack, slot_value
 from snapshotter.core.model import (
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from providers.ebs.swaps import Swaps
 
 _CREATE_S = 60.0
+_REGION = re.compile(r"[a-z]+(-[a-z]+)+-[0-9]+")
 
 
 class EbsProvider(Cloud, Provider):
@@ -132,7 +135,7 @@ class EbsProvider(Cloud, Provider):
         api = self._api()
         within = api.deadline(f"the slot {slot}")
         listed = api.pages("describe_snapshots", "Snapshots", within, OwnerIds=["self"], Filters=filters)
-        for found in sets.snapshots(api.memory.over(listed, "SnapshotId", "snap-")):
+        for found in sets.snapshots(api.memory.over(listed, "SnapshotId", "snap-"), api.region):
             if (found.birth.target, found.birth.slot) == (target, slot):
                 yield found
 
@@ -148,6 +151,9 @@ class EbsProvider(Cloud, Provider):
     def check(self, volumes: Sequence[Volume], birth: Birth) -> None:
         encode_birth(birth)
         pack(birth.of_member(0), tags.LIMITS)
+        for region in self._copy_to().split():
+            if not _REGION.fullmatch(region):
+                raise UsageError("is no name of an AWS region", object=region, cure="mend `copy_to` in [aws]")
         self._plans[birth.set_id] = self._plan(volumes)
 
     def prepare(self, volumes: Sequence[Volume], birth: Birth, budget: float) -> None:
@@ -242,14 +248,14 @@ class EbsProvider(Cloud, Provider):
                 f"EC2 took the set, but not of {', '.join(bad)}", object=birth.set_id, cure="take it again"
             )
         whole = [{**of[name], "Tags": tags.as_tags(given)} for name in plan.volumes]
-        return tuple(sorted(sets.snapshots(whole), key=lambda snapshot: snapshot.birth.member))
+        return tuple(sorted(sets.snapshots(whole, api.region), key=lambda snapshot: snapshot.birth.member))
 
     # -- afterwards ---------------------------------------------------------------------------------------------
 
     def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
         if not self._used():
             return
-        for found in sets.snapshots(self._items(set_id)):
+        for found in sets.snapshots(self._items(set_id), self._api().region):
             if set_id in (None, found.birth.set_id):
                 yield found
 
@@ -293,7 +299,7 @@ class EbsProvider(Cloud, Provider):
                 raise BusyError(f"is attached at {where} ({used.id})", object=set_id, cure=cure)
         settling = self._uncertain.get(set_id)
         while True:
-            found = [item for item in self._items(set_id) if tags.read(item).get(tags.SET) == set_id]
+            found = [item for item in self._items(set_id) if sets.made_for(item, set_id, api.region)]
             self._drop_copies(api, set_id, found)
             sealed = [item["SnapshotId"] for item in found if "sealed" in tags.marks_of(tags.read(item))]
             if len(sealed) > 1:
@@ -337,8 +343,9 @@ class EbsProvider(Cloud, Provider):
         return connect(region, self._option("profile"), self._option("role_arn"), self.clock)
 
     def _copy_to(self) -> str:
-        """The regions that sets are copied to, a blank between two."""
-        return " ".join(sorted(set(str(self._option("copy_to") or "").replace(",", " ").split())))
+        """The regions that sets are copied to, a blank between two; their own is none."""
+        wanted = set(str(self._option("copy_to") or "").replace(",", " ").split())
+        return " ".join(sorted(wanted - {self._api().region}))
 
     # -- volumes made of snapshots ------------------------------------------------------------------------------
 

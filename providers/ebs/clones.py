@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from providers.ebs import tags, volumes
+from providers.ebs import sets, tags, volumes
 from providers.ebs.api import Api
 from providers.ebs.here import Here
 from snapshotter.core.errors import NotFoundError, PreconditionError, StorageError
@@ -200,4 +200,6 @@ def restorable(api: Api, name: str) -> dict[str, Any]:
     if item["State"] != "completed":
         why = f"EC2 still copies it ({item.get('Progress', '?')})"
         raise PreconditionError(why, object=name, cure="wait until it is ready")
+    if sets.is_archived(item):
+        raise PreconditionError("is archived", object=name, cure=f"{sets.unarchive(name)}, which takes up to 72 hours")
     return item

@@ -18,7 +18,7 @@ from typing import Any
 from providers.ebs import tags, volumes
 from providers.ebs.api import Api
 from snapshotter.core.errors import BusyError, NotFoundError, SnapshotterError, StorageError
-from snapshotter.core.remote import Deadline, Lost, operation_id
+from snapshotter.core.remote import Deadline, Late, Lost, operation_id
 from snapshotter.host.cloud import parts
 
 #: EC2 has no more copies under way into a region than this; it says so, and the next run goes on.
@@ -27,20 +27,22 @@ _FULL = ("ResourceLimitExceeded", "ConcurrentSnapshotLimitExceeded", "Concurrent
 
 def advance(api: Api, region: str, in_region: Callable[[str], Api]) -> list[str]:
     """Begin what isn't begun, seal what is whole; returns what was done. `region` is where the sets were taken. One
-    set's failure stops no other: the first of them is raised at the end."""
+    set's failure stops no other: the first of them is raised at the end. A region that doesn't answer, or takes no
+    more, is left to the next run: each of its sets would wait as long."""
     done: list[str] = []
     failed: SnapshotterError | None = None
-    full: set[str] = set()
-    for set_id, source in _wanted(api):
-        for other in tags.uncopied(tags.read(source[0])):
-            if other in full:
+    over: set[str] = set()
+    for set_id, source in _wanted(api, region):
+        for other in tags.uncopied(tags.read(source[0]), region):
+            if other in over:
                 continue
             try:
                 done += _copy(api, region, in_region(other), other, set_id, source)
             except SnapshotterError as error:
-                if volumes.code_of(error) in _FULL:
-                    full.add(other)
-                else:
+                full = volumes.code_of(error) in _FULL
+                if full or isinstance(error, Late):
+                    over.add(other)
+                if not full:
                     failed = failed or error
     if failed is not None:
         raise failed
@@ -77,7 +79,7 @@ def drop(api: Api, region: str, there: Api, other: str, set_id: str, source: Seq
             there.memory.deleted(name)
 
 
-def _wanted(api: Api) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _wanted(api: Api, region: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """(set id, its snapshots) of every whole, sealed set that is to be copied somewhere and isn't yet."""
     filters = [{"Name": "tag-key", "Values": [tags.COPY_TO]}, {"Name": "status", "Values": ["completed"]}]
     within = api.deadline("the sets to be copied")
@@ -94,7 +96,7 @@ def _wanted(api: Api) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         theirs = [member.volume for member in first.members if member.provider == tags.NAME]
         wanted = {part for volume in theirs for part in parts(volume)}
         sealed = all("sealed" in tags.marks_of(tags.read(item)) for item in source)
-        if sealed and have == wanted and tags.uncopied(tags.read(source[0])):
+        if sealed and have == wanted and tags.uncopied(tags.read(source[0]), region):
             yield set_id, source
 
 
@@ -122,11 +124,11 @@ def _copy(api: Api, region: str, there: Api, other: str, set_id: str, source: Se
 
 
 def _copies(there: Api, set_id: str, within: Deadline) -> tuple[dict[str, list[str]], bool]:
-    """source snapshot -> its copies there, failed ones left out (and removed: they would count for ever); and whether
-    any of them is still under way."""
+    """source snapshot -> its copies there; and whether any of them is still under way. Raises StorageError where some
+    failed: they are removed, as they would count for ever, and the next run makes them again."""
     filters = [{"Name": f"tag:{tags.SET}", "Values": [set_id]}, {"Name": "tag-key", "Values": [tags.SOURCE]}]
     found: dict[str, list[str]] = {}
-    pending = False
+    pending, failed = False, ""
     listed = there.pages("describe_snapshots", "Snapshots", within, OwnerIds=["self"], Filters=filters)
     for item in there.memory.over(listed, "SnapshotId", "snap-"):
         labels = tags.read(item)
@@ -135,9 +137,13 @@ def _copies(there: Api, set_id: str, within: Deadline) -> tuple[dict[str, list[s
         if item.get("State") == "error":
             there.call("delete_snapshot", within, SnapshotId=item["SnapshotId"])
             there.memory.deleted(str(item["SnapshotId"]))
+            failed = str(item.get("StateMessage") or "no reason given")
             continue
         found.setdefault(labels[tags.SOURCE].partition("/")[2], []).append(str(item["SnapshotId"]))
         pending = pending or item.get("State") != "completed"
+    if failed:
+        cure = "if it fails each time: may the key there be used? docs/aws.md"
+        raise StorageError(f"EC2 could not copy it, and is asked again: {failed}", object=within.what, cure=cure)
     return found, pending
 
 

@@ -11,11 +11,12 @@ from typing import Any
 from providers.ebs import tags
 from snapshotter.core.labels import merge_marks
 from snapshotter.core.model import Birth, ImageState, Snapshot
+from snapshotter.core.remote import operation_id
 from snapshotter.host.cloud import joined, parts
 
 
-def snapshots(items: Iterable[Mapping[str, Any]]) -> Iterator[Snapshot]:
-    """The members that these EBS snapshots are, each once, in the order in which the first of each came."""
+def snapshots(items: Iterable[Mapping[str, Any]], region: str) -> Iterator[Snapshot]:
+    """The members that these EBS snapshots of a region are, each once, in the order in which the first of each came."""
     members: dict[tuple[str, int], tuple[Birth, dict[str, Mapping[str, Any]]]] = {}
     for item in items:
         volume = tags.origin_of(item)
@@ -27,10 +28,10 @@ def snapshots(items: Iterable[Mapping[str, Any]]) -> Iterator[Snapshot]:
         if volume not in have or have[volume].get("State") == "error":
             have[volume] = item
     for birth, have in members.values():
-        yield _member(birth, have)
+        yield _member(birth, have, region)
 
 
-def _member(birth: Birth, have: Mapping[str, Mapping[str, Any]]) -> Snapshot:
+def _member(birth: Birth, have: Mapping[str, Mapping[str, Any]], region: str) -> Snapshot:
     wanted = parts(birth.members[birth.member].volume)
     items = [have[volume] for volume in wanted if volume in have]
     why = ", ".join(f"the snapshot of {volume} is gone" for volume in wanted if volume not in have)
@@ -38,7 +39,10 @@ def _member(birth: Birth, have: Mapping[str, Mapping[str, Any]]) -> Snapshot:
         if item.get("State") == "error":
             why = f"EC2 could not copy it: {item.get('StateMessage') or 'no reason given'}"
     done = all(item.get("State") == "completed" for item in items)
-    state = ImageState.INVALID if why else ImageState.READY if done else ImageState.PENDING
+    archived = [str(item["SnapshotId"]) for item in items if is_archived(item)]
+    state = ImageState.INVALID if why else ImageState.READY if done and not archived else ImageState.PENDING
+    if archived and not why:
+        why = f"{', '.join(archived)} is archived: {unarchive(archived[0])}"
     labels = [tags.read(item) for item in items]
     sizes = [int(item["FullSnapshotSizeInBytes"]) for item in items if item.get("FullSnapshotSizeInBytes") is not None]
     return Snapshot(
@@ -51,9 +55,33 @@ def _member(birth: Birth, have: Mapping[str, Mapping[str, Any]]) -> Snapshot:
         order=max(_order(birth, item) for item in items),
         why=why,
         replicas=tuple(sorted(set.intersection(*(set(tags.copied(each)) for each in labels)))),
-        copying=tuple(sorted({region for each in labels for region in tags.uncopied(each)})),
+        copying=tuple(sorted({other for each in labels for other in tags.uncopied(each, region)})),
         replica_of=tags.copy_of(labels[0]),
     )
+
+
+def made_for(item: Mapping[str, Any], set_id: str, region: str) -> bool:
+    """Whether we made this EBS snapshot for the set. Its tags alone don't say so: other tools copy a volume's or
+    a snapshot's. What isn't a member's was made by the same call, of a volume that was attached meanwhile, or is a copy
+    in the making."""
+    labels = tags.read(item)
+    if labels.get(tags.SET) != set_id or labels.get(tags.MANAGED) != "true":
+        return False
+    if tags.birth_of(labels, tags.origin_of(item)) is not None:
+        return True
+    source = labels.get(tags.SOURCE, "").partition("/")[2]
+    call = ("copy", source, region) if source else ("create", set_id)
+    return labels.get(tags.OPERATION) == operation_id(*call)
+
+
+def is_archived(item: Mapping[str, Any]) -> bool:
+    """In the archive: EC2 makes no volume of it, and calls it completed all the same."""
+    return item.get("StorageTier") == "archive"
+
+
+def unarchive(name: str) -> str:
+    """The command that brings it back, in up to three days."""
+    return f"aws ec2 restore-snapshot-tier --permanent-restore --snapshot-id {name}"
 
 
 def _order(birth: Birth, item: Mapping[str, Any]) -> int:

@@ -125,9 +125,9 @@ def copied(tags: Mapping[str, str]) -> list[str]:
     return [key.removeprefix(COPIED) for key in tags if key.startswith(COPIED)]
 
 
-def uncopied(tags: Mapping[str, str]) -> list[str]:
-    """Regions where a set's snapshot is to be copied to, and isn't wholly yet."""
-    return [region for region in tags.get(COPY_TO, "").split() if COPIED + region not in tags]
+def uncopied(tags: Mapping[str, str], here: str) -> list[str]:
+    """Regions other than its own where a set's snapshot is to be copied to, and isn't wholly yet."""
+    return [region for region in tags.get(COPY_TO, "").split() if region != here and COPIED + region not in tags]
 
 
 def copy_of(tags: Mapping[str, str]) -> str:

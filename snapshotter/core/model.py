@@ -181,7 +181,7 @@ class Snapshot(Struct, frozen=True):
     marks: Mapping[str, str] = {}
     size_bytes: int | None = None
     order: int = 0
-    why: str = ""  # why it is INVALID, for a person
+    why: str = ""  # why it is INVALID, or PENDING until somebody does something, for a person
     #: False: there are marks, but they can't be read (damaged, of a newer schema): it may have been sealed, or pinned.
     marks_known: bool = True
     replicas: tuple[str, ...] = ()  # where the store has made whole copies of it: regions

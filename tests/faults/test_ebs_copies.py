@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
+from providers.ebs import EbsProvider
+from providers.ebs.api import Api
 from snapshotter import catalog
-from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError, UsageError
 from snapshotter.core.model import ImageState
+from snapshotter.core.remote import Deadline
 from snapshotter.testing.conformance.steps import seal, take
 from tests.faults.test_ebs_faults import Cloud
 from tests.faults.test_ebs_policies import policies
@@ -139,11 +144,71 @@ def test_a_copy_that_fails_is_made_again(cloud: Cloud) -> None:
     cloud.twin.clock.advance(601)
     cloud.twin.fail("CopySnapshot", "upload")
     cloud.provider().advance()
+    cloud.twin.clock.advance(601)
+    with pytest.raises(StorageError, match=f"{set_id} in {WEST}: EC2 could not copy it.*An internal error") as told:
+        cloud.provider().advance()
+    assert told.value.cure
     for _ in range(3):
         cloud.twin.clock.advance(601)
         cloud.provider().advance()
     found = list(cloud.provider(region=WEST).snapshots(set_id))
     assert {each.birth.member for each in found if each.state is ImageState.READY} == {0, 1}
+
+
+def test_a_failed_copy_stops_no_other_set(cloud: Cloud) -> None:
+    sets = []
+    for _ in range(2):
+        sets.append(cloud.take(cloud.provider(copy_to=WEST)))
+        cloud.twin.clock.advance(601)
+    cloud.twin.fail("CopySnapshot", "upload")
+    cloud.provider().advance()
+    cloud.twin.clock.advance(601)
+    with pytest.raises(StorageError, match="An internal error"):
+        cloud.provider().advance()
+    assert len({each.birth.set_id for each in cloud.provider(region=WEST).snapshots() if "sealed" in each.marks}) >= 1
+
+
+def test_a_region_that_does_not_answer_costs_one_set_its_time(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tick has to take sets, too: each that waits for the region would wait two minutes."""
+    for _ in range(3):
+        cloud.take(cloud.provider(copy_to=f"{WEST},{EAST}"))
+        cloud.twin.clock.advance(601)
+    provider = cloud.provider()
+    reach = EbsProvider._in_region
+
+    def no_connection(within: Deadline) -> Any:
+        raise EndpointConnectionError(endpoint_url=f"https://ec2.{EAST}.amazonaws.com")
+
+    def unreachable(self: EbsProvider, region: str) -> Api:
+        found = reach(self, region)
+        if region == EAST:
+            monkeypatch.setattr(found, "client", no_connection)
+        return found
+
+    monkeypatch.setattr(EbsProvider, "_in_region", unreachable)
+    began = cloud.clock.now()
+    with pytest.raises(StorageError, match=f"in {EAST}: was not done within 120 s"):
+        provider.advance()
+    assert cloud.clock.now() - began < 2 * 120
+    assert len(copies(cloud, WEST)) == 3 * len(cloud.ids), "the other region has its own"
+
+
+def test_the_region_of_the_sets_is_none_to_copy_to(cloud: Cloud) -> None:
+    set_id = cloud.take(cloud.provider(copy_to=f"{REGION},{WEST}"))
+    for each in cloud.twin.world.snapshots.values():
+        assert each.tags["snapshotter:copy-to"] == WEST
+        cloud.twin.world.retag(each, {**each.tags, "snapshotter:copy-to": f"{REGION} {WEST}"})  # as once tagged
+    assert {each.copying for each in cloud.provider().snapshots(set_id)} == {(WEST,)}
+    for _ in range(3):
+        cloud.twin.clock.advance(601)
+        cloud.provider().advance()
+    assert len(copies(cloud, WEST)) == sum(cloud.living().values()) - len(cloud.ids) == len(cloud.ids)
+
+
+def test_what_is_no_region_is_refused_before(cloud: Cloud) -> None:
+    with pytest.raises(UsageError, match="no name of an AWS region") as refused:
+        cloud.take(cloud.provider(copy_to="Ireland"))
+    assert refused.value.object == "Ireland" and refused.value.cure
 
 
 def test_only_so_many_at_once(cloud: Cloud) -> None:

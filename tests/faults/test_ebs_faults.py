@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from providers.ebs import EbsProvider
+from snapshotter import catalog
 from snapshotter.core.errors import (
     BusyError,
     Exit,
@@ -24,12 +25,14 @@ from snapshotter.core.errors import (
     SnapshotterError,
     StorageError,
 )
-from snapshotter.core.model import Access, Hold, ImageState, Volume, new_attachment_id, utc_now
+from snapshotter.core.model import Access, Hold, ImageState, State, Volume, new_attachment_id, utc_now
 from snapshotter.provider import Settings
 from snapshotter.testing.conformance.steps import ready, seal, take
 from snapshotter.testing.conformance.undoing import Life
 from snapshotter.testing.harness import describe, fill, make_birth
 from tests.twins.ec2 import Twin
+from tests.twins.ec2.world import Snapshot as Theirs
+from tests.twins.ec2.world import new_id
 from tests.unit.cloud_kit import QuickClock
 from tests.unit.ebs_kit import REGION, EbsHarness, ebs_harness, environment
 
@@ -314,6 +317,41 @@ def told(error: SnapshotterError, exit_code: Exit, *words: str) -> None:
         assert word in line, line
 
 
+def test_what_another_tool_copied_our_tags_to_is_not_deleted(cloud: Cloud) -> None:
+    """Data Lifecycle Manager and AWS Backup give their snapshots the tags of the volume, a clone of ours for one."""
+    set_id = cloud.take()
+    (first, _) = cloud.provider().snapshots(set_id)
+    made = cloud.provider(zone=REGION + "a").attach_away(first, new_attachment_id(utc_now()))
+    clone, now = cloud.twin.world.volumes[made.volume], cloud.twin.clock.now()
+    foreign = [clone.tags, {**clone.tags, "snapshotter:mark-sealed": "20261122t100630z"}]
+    theirs = [
+        Theirs(id=new_id("snap"), region=REGION, born=now, tagged=[(now, tags)], volume=clone.id, size=1, done=now)
+        for tags in foreign
+    ]
+    cloud.twin.world.snapshots |= {each.id: each for each in theirs}
+    (attached,) = cloud.provider().attachments()
+    cloud.provider().detach(attached.id)
+    cloud.provider().delete(set_id)
+    assert cloud.living() == {clone.id: 2} and [each.tags for each in theirs] == foreign
+
+
+def test_an_archived_snapshot_is_not_ready(cloud: Cloud) -> None:
+    """EC2 calls it completed, and makes no volume of it for up to three days."""
+    set_id = cloud.take()
+    (_, second) = cloud.provider().snapshots(set_id)
+    cloud.twin.world.snapshots[second.id].tier = "archive"
+    (found,) = catalog.read([cloud.provider()]).sets
+    assert found.state is State.PENDING and not found.good
+    assert f"{second.id} is archived: aws ec2 restore-snapshot-tier" in found.why
+    with pytest.raises(PreconditionError) as refused:
+        cloud.provider(zone=REGION + "a").attach_away(second, new_attachment_id(utc_now()))
+    told(refused.value, Exit.PRECONDITION, f"restore-snapshot-tier --permanent-restore --snapshot-id {second.id}")
+    with pytest.raises(PreconditionError, match="archived"):
+        cloud.provider().foresee(second)
+    cloud.twin.world.snapshots[second.id].tier = "standard"
+    assert [each.good for each in catalog.read([cloud.provider()]).sets] == [True]
+
+
 @pytest.mark.parametrize(
     ("code", "exit_code", "words"),
     [
@@ -322,6 +360,7 @@ def told(error: SnapshotterError, exit_code: Exit, *words: str) -> None:
         ("UnauthorizedOperation", Exit.PRECONDITION, ("may not", "docs/aws.md")),
         ("KmsKeyNotAccessibleFault", Exit.PRECONDITION, ("KMS", "key's policy")),
         ("SnapshotLimitExceeded", Exit.REFUSED, ("quota",)),
+        ("ResourceCountExceeded", Exit.REFUSED, ("quota",)),
         ("ConcurrentSnapshotLimitExceeded", Exit.REFUSED, ("pending",)),
         ("OptInRequired", Exit.PRECONDITION, ("region",)),
         ("InvalidVolume.NotFound", Exit.NOT_FOUND, ("region",)),
