@@ -174,6 +174,8 @@ def _assemble(found: list[Snapshot], attachments: tuple[Attachment, ...], asked:
     missing = [member for index, member in enumerate(birth.members) if index not in here]
     state, why = State.READY, ""
     names = {provider.name for provider in asked}
+    pending = [snapshot for snapshot in found if snapshot.state is ImageState.PENDING]
+    coming = any(snapshot.replica_of for snapshot in pending)  # a copy's members come one after another
     if unasked := [member for member in missing if member.provider not in names]:
         state, why = State.UNKNOWN, f"can't ask {unasked[0].provider} about {unasked[0].volume}"
     elif not all(snapshot.marks_known for snapshot in found):  # never "incomplete": that would be reaped
@@ -182,13 +184,13 @@ def _assemble(found: list[Snapshot], attachments: tuple[Attachment, ...], asked:
         state, why = State.INCOMPLETE, "never sealed"
     elif (away := _out_of_sight(missing, asked)) is not None:
         state, why = State.UNKNOWN, f"what holds {away.volume} ({away.provider}) isn't connected or imported"
-    elif missing:
+    elif missing and not coming:
         state, why = State.DAMAGED, f"the snapshot of {missing[0].volume} is gone"
     else:
         invalid = [snapshot for snapshot in found if snapshot.state is ImageState.INVALID]
         if invalid:
             state, why = State.DAMAGED, f"{invalid[0].volume}: {invalid[0].why or 'the image is invalid'}"
-        elif pending := [snapshot for snapshot in found if snapshot.state is ImageState.PENDING]:
+        elif pending:
             state, why = State.PENDING, pending[0].why
     return SnapshotSet(
         birth=birth.of_member(0),

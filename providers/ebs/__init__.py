@@ -299,7 +299,7 @@ class EbsProvider(Cloud, Provider):
                 raise BusyError(f"is attached at {where} ({used.id})", object=set_id, cure=cure)
         settling = self._uncertain.get(set_id)
         while True:
-            found = [item for item in self._items(set_id) if sets.made_for(item, set_id, api.region)]
+            found = [item for item in self._items(set_id) if sets.made_for(item, set_id)]
             self._drop_copies(api, set_id, found)
             sealed = [item["SnapshotId"] for item in found if "sealed" in tags.marks_of(tags.read(item))]
             if len(sealed) > 1:

@@ -2,9 +2,10 @@
 
 Everything that is known of a copy is in tags, so whoever asks next goes on: the source says where it is to be copied,
 what was begun, and where it is whole; a copy says what it is a copy of, as EC2 gives it a VolumeId that means nothing.
-A copy that isn't sealed is in the making and is listed nowhere; it is sealed, with its source's marks, once all of it
-is there. From then on it is a set of its own in its region: nothing here deletes it. One in the making goes with its
-source (`drop`): nobody would find it afterwards.
+Only sealed sets are copied, and a copy is born with its source's marks: in its region it is a set of its own, pending
+until all of it is there, that can be restored and deleted also where the source and its region are lost. While the
+source is there it sees to it that the copy gets whole, and one in the making goes with it (`drop`). From then on
+nothing here deletes it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _FULL = ("ResourceLimitExceeded", "ConcurrentSnapshotLimitExceeded", "Concurrent
 
 
 def advance(api: Api, region: str, in_region: Callable[[str], Api]) -> list[str]:
-    """Begin what isn't begun, seal what is whole; returns what was done. `region` is where the sets were taken. One
+    """Begin what isn't begun, note what is whole; returns what was done. `region` is where the sets were taken. One
     set's failure stops no other: the first of them is raised at the end. A region that doesn't answer, or takes no
     more, is left to the next run: each of its sets would wait as long."""
     done: list[str] = []
@@ -73,7 +74,7 @@ def drop(api: Api, region: str, there: Api, other: str, set_id: str, source: Seq
         if str(item["SnapshotId"]) not in copied and _begun_lately(api, item, other):
             raise BusyError(f"is being copied to {other}", object=set_id, cure="try again in a minute")
     for name, labels in found.items():
-        if "sealed" not in tags.marks_of(labels):
+        if tags.in_the_making(labels):
             with suppress(NotFoundError):
                 there.call("delete_snapshot", within, SnapshotId=name)
             there.memory.deleted(name)
@@ -117,7 +118,8 @@ def _copy(api: Api, region: str, there: Api, other: str, set_id: str, source: Se
     if done or pending or any(str(item["SnapshotId"]) not in found for item in source):
         return done
     marks = {key: value for key, value in tags.read(source[0]).items() if key.startswith(tags.mark(""))}
-    volumes.tag(there, [sorted(found[str(item["SnapshotId"])])[0] for item in source], marks)
+    copied = [sorted(found[str(item["SnapshotId"])])[0] for item in source]
+    volumes.tag(there, copied, {**marks, tags.WHOLE: "true"})
     names = [str(item["SnapshotId"]) for item in source]
     volumes.tag(api, names, {tags.COPIED + other: "true", tags.COPYING + other: None})
     return [f"{set_id} to {other}"]

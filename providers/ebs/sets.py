@@ -5,7 +5,7 @@ A member is one EBS snapshot, or, where a file system lies on several volumes, o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from providers.ebs import tags
@@ -28,22 +28,30 @@ def snapshots(items: Iterable[Mapping[str, Any]], region: str) -> Iterator[Snaps
         if volume not in have or have[volume].get("State") == "error":
             have[volume] = item
     for birth, have in members.values():
-        yield _member(birth, have, region)
+        others = [other for k, other in enumerate(birth.members) if (birth.set_id, k) not in members]
+        missing = [other.volume for other in others if other.provider == tags.NAME]
+        yield _member(birth, have, region, missing)
 
 
-def _member(birth: Birth, have: Mapping[str, Mapping[str, Any]], region: str) -> Snapshot:
+def _member(birth: Birth, have: Mapping[str, Mapping[str, Any]], region: str, missing: Sequence[str]) -> Snapshot:
+    """`missing`: the set's members that aren't listed. A copy in the making waits for them, and for its own parts."""
     wanted = parts(birth.members[birth.member].volume)
     items = [have[volume] for volume in wanted if volume in have]
-    why = ", ".join(f"the snapshot of {volume} is gone" for volume in wanted if volume not in have)
+    gone = [volume for volume in wanted if volume not in have]
+    labels = [tags.read(item) for item in items]
+    waits = [*gone, *missing] if any(tags.in_the_making(each) for each in labels) else []
+    why = "" if waits else ", ".join(f"the snapshot of {volume} is gone" for volume in gone)
     for item in items:
         if item.get("State") == "error":
             why = f"EC2 could not copy it: {item.get('StateMessage') or 'no reason given'}"
     done = all(item.get("State") == "completed" for item in items)
     archived = [str(item["SnapshotId"]) for item in items if is_archived(item)]
-    state = ImageState.INVALID if why else ImageState.READY if done and not archived else ImageState.PENDING
+    ready = done and not archived and not waits
+    state = ImageState.INVALID if why else ImageState.READY if ready else ImageState.PENDING
     if archived and not why:
         why = f"{', '.join(archived)} is archived: {unarchive(archived[0])}"
-    labels = [tags.read(item) for item in items]
+    elif waits and not why:
+        why = f"the copy of {', '.join(waits)} isn't there yet"
     sizes = [int(item["FullSnapshotSizeInBytes"]) for item in items if item.get("FullSnapshotSizeInBytes") is not None]
     return Snapshot(
         provider=tags.NAME,
@@ -60,18 +68,15 @@ def _member(birth: Birth, have: Mapping[str, Mapping[str, Any]], region: str) ->
     )
 
 
-def made_for(item: Mapping[str, Any], set_id: str, region: str) -> bool:
+def made_for(item: Mapping[str, Any], set_id: str) -> bool:
     """Whether we made this EBS snapshot for the set. Its tags alone don't say so: other tools copy a volume's or
-    a snapshot's. What isn't a member's was made by the same call, of a volume that was attached meanwhile, or is a copy
-    in the making."""
+    a snapshot's. What isn't a member's was made by the same call, of a volume that was attached meanwhile."""
     labels = tags.read(item)
     if labels.get(tags.SET) != set_id or labels.get(tags.MANAGED) != "true":
         return False
     if tags.birth_of(labels, tags.origin_of(item)) is not None:
         return True
-    source = labels.get(tags.SOURCE, "").partition("/")[2]
-    call = ("copy", source, region) if source else ("create", set_id)
-    return labels.get(tags.OPERATION) == operation_id(*call)
+    return labels.get(tags.OPERATION) == operation_id("create", set_id)
 
 
 def is_archived(item: Mapping[str, Any]) -> bool:

@@ -37,6 +37,7 @@ COPY_TO = PREFIX + "copy-to"  # on a set: regions
 COPIED = PREFIX + "copied-"  # and a region, on a set: it is whole there
 COPYING = PREFIX + "copying-"  # and a region, on a set's snapshot: when its copy was last asked for (since 1970)
 SOURCE = PREFIX + "source"  # on a copy: region/snapshot
+WHOLE = PREFIX + "whole"  # on a copy: all of its set was there
 SLOT = PREFIX + "slot"
 #: On volumes, by whoever runs the fleet: which node they are of, and which type it is.
 NODE, TYPE = PREFIX + "node", PREFIX + "type"
@@ -93,20 +94,19 @@ def of_set(birth: Birth, operation: str, file_systems: Mapping[str, str], copy_t
 
 
 def of_copy(labels: Mapping[str, str], source: str, volume: str, operation: str) -> dict[str, str]:
-    """The tags of a copy in another region of a set's snapshot that has these. Its marks come with its seal."""
-    kept = {key: value for key, value in labels.items() if key in (MANAGED, SET, FILE_SYSTEM)}
+    """The tags of a copy in another region of a set's snapshot that has these. It is born with its marks, the seal
+    among them: where the region that it is of is lost, nobody can bring them."""
+    kept = {key: value for key, value in labels.items() if key in (MANAGED, SET, FILE_SYSTEM) or key.startswith(_MARK)}
     record = {key: value for key, value in labels.items() if key.startswith(PREFIX + "birth")}
     return {**kept, **record, OPERATION: operation, SOURCE: source, ORIGIN: volume}
 
 
 def birth_of(tags: Mapping[str, str], volume: str) -> Birth | None:
-    """The record of the snapshot of this volume; None if it is none of ours, or a copy in the making."""
+    """The record of the snapshot of this volume; None if it is none of ours."""
     if tags.get(MANAGED) != "true":
         return None
     birth = unpack({key.removeprefix(PREFIX): value for key, value in tags.items() if key.startswith(PREFIX)})
     if birth is None or birth.set_id != tags.get(SET):
-        return None
-    if SOURCE in tags and "sealed" not in marks_of(tags):
         return None
     for index, member in enumerate(birth.members):
         if member.provider == NAME and volume in parts(member.volume):
@@ -133,6 +133,11 @@ def uncopied(tags: Mapping[str, str], here: str) -> list[str]:
 def copy_of(tags: Mapping[str, str]) -> str:
     """The region of what a snapshot is a copy of; '' if it is none."""
     return tags.get(SOURCE, "").partition("/")[0]
+
+
+def in_the_making(tags: Mapping[str, str]) -> bool:
+    """A copy whose set isn't known to have been copied wholly."""
+    return SOURCE in tags and WHOLE not in tags
 
 
 def file_system(tags: Mapping[str, str], member: int) -> tuple[str, int]:

@@ -176,7 +176,9 @@ def foreseen(session: Session, found: SnapshotSet) -> list[str]:
 def judge(found: SnapshotSet) -> list[str]:
     """Warnings about a set that may be restored; raises for one that may not."""
     if found.state is State.PENDING:
-        raise PreconditionError("the storage still copies it", object=found.set_id, cure="try again when it is ready")
+        raise PreconditionError(
+            found.why or "the storage still copies it", object=found.set_id, cure="try again when it is ready"
+        )
     if found.state is State.UNKNOWN:
         raise PreconditionError(found.why, object=found.set_id, cure="make that work, then try again")
     if found.state is not State.READY:

@@ -12,7 +12,7 @@ from providers.ebs import EbsProvider
 from providers.ebs.api import Api
 from snapshotter import catalog
 from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError, UsageError
-from snapshotter.core.model import ImageState
+from snapshotter.core.model import ImageState, State, new_attachment_id, utc_now
 from snapshotter.core.remote import Deadline
 from snapshotter.testing.conformance.steps import seal, take
 from tests.faults.test_ebs_faults import Cloud
@@ -44,6 +44,7 @@ def whole(cloud: Cloud, set_id: str, region: str = WEST) -> bool:
         len(found) == len(copies(cloud, region)) == len(cloud.ids)
         and {each.birth.member for each in found} == set(range(len(cloud.ids)))
         and all("sealed" in each.marks and each.marks["grade"] == "crash" for each in found)
+        and all(each.state is ImageState.READY for each in found)
     )
 
 
@@ -55,7 +56,8 @@ def test_copied_in_its_own_time_and_by_whoever_asks(cloud: Cloud) -> None:
     begun = cloud.provider().advance()  # another process, whose config needn't say so
     assert len(begun) == 4 and len(copies(cloud, WEST)) == len(copies(cloud, EAST)) == 2
     assert cloud.provider().advance() == [], "nothing to do but to wait, and nobody does"
-    assert not list(cloud.provider(region=WEST).snapshots()), "listed only once all of it is there"
+    (coming,) = catalog.read([cloud.provider(region=WEST)]).sets
+    assert coming.state is State.PENDING and coming.replica_of == REGION, "whole only once all of it is there"
     cloud.twin.clock.advance(601)
     assert len(cloud.provider().advance()) == 2
     assert whole(cloud, set_id, WEST) and whole(cloud, set_id, EAST)
@@ -165,7 +167,7 @@ def test_a_failed_copy_stops_no_other_set(cloud: Cloud) -> None:
     cloud.twin.clock.advance(601)
     with pytest.raises(StorageError, match="An internal error"):
         cloud.provider().advance()
-    assert len({each.birth.set_id for each in cloud.provider(region=WEST).snapshots() if "sealed" in each.marks}) >= 1
+    assert len([each for each in catalog.read([cloud.provider(region=WEST)]).sets if each.good]) == 1
 
 
 def test_a_region_that_does_not_answer_costs_one_set_its_time(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +244,55 @@ def test_two_at_once_leave_one(cloud: Cloud) -> None:
         cloud.twin.clock.advance(601)
         cloud.provider().advance()
     assert whole(cloud, set_id)
+
+
+def lose(cloud: Cloud) -> None:
+    """All that the sets' region has."""
+    for each in cloud.twin.world.snapshots.values():
+        if each.region == REGION:
+            each.gone = cloud.twin.clock.now()
+
+
+def test_a_copy_is_a_set_where_its_source_is_lost_before_it_is_whole(cloud: Cloud) -> None:
+    """The very case that it is made for."""
+    set_id = cloud.take(cloud.provider(copy_to=WEST))
+    cloud.twin.clock.advance(601)
+    cloud.provider().advance()
+    lose(cloud)
+    west = [cloud.provider(region=WEST, zone=WEST + "a")]
+    assert [each.state for each in catalog.read(west).sets] == [State.PENDING]
+    cloud.twin.clock.advance(601)
+    assert [(each.good, each.replica_of) for each in catalog.read(west).sets] == [(True, REGION)]
+    attachment_id = new_attachment_id(utc_now())
+    assert all(west[0].attach_away(each, attachment_id).volume for each in west[0].snapshots(set_id))
+    west[0].detach(attachment_id)
+    west[0].delete(set_id)
+    assert not copies(cloud, WEST)
+
+
+def test_half_a_copy_is_pending_and_can_be_deleted(cloud: Cloud) -> None:
+    set_id = cloud.take(cloud.provider(copy_to=WEST))
+    cloud.twin.clock.advance(601)
+    cloud.twin.limits.copies = 1
+    cloud.provider().advance()
+    lose(cloud)
+    cloud.twin.clock.advance(601)
+    (found,) = catalog.read([cloud.provider(region=WEST)]).sets
+    (one,) = found.snapshots
+    (other,) = set(cloud.ids) - {one.volume}
+    assert found.state is State.PENDING and found.why == f"the copy of {other} isn't there yet"
+    cloud.provider(region=WEST).delete(set_id)
+    assert not copies(cloud, WEST)
+
+
+def test_a_whole_copy_that_lost_a_member_is_damaged(cloud: Cloud) -> None:
+    set_id = cloud.take(cloud.provider(copy_to=WEST))
+    for _ in range(3):
+        cloud.twin.clock.advance(601)
+        cloud.provider().advance()
+    assert whole(cloud, set_id)
+    next(each for each in cloud.twin.world.snapshots.values() if each.region == WEST).gone = cloud.twin.clock.now()
+    assert [each.state for each in catalog.read([cloud.provider(region=WEST)]).sets] == [State.DAMAGED]
 
 
 def test_bit_for_bit() -> None:
