@@ -357,4 +357,4 @@ class EbsProvider(Cloud, Provider):
     def _swapping(self, here: Here) -> Swaps:
         from providers.ebs.swaps import Swaps
 
-        return Swaps(self._api(), here, self.disks, self.settings.report)
+        return Swaps(self._api(), here, self.disks, self.settings.report, self.notes)

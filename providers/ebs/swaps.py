@@ -23,10 +23,10 @@ from snapshotter.host.disks import Disks, alone
 
 
 class Swaps:
-    """On one instance, for one call."""
+    """On one instance, for one call. `notes`: for what a person is to be told afterwards."""
 
-    def __init__(self, api: Api, here: Here, disks: Disks, report: Report) -> None:
-        self.api, self.here, self.disks, self.report = api, here, disks, report
+    def __init__(self, api: Api, here: Here, disks: Disks, report: Report, notes: list[str]) -> None:
+        self.api, self.here, self.disks, self.report, self.notes = api, here, disks, report, notes
         self.instance = here.instance
 
     def open(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -57,7 +57,8 @@ class Swaps:
                 raise BusyError(f"swap {other} is open", object=volume, cure="take it back or commit it")
         within = self.api.deadline(volume)
         origin = volumes.look(self.api, volume, within)
-        device = next((each["Device"] for each in (origin or {}).get("Attachments", [])), "")
+        attachment: dict[str, Any] = next(iter((origin or {}).get("Attachments", [])), {})
+        device = str(attachment.get("Device", ""))
         if origin is None or volumes.attached_to(origin)[0] != self.instance:
             raise PreconditionError("isn't attached to this instance", object=volume, cure="restore with --to")
         self._refuse_mounted(volume)
@@ -80,6 +81,13 @@ class Swaps:
         volumes.detach(self.api, volume, self.report)
         volumes.attach(self.api, new, self.instance, self.report, device)
         volumes.appeared(self.api, self.disks, new, self.report)
+        if attachment.get("DeleteOnTermination"):  # to set it again a role would have to be let change the instance
+            mapping = f"DeviceName={device},Ebs={{DeleteOnTermination=true}}"
+            cure = f"modify-instance-attribute --instance-id {self.instance} --block-device-mappings '{mapping}'"
+            self.notes.append(
+                f"{volume} was to be deleted with the instance; {new} isn't, nor is {volume} once it is put back: "
+                f"`aws ec2 {cure}` says so again"
+            )
 
     def back(self, swap_id: str) -> None:
         item = self._of(swap_id)

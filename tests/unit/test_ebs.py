@@ -136,6 +136,23 @@ def test_a_swap_keeps_the_node_in_its_fleet() -> None:
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_swap_says_that_the_disk_no_longer_goes_with_the_instance(ends: bool) -> None:
+    with ebs_harness() as harness:
+        volume = harness.volume()
+        origin = harness.twin.world.volumes[volume.id].attached
+        assert origin is not None
+        origin.ends_with_instance = ends
+        birth = take(harness.provider(), harness, [volume])
+        (found,) = ready(harness.provider(), harness, birth.set_id)
+        provider = harness.provider()
+        provider.swap("w20261122t100630z-5f3a9c", found, volume)
+        assert len(provider.notes) == ends
+        for note in provider.notes:
+            assert volume.id in note and harness.instance.id in note and f"DeviceName={origin.device}," in note
+
+
+@pytest.mark.root
 @pytest.mark.parametrize("action", ["DetachVolume", "AttachVolume"])
 def test_a_node_in_the_middle_of_a_swap_is_not_taken_without_that_volume(action: str) -> None:
     """The swap is killed when the origin is set aside but attached, or when it is detached: nothing of it is seen on

@@ -134,7 +134,11 @@ def describe_instances(call: Call, params: Params) -> Answer:
         mappings = [
             {
                 "DeviceName": volume.attached.device,
-                "Ebs": {"VolumeId": volume.id, "Status": "attached", "DeleteOnTermination": False},
+                "Ebs": {
+                    "VolumeId": volume.id,
+                    "Status": "attached",
+                    "DeleteOnTermination": volume.attached.ends_with_instance,
+                },
             }
             for volume in world.of_instance(instance.id)
             if volume.attached
@@ -204,7 +208,7 @@ def _attachment(world: World, volume: Volume) -> Answer:
         "InstanceId": attached.instance if attached else "",
         "Device": attached.device if attached else "",
         "State": state or "detached",
-        "DeleteOnTermination": False,
+        "DeleteOnTermination": attached.ends_with_instance if attached else False,
     }
 
 

@@ -68,6 +68,7 @@ class Attached:
     since: float
     leaving: bool = False
     waiting: float = 0.0
+    ends_with_instance: bool = False  # DeleteOnTermination: AttachVolume always makes it false
 
 
 @dataclass(kw_only=True)
