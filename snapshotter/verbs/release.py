@@ -109,6 +109,12 @@ def _refuse_if_used(path: str) -> None:
 
 
 def _refuse_if_changed(roots: Mapping[str, int], parts: list[Attachment]) -> None:
+    if any(part.since is not None and not part.path for part in parts):  # `--away`
+        raise BusyError(
+            "is for another machine: what was written to it there can't be seen",
+            object=parts[0].id,
+            cure="--discard-changes drops that",
+        )
     by_member = {part.member: part for part in parts}
     for place, member in roots.items():
         part = by_member.get(member)

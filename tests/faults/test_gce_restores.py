@@ -266,9 +266,11 @@ def test_disks_for_another_machine_in_another_zone(tmp_path: Path) -> None:
         (listed,) = outside(harness).attachments()
         assert (listed.id, listed.path, listed.set_id) == (attachment_id, "", taken["set_id"])
         assert attachment_id in command.error("delete", taken["set_id"], "--yes", "--last", exit_code=5)["line"]
-        assert other.name in command.error("release", attachment_id, exit_code=5)["line"]
+        assert "--discard-changes" in command.error("release", attachment_id, exit_code=5)["cure"]
+        release = ("release", attachment_id, "--discard-changes")
+        assert other.name in command.error(*release, exit_code=5)["line"]
         harness.twin.here = other  # there it sees what is mounted
-        command.json("release", attachment_id)
+        command.json(*release)
         harness.twin.here = harness.instance
         assert harness.objects() == before
         with pytest.raises(PreconditionError) as refused:
@@ -282,7 +284,7 @@ def test_disks_for_another_machine_in_another_zone(tmp_path: Path) -> None:
         assert [each["volume"] for each in document["volumes"]] == [f"us-central1-f/{document['attachment_id']}-0"]
         assert document["roots"] == [{"origin": volume.path, "member": 0, "inside": ""}]
         assert not document["volumes"][0]["instance"]
-        command.json("release", document["attachment_id"])
+        command.json("release", document["attachment_id"], "--discard-changes")
         assert harness.objects() == before
 
 

@@ -130,11 +130,12 @@ def test_a_logical_volume_over_two_volumes(harness: EbsHarness) -> None:
         lvm("vgchange", "-ay", "ec2data")
         lvm("mount", "/dev/ec2data/data", str(clone))
         assert describe(str(clone)) == content
-        assert "mounted" in command.error("release", away["attachment_id"], exit_code=5)["line"]
+        release = ("release", away["attachment_id"], "--discard-changes")
+        assert "mounted" in command.error(*release, exit_code=5)["line"]
         lvm("umount", str(clone))
-        assert "ec2data-data" in command.error("release", away["attachment_id"], exit_code=5)["line"]
+        assert "ec2data-data" in command.error(*release, exit_code=5)["line"]
         lvm("vgchange", "-an", "ec2data")
-        command.json("release", away["attachment_id"], timeout=600)
+        command.json(*release, timeout=600)
         assert harness.objects() == before
     finally:
         for point in (clone, data):
