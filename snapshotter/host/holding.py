@@ -173,6 +173,9 @@ class Held(ABC):
     def _lost(self) -> str:
         """'' if everything still is held, else what isn't. Called at the end, before anything is let go."""
 
+    def _afterwards(self) -> None:  # noqa: B027 most kinds have nothing
+        """All was let go: what is to be noted of that."""
+
     def _close(self) -> None:  # noqa: B027 most kinds have nothing
         """Give up what `_prepare` opened."""
 
@@ -278,6 +281,7 @@ class Held(ABC):
                         fired = guard.end()
                         guard.close(undone=not failures)
                         self._guard = None
+                        self._afterwards()
                     self._close()
                 break
             except BaseException as error:  # a second Ctrl-C: first let go, then obey

@@ -185,11 +185,16 @@ def mount(spec: MountSpec, where: str) -> None:
 def bind(source: int, where: int, name: str) -> None:
     """Show the open directory `source` at the open directory `where`, which is called `name`, read-only if that is seen
     read-only. By descriptors: a name can lead elsewhere by the time it is looked up. Raises StorageError."""
-    ours = f"/proc/{os.getpid()}/fd"
     # -c: else mount(8) makes names of them first.
-    outcome = run(["mount", "-c", "--bind", "--", f"{ours}/{source}", f"{ours}/{where}"], mutates=True)
+    outcome = run(["mount", "-c", "--bind", "--", by_descriptor(source), by_descriptor(where)], mutates=True)
     if not outcome.ok:
         raise StorageError(f"can't mount: {outcome.said}", object=name)
+
+
+def by_descriptor(fd: int) -> str:
+    """A path to an open directory of ours, for another program. It ends in `/.` as move_mount(2), which mount(8) uses
+    since 2.39, doesn't follow a last component that is a link, as those in /proc are."""
+    return f"/proc/{os.getpid()}/fd/{fd}/."
 
 
 def is_mount_point(path: str) -> bool:

@@ -86,18 +86,10 @@ def ancestors(pid: int) -> list[int]:
     return found
 
 
-def kin(pids: Iterable[int]) -> tuple[list[Identity], list[Identity]]:
-    """The ancestors of these processes but pid 1, and all others in the process group of one of those."""
-    seen = {pid: found for pid in proc.pids() if (found := proc.stat_of(str(pid))) is not None and pid != 1}
-    above: set[int] = set()
-    for pid in pids:
-        while pid in seen and (pid := seen[pid].parent) not in above:
-            above.add(pid)
-    groups = {found.group for pid, found in seen.items() if pid in above}
-    return (
-        [(pid, found.starttime) for pid, found in seen.items() if pid in above],
-        [(pid, found.starttime) for pid, found in seen.items() if pid not in above and found.group in groups],
-    )
+def group(number: int) -> list[Identity]:
+    """Who is in this process group."""
+    seen = ((pid, proc.stat_of(str(pid))) for pid in proc.pids())
+    return [(pid, found.starttime) for pid, found in seen if found is not None and found.group == number and pid != 1]
 
 
 def stopped(pid: int, starttime: int) -> bool | None:

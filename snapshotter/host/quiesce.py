@@ -19,7 +19,7 @@ from snapshotter.host import proc, watchdog
 from snapshotter.host.holding import Held, leftovers, reap
 from snapshotter.host.mounts import NEVER_FROZEN, is_root, mount_of
 from snapshotter.host.places import run_directory
-from snapshotter.host.processes import Identity, Process, Scan, Scanner, alive, ancestors, kin, named, stopped, tracer
+from snapshotter.host.processes import Identity, Process, Scan, Scanner, alive, ancestors, group, named, stopped, tracer
 from snapshotter.host.service import Service
 
 __all__ = ["Held", "freeze", "hooks", "leftovers", "none", "on_device_mapper", "pause", "reap", "stop", "sync"]
@@ -87,6 +87,7 @@ class _Pause(Held):
         self._told: set[Identity] = set()  # ran, and may stop because those that we stop do
         self._settled: set[Identity] = set()  # stopped before they were last looked at
         self._names: dict[Identity, str] = {}
+        self._first: list[Process] = []  # found before any was stopped
 
     def _prepare(self) -> None:
         self._untouchable = {1, os.getpid(), *ancestors(os.getpid())}
@@ -103,7 +104,7 @@ class _Pause(Held):
         self._scanner = Scanner(self._paths)
         first = self._scanner.scan()
         self._refuse(first)
-        self._first = first.writers
+        self._first = list(first.writers)
         self._note_kin(self._first)
         if first.assumed:
             self.notes.append(
@@ -111,6 +112,7 @@ class _Pause(Held):
             )
 
     def _refuse(self, scan: Scan) -> None:
+        looked = {writer.identity for writer in self._first} | self._ours | self._before
         for writer in scan.writers:
             if writer.pid in self._untouchable:
                 who = {1: "init", os.getpid(): "this very command"}.get(writer.pid, "a parent of this command")
@@ -120,8 +122,9 @@ class _Pause(Held):
                     cure="start snapshotter from elsewhere, with no output into that directory",
                 )
             # A tracer lets it go on whatever stopped it, and from the start of a write also in a frozen cgroup, which
-            # says that it is frozen all the while (tried on 6.18).
-            if by := tracer(writer.pid):
+            # says that it is frozen all the while (tried on 6.18). Not asked again of who was looked at before the
+            # hold: it takes a JVM's hundreds of threads some ms, and the end is checked.
+            if writer.identity not in looked and (by := tracer(writer.pid)):
                 raise PreconditionError(
                     f"{writer} has {writer.reason} open for writing and can't be paused: {by} traces it",
                     object=writer.reason,
@@ -175,9 +178,8 @@ class _Pause(Held):
         self._frozen = True
 
     def _note_kin(self, writers: Sequence[Process]) -> None:
-        """Who may stop because these do (see `watchdog.wake`) is to go on afterwards, unless it stands still already.
+        """Who stops because these do (see `watchdog.wake`) is to go on afterwards, unless it stands still already.
         Raises PreconditionError if we couldn't let it."""
-        assert self._guard is not None
         for writer in writers:
             for pid in ancestors(writer.pid):
                 runs = proc.stat_of(str(pid))
@@ -190,11 +192,15 @@ class _Pause(Held):
                         object=writer.reason,
                         cure="run as root",
                     )
-        for act, those in zip(("wake", "also"), kin([writer.pid for writer in writers]), strict=True):
-            for who in those:
-                if who not in self._told and stopped(*who) is False:
-                    self._guard.note(act, *map(str, who))
-                    self._told.add(who)
+                self._note_one("wake", (pid, runs.starttime))
+                for other in group(runs.group) if runs.name == "sudo" else ():
+                    self._note_one("also", other)
+
+    def _note_one(self, act: str, who: Identity) -> None:
+        assert self._guard is not None
+        if who not in self._told and stopped(*who) is False:
+            self._guard.note(act, *map(str, who))
+            self._told.add(who)
 
     def _stop(self, writer: Process) -> None:
         assert self._guard is not None
@@ -454,6 +460,10 @@ class _Stop(Held):
 
     def _lost(self) -> str:
         return self._writing()
+
+    def _afterwards(self) -> None:
+        if self._ran:
+            self.notes += [f"{name}, which was stopped along, doesn't run" for name in self._service.down(self._along)]
 
 
 def stop(service: Service, what: str, budget_s: float = 300.0, paths: Sequence[str] = ()) -> Held:

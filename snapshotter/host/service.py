@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 from msgspec import Struct
 
 from snapshotter.core.command import run
-from snapshotter.core.errors import BusyError, PreconditionError, StorageError
+from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.host.mounts import table
 
 #: Where a link to /dev/null masks a unit, whatever else defines it, also over a power cut. `systemctl mask` can't: it
@@ -49,7 +49,10 @@ class Service(Protocol):
         """Returns when it is stopped. Raises StorageError."""
 
     def start(self, along: Sequence[str] = ()) -> None:
-        """And then those that were stopped `along` with it. Raises StorageError."""
+        """And then those that were stopped `along` with it, as far as they start. Raises StorageError."""
+
+    def down(self, along: Sequence[str]) -> Sequence[str]:
+        """Those of them that don't run now."""
 
     @property
     def can_mask(self) -> bool:
@@ -204,7 +207,8 @@ class SystemdUnit(Struct, frozen=True):
 
     def start_acts(self, along: Sequence[str]) -> list[tuple[str, ...]]:
         acts = [("try", *self._reset_argv(along)), ("run", *self._start_argv())]
-        return [*acts, ("run", *_ALONG_ARGV, *along)] if along else acts
+        # What hangs on a node may not start before that answers: it is told (`down`), and voids nothing.
+        return [*acts, ("try", *_ALONG_ARGV, *along)] if along else acts
 
     def _show(self, wanted: str) -> str:
         outcome = run(["systemctl", "show", f"--property={wanted}", "--value", "--", self.unit], timeout=10.0)
@@ -226,7 +230,15 @@ class SystemdUnit(Struct, frozen=True):
             run(self._reset_argv(along), mutates=True)
             _must(self._start_argv(), "start", self.unit)
         if along:
-            _must([*_ALONG_ARGV, *along], "start", " ".join(along))
+            run([*_ALONG_ARGV, *along], mutates=True, leaves_daemons=True)
+
+    def down(self, along: Sequence[str]) -> Sequence[str]:
+        found = []
+        for unit in along:
+            with suppress(SnapshotterError):
+                if not SystemdUnit(unit).running():
+                    found.append(unit)
+        return found
 
     def masked(self) -> bool:
         return self._show("LoadState") == "masked"
@@ -333,6 +345,9 @@ class Commands(Struct, frozen=True):
 
     def start(self, along: Sequence[str] = ()) -> None:
         _must(self.start_argv, "start")
+
+    def down(self, along: Sequence[str]) -> Sequence[str]:
+        return ()
 
     def masked(self) -> bool:
         return False

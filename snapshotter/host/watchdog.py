@@ -5,10 +5,10 @@ Run as a program of its own (`python -I -S watchdog.py RECORD PARENT CGROUP_PROC
 else of snapshotter, and imports little.
 
 The record is a file of lines of blank-separated words (`line`, `words`). The first names the owner; every other is the
-inverse of an act and is there before the act: `cont PID STARTTIME`, `wake PID STARTTIME` (an ancestor: see `wake`),
-`also PID STARTTIME` (one of an ancestor's process group), `unfreeze CGROUP`, `thaw MOUNT_POINT ST_DEV`, `run ARGV...`,
-`try ARGV...` (which may fail). `not` cancels the line before it (the act was refused), `fired REASON` is the
-watchdog's. All inverses treat "already done" as done: undoing twice, or by two at once, is fine. While the watchdog
+inverse of an act and is there before the act: `cont PID STARTTIME`, `wake PID STARTTIME` (su, sudo or the like, which
+runs one: see `wake`), `also PID STARTTIME` (one of sudo's process group), `unfreeze CGROUP`, `thaw MOUNT_POINT ST_DEV`,
+`run ARGV...`, `try ARGV...` (which may fail). `not` cancels the line before it (the act was refused), `fired REASON` is
+the watchdog's. All inverses treat "already done" as done: undoing twice, or by two at once, is fine. While the watchdog
 lives it holds a flock on it.
 """
 
@@ -64,15 +64,16 @@ def read_record(path: str) -> list[list[str]]:
     return [words(text[:-2]) for text in content.split(b"\n") if text.endswith(b" ;")]
 
 
-def _seen(pid: int) -> tuple[bytes, int | None]:
+def _seen(pid: int) -> tuple[bytes, int | None, bool]:
     """State (its letter) and start time (clock ticks after boot) of that process; None if there is none, or only its
-    zombie."""
+    zombie. And whether it is in the background of a terminal."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return b"", None
-    return fields[0], None if fields[0] in (b"Z", b"X") and int(fields[17]) <= 1 else int(fields[19])
+        return b"", None, False
+    begun = None if fields[0] in (b"Z", b"X") and int(fields[17]) <= 1 else int(fields[19])
+    return fields[0], begun, fields[4] != b"0" and fields[2] != fields[5]
 
 
 def resume(pid: int, begun: int) -> None:
@@ -146,8 +147,6 @@ def _run(argv: list[str]) -> None:
 def _undo(act: list[str], fds: dict[int, int]) -> None:
     if act[0] == "cont":
         resume(int(act[1]), int(act[2]))
-    elif act[0] in ("wake", "also"):
-        _wake(int(act[1]), int(act[2]))
     elif act[0] == "unfreeze":
         _unfreeze(act[1])
     elif act[0] == "thaw":
@@ -186,7 +185,7 @@ def undo_record(path: str, fds: tuple[int, ...] = ()) -> list[str]:
     has the pid of the recorded one. The record stays; it is removed by whoever knows that no act can follow.
     """
     try:
-        acts = _acts(path)
+        acts = [act for act in _acts(path) if act[0] not in ("wake", "also")]
     except OSError as error:
         return [f"{path}: {error.strerror}"]
     failures: list[str] = []
@@ -226,8 +225,9 @@ def wake(path: str) -> list[str]:
 
     su, runuser, script and sudo run a program as a shell runs a job: where that is stopped they stop themselves, sudo
     its whole process group, and then whoever runs them so. That can be late: one may have been told before its child
-    went on, and act on it afterwards. So all are told to go on until each ancestor has been seen asleep for a while
-    (the kernel wakes a parent in the same instant in which its child stops), or is busy all the time.
+    went on, and act on it afterwards. So all are told to go on until each of them has been seen asleep for a while
+    (the kernel wakes a parent in the same instant in which its child stops), or is busy all the time. One that its
+    terminal keeps stopped, as the shell has taken that back, is as after a Ctrl-Z: no failure.
     """
     try:
         acts = _acts(path)
@@ -239,11 +239,11 @@ def wake(path: str) -> list[str]:
     quiet = 0
     while told and quiet < _WAKE_TICKS:
         seen = {(pid, begun): _seen(pid) for pid, begun in ours | told}
-        halted = [who for who in seen if seen[who] == (b"T", who[1])]
+        halted = [who for who in seen if seen[who][:2] == (b"T", who[1])]
         for who in halted:
             _wake(*who)
         if time.monotonic() > until:
-            return [f"process {pid}: can't be made to go on" for pid, _ in halted]
+            return [f"process {who[0]}: can't be made to go on" for who in halted if not seen[who][2]]
         busy = any(seen[who][0] in (b"R", b"D") for who in told - ours)
         quiet = 0 if halted or busy else quiet + 1
         time.sleep(_WAKE_TICK_S)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 from snapshotter.catalog import Catalog
@@ -86,11 +85,14 @@ def remove(session: Session, found: SnapshotSet) -> None:
     first, so that one killed half way is a leftover for reap, not a damaged backup. Where that can't be written (the
     store is full) it goes all the same: only a deletion makes room, and one killed half way is shown as incomplete."""
     holding = session.providers_of(found)
-    if len(found.birth.members) > 1 and found.sealed:
-        with suppress(SnapshotterError):
-            for provider in holding:
-                provider.mark(found.set_id, {"sealed": None})
     try:
+        if len(found.birth.members) > 1 and found.sealed:
+            try:
+                for provider in holding:
+                    provider.mark(found.set_id, {"sealed": None})
+            except SnapshotterError:
+                if len(holding) > 1:  # none goes where another's may not
+                    raise
         for provider in holding:
             provider.delete(found.set_id)
     except SnapshotterError:

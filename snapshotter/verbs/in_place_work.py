@@ -366,6 +366,9 @@ class Work:
             if run:
                 self.service.start(self.along)
                 if self.along:
+                    self.notes += [
+                        f"{name}, stopped along with it, doesn't run" for name in self.service.down(self.along)
+                    ]
                     self.along = []  # a later undo has its own: their operator may have stopped them by then
                     self.note("along", units=self.along)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import sys
 import time
@@ -44,6 +45,7 @@ WRAPPERS = {
 #: As sudo: told by a pipe that its child stopped, and late, it stops its whole process group.
 LATE = """
 import os, signal, subprocess, sys, time
+open("/proc/self/comm", "w").write("sudo")
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], start_new_session=True)
 beside = subprocess.Popen(["sleep", "9999"])
 while True:
@@ -91,7 +93,7 @@ def chain_of(data: Path) -> list[int]:
 def all_run(chain: list[int], data: Path) -> None:
     """Now, and still when a late one has had its time."""
     for _ in range(20):
-        assert all(state(pid) in "SR" for pid in chain), [state(pid) for pid in chain]
+        assert all(state(pid) in "SRD" for pid in chain), [state(pid) for pid in chain]
         time.sleep(0.01)
     moves(data)
 
@@ -171,15 +173,46 @@ def test_a_wrapper_that_is_a_writer_itself(data: Path, zoo: Zoo, run_dir: Path) 
 
 
 def test_who_stops_again_and_again_is_named(data: Path, zoo: Zoo, run_dir: Path) -> None:
-    """As one in the background whose terminal wants it in the foreground."""
     code = "import os, signal, sys\n" + WRITER.replace(
         "while True:", "signal.signal(18, lambda *_: os.kill(os.getpid(), 19))\nwhile True:"
     )
-    zoo.python("import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])", "-c", code, data / "db")
+    (data.parent / "writer.py").write_text(code)
+    zoo.run("su", "root", "-s", "/bin/sh", "-c", f"exec {sys.executable} {data.parent}/writer.py {data}/db")
     writer, _ = chain_of(data)
     with pytest.raises(UndoIncompleteError) as caught, quiesce.pause([str(data)], BUDGET, "s1"):
         pass
     assert any(f"process {writer}" in one for one in caught.value.left)
+
+
+def test_who_stands_beside_a_writer_stays_as_others_left_it(data: Path, zoo: Zoo, run_dir: Path) -> None:
+    """In the process group of one script: another take may have stopped it meanwhile, or its operator."""
+    code = "import subprocess, sys\nsubprocess.Popen(['sleep', '99'])\nsubprocess.run([sys.executable, *sys.argv[1:]])"
+    script = zoo.python(code, "-c", WRITER, data / "db")
+    chain = chain_of(data)
+    (beside,) = {pid for pid in descendants() if script.pid in processes.ancestors(pid)} - set(chain)
+    with quiesce.pause([str(data)], BUDGET, "s1"):
+        os.kill(beside, signal.SIGSTOP)
+        until(lambda: state(beside) == "T")
+    moves(data)
+    time.sleep(0.1)
+    assert state(beside) == "T"
+
+
+def test_one_that_its_terminal_keeps_stopped_is_no_failure(data: Path, zoo: Zoo, run_dir: Path) -> None:
+    """An interactive shell takes its terminal back when its job stops: who reads from that then is as after Ctrl-Z."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
+    try:
+        os.write(terminal, f"cat > {data}/db\n".encode())
+        chain = chain_of(data)
+        with quiesce.pause([str(data)], BUDGET, "s1"):
+            assert state(chain[0]) == "T"
+        assert not records(run_dir) and quiesce.reap() == []
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.close(terminal)
+        os.waitpid(pid, 0)
 
 
 def test_without_root_one_that_we_could_not_let_go_on_is_refused(data: Path, zoo: Zoo, run_dir: Path) -> None:
