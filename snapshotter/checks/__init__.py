@@ -139,20 +139,35 @@ def prove(
     found = [database for live, place in places for database in databases(live, place)]
     named = places[:1] if level >= 2 else ()
     findings = [finding for live, place in named for finding in _missing(profile, live, place, found)]
+    notes = []
     for number, database in enumerate(found):
-        findings.append(
-            _one(database, level, crash, lambda word, n=number: report(Progress(word, n, len(found), "databases")))  # type: ignore[misc]
+        finding = _one(
+            database,
+            level,
+            crash,
+            lambda word, n=number: report(Progress(word, n, len(found), "databases")),  # type: ignore[misc]
         )
-    return proof_of(findings, level)
+        if finding.no_check and profile.database and not _is_named(profile, places[0][1], database):
+            notes.append(f"{finding.path}: {finding.why}: its content was not proven")  # another program's, most likely
+        else:
+            findings.append(finding)
+    return proof_of(findings, level, notes)
 
 
-def proof_of(findings: Sequence[Finding], level: int) -> Proof:
+def _is_named(profile: Profile, place: str, database: Database) -> bool:
+    """Whether the profile names it, or what it lies in, as the node's."""
+    paths = [os.path.realpath(path) for pattern in profile.database for path in matches(place, pattern)]
+    return any(is_under(os.path.realpath(database.place), path) for path in paths)
+
+
+def proof_of(findings: Sequence[Finding], level: int, noted: Sequence[str] = ()) -> Proof:
     """What all findings come to together, where up to `level` was asked for."""
+    notes = list(noted)
     if not findings:
-        return Proof(min(level, 1), Outcome.OK, (), ("no database that is known is in it: its content was not proven",))
+        notes.append("no database that is known is in it: its content was not proven")
+        return Proof(min(level, 1), Outcome.OK, (), tuple(notes))
     outcome = min(findings, key=_rank).outcome
     same = [finding for finding in findings if finding.outcome is Outcome.CORRUPT] or findings
-    notes = []
     if outcome is Outcome.OK and level > HIGHEST:
         outcome = Outcome.TOOL_MISSING
         notes.append(f"level {level} (the node boots) can't be had yet: level {HIGHEST} was reached")
@@ -262,8 +277,12 @@ def _missing(profile: Profile, live: str, place: str, found: Sequence[Database])
             # It is a database, holds one, or is a part of one (by its name: it may be a link to another disk).
             real = os.path.realpath(path)
             holds = any(is_under(os.path.realpath(each.place), real) or is_under(path, each.place) for each in found)
+            # Of a part of a database its own check knows whether it may be missing: PostgreSQL's pg_stat_tmp often
+            # leads into memory.
+            part = any(path != each.place and is_under(path, each.place) for each in found)
             if not os.path.exists(path):
-                yield Finding(profile.name, shown(path), 2, Outcome.CORRUPT, "leads to nothing in it")
+                if not part:
+                    yield Finding(profile.name, shown(path), 2, Outcome.CORRUPT, "leads to nothing in it")
             elif pattern in holding and not holds:
                 yield Finding(profile.name, shown(path), 2, Outcome.CORRUPT, "has no database in it")
 

@@ -5,7 +5,7 @@ Calendar buckets are UTC's, so summer time changes nothing. A set's age is measu
 stamped in the future, never from the clock: where no sets are taken any more none go, and a clock that jumps ages
 nothing until a set was taken under it. A bucket keeps its newest set.
 
-The newest scheduled set stays whatever comes later: that it is there is how a tick knows that its slot was taken.
+The newest scheduled set stays while its slot may be the last: that it is there is how a tick knows that it was taken.
 """
 
 from __future__ import annotations
@@ -62,9 +62,17 @@ class Plan(Struct, frozen=True):
         return [verdict for verdict in self.verdicts if not verdict.keep]
 
 
-def decide(sets: Sequence[SnapshotSet], now: datetime, keep: Keep, host: str, *, automatic: bool = False) -> Plan:
+def decide(
+    sets: Sequence[SnapshotSet],
+    now: datetime,
+    keep: Keep,
+    host: str,
+    *,
+    automatic: bool = False,
+    every: float | None = None,
+) -> Plan:
     """The verdict on every set of one target. `sets` are in the catalog's order (the storage's own); `host` is this
-    one; `automatic`: no person has asked, so damaged sets stay too."""
+    one; `automatic`: no person has asked, so damaged sets stay too; `every`: the schedule's, in seconds."""
     moments = [found.birth.taken_at for found in sets]
     future = [moment > now + FUTURE for moment in moments]
     hosts = {name: same_host(name, host) for name in {found.birth.host for found in sets}}
@@ -77,7 +85,9 @@ def decide(sets: Sequence[SnapshotSet], now: datetime, keep: Keep, host: str, *,
     rules = {k: "newest good" for k in guards}
     rules.update((k, "newest verified") for k in guards if sets[k].verified)
     for order in (good[::-1], plausible):
-        if (k := next((k for k in order if sets[k].birth.slot), None)) is not None:
+        k = next((k for k in order if sets[k].birth.slot), None)
+        # Of an older one a later slot is due anyway.
+        if k is not None and every is not None and (now - moments[k]).total_seconds() <= 2 * every:
             rules.setdefault(k, "newest scheduled")
     for k in plausible[: keep.min]:
         rules.setdefault(k, f"min {keep.min}")

@@ -75,7 +75,7 @@ def plan(entries: Catalog, nodes: Sequence[Node], *, automatic: bool = False) ->
 
 def plan_of(node: Node, sets: Sequence[SnapshotSet], *, automatic: bool = False) -> OfTarget:
     """As `plan`, of one node whose sets (its target's, in the catalog's order) are known."""
-    decided = retention.decide(sets, utc_now(), node.keep, host_name(), automatic=automatic)
+    decided = retention.decide(sets, utc_now(), node.keep, host_name(), automatic=automatic, every=node.every)
     return OfTarget(node, target_of(node), decided)
 
 

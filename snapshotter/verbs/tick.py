@@ -241,8 +241,10 @@ def _verify(run: Run, node: Node, sets: list[SnapshotSet], entry: dict[str, Any]
         return
     try:
         if (every := node.verify.every) is not None and node.select is None:
-            # What said nothing of the image was an attempt too: it isn't made again every minute.
-            times = [parse_compact_time(text) for found in sets if (text := found.marks.get("verify-at"))]
+            # What said nothing of the image was an attempt too: it isn't made again every minute. A person's verify to
+            # a lower level isn't what the policy asks for.
+            asked = (each for each in sets if each.verified_level is None or each.verified_level >= node.verify.level)
+            times = [parse_compact_time(text) for found in asked if (text := found.marks.get("verify-at"))]
             times += _tried(run.session, node)
             if not any(0 <= (utc_now() - last).total_seconds() < every for last in times):
                 entry["verified"] = _prove(run, node)
@@ -262,15 +264,17 @@ def _prove(run: Run, node: Node) -> dict[str, Any]:
         raise JudgedBadError(
             f"is corrupt: {proof['why']}", object=proof["set_id"], cure="restore none but verified ones"
         )
-    if proof["outcome"] != "ok":
+    if proof["outcome"] != "ok" or proof["level"] < node.verify.level:
         _remember_try(run.session, node)
+    if proof["outcome"] != "ok":
         why = proof["why"] or "; ".join(proof["warnings"])
         raise PreconditionError(f"could not be proven: {proof['outcome']}: {why}", object=proof["set_id"])
     return {key: proof[key] for key in ("set_id", "level", "outcome")}
 
 
 def _tried(session: Session, node: Node) -> list[datetime]:
-    """When this node's set could last not be proven. Its marks don't say so where an older judgement stands in them."""
+    """When this node's set could last not be proven as far as the policy asks. Its marks don't say so where an older
+    judgement stands in them, or where a person's verify may have been it."""
     try:
         with open(_tried_at(session, node), encoding="ascii") as file:
             return [parse_compact_time(file.read())]

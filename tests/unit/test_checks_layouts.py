@@ -120,6 +120,15 @@ def test_cometbft_on_what_has_no_check(tmp_path: Path) -> None:
     assert {finding.kind for finding in proof.findings} == {"leveldb", "badger", "bbolt"}
 
 
+def test_another_programs_database_that_has_no_check_is_noted(tmp_path: Path) -> None:
+    """A node that was proven isn't left unproven for what its own profile doesn't name."""
+    besu(tmp_path)
+    file(tmp_path / "etcd/KEYREGISTRY", "badger")
+    proof = prove(tmp_path, "besu")
+    assert (proof.outcome, proof.level) == (Outcome.OK, 2), proof
+    assert proof.notes == ("/live/etcd: there is no check for badger yet: its content was not proven",)
+
+
 def remove(top: Path, *names: str) -> None:
     for name in names:
         shutil.rmtree(top / name)

@@ -98,6 +98,18 @@ def test_a_log_on_another_disk(clone: Path) -> None:
     assert (proof.outcome, proof.level) == (Outcome.OK, 2), proof
 
 
+def test_statistics_that_led_into_memory(clone: Path) -> None:
+    """`pg_stat_tmp` on a tmpfs is a usual tuning, and in no set."""
+    for path in (clone / "pg_stat_tmp").iterdir():
+        path.unlink()
+    (clone / "pg_stat_tmp").rmdir()
+    (clone / "pg_stat_tmp").symlink_to("/run/that/is/not/there")
+    assert prove(clone, 2).outcome is Outcome.OK
+    (clone / "base").rename(clone.parent / "base")
+    (clone / "base").symlink_to("/run/that/is/not/there")
+    assert prove(clone, 2).outcome is Outcome.CORRUPT
+
+
 def pipe_for_table(top: Path) -> None:
     """The server would wait for a writer for ever."""
     table = biggest_table(top)

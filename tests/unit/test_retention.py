@@ -34,6 +34,10 @@ NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 DAILY = Keep(daily=7)
 
 
+#: A schedule whose last slot is always the last.
+EVER = 1e12
+
+
 def a_set(
     taken_at: datetime,
     order: int,
@@ -144,7 +148,7 @@ def _without_order(found: SnapshotSet) -> SnapshotSet:
 
 def hold(sets: list[SnapshotSet], now: datetime, keep: Keep, automatic: bool) -> None:
     """Every invariant of DESIGN's retention, told from outside: nothing here knows how `decide` does it."""
-    plan = decide(sets, now, keep, HERE, automatic=automatic)
+    plan = decide(sets, now, keep, HERE, automatic=automatic, every=EVER)
     assert [verdict.found for verdict in plan.verdicts] == sets, "a verdict on every set, in order"
     assert all(verdict.rule for verdict in plan.verdicts)
     gone = [verdict.found for verdict in plan.verdicts if not verdict.keep]
@@ -196,10 +200,10 @@ def hold(sets: list[SnapshotSet], now: datetime, keep: Keep, automatic: bool) ->
             buckets = sum((keep.hourly, keep.daily, keep.weekly, keep.monthly, keep.yearly))
             free = [f for f in left if f in plausible and not (f.pinned or f.attachments or f.received)]
             assert len(free) <= buckets + keep.min + 8, "more stay than anything asks for"
-    again = decide(left, now, keep, HERE, automatic=automatic)
+    again = decide(left, now, keep, HERE, automatic=automatic, every=EVER)
     # Once more changes nothing, but for space: what went made room, and sizes that aren't known are no reason.
     assert kept(again) == [found.set_id for found in left], "a second run would remove more"
-    later = decide(sets, now + timedelta(days=4000), keep, HERE, automatic=automatic)
+    later = decide(sets, now + timedelta(days=4000), keep, HERE, automatic=automatic, every=EVER)
     if not any(verdict.future for verdict in plan.verdicts):
         assert kept(later) == kept(plan), "time alone removes nothing"
 
@@ -291,10 +295,12 @@ def test_a_scheduled_set_stays_for_later_ones_taken_by_hand() -> None:
         a_set(NOON + 2 * DAY + timedelta(hours=k), 10 + k, verify_outcome="ok", verify_level="2") for k in (0, 1)
     ]
     for keep in (Keep(daily=1), Keep(daily=7), Keep(weekly=4), Keep(max_space=Bytes(0)), Keep(max_age=Seconds(60))):
-        plan = decide([*slots, *by_hand], NOON + 3 * DAY, keep, HERE)
+        plan = decide([*slots, *by_hand], NOON + 3 * DAY, keep, HERE, every=86400)
         assert plan.verdicts[2].keep and plan.verdicts[2].rule == "newest scheduled", keep
         assert plan.verdicts[1].keep == (keep.daily == 7), "only the newest does"
         assert plan.guards == (by_hand[1],), "it is no reason to let nothing go when it is bad"
+    for every in (None, 3600):  # no schedule any more, or its slot was due again since
+        assert not decide([*slots, *by_hand], NOON + 3 * DAY, Keep(daily=1), HERE, every=every).verdicts[2].keep
 
 
 def test_replicas_are_nobodys_reason_to_let_go() -> None:

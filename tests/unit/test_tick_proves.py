@@ -95,3 +95,26 @@ def test_a_try_that_can_not_be_remembered_or_read_fails_nothing(
         remembered.write_text("20269999")
         assert [failure["step"] for failure in ticks(world, 2)] == ["verify"]
         assert asked == [3, 3]
+
+
+def test_a_verify_by_hand_to_a_lower_level_is_not_the_policys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hook that verifies each set's files would keep it from ever being proven."""
+    world = monday(tmp_path, 3)
+    with world.clock():
+        world.take(
+            MONDAY, slot="20261123t000000z", verify_outcome="ok", verify_level="1", verify_at=compact_time(MONDAY)
+        )
+        asked = proofs(monkeypatch, Proof(3, Outcome.OK))
+        ticks(world, 24)
+        assert asked == [3] and world.sets()[0].verified_level == 3
+
+
+def test_what_can_be_proven_no_further_is_not_proven_at_every_tick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = monday(tmp_path, 3)
+    with world.clock():
+        world.take(MONDAY, slot="20261123t000000z")
+        asked = proofs(monkeypatch, Proof(1, Outcome.OK, (), ("no database that is known is in it",)))
+        assert not ticks(world, 72)
+        assert asked == [3, 3, 3]
