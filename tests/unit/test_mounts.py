@@ -3,6 +3,7 @@ namespace of their own."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -15,7 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from snapshotter.host.mounts import Mount, awaited, by_hand, inside, is_under, mount_of, mounts_below, parse, table
+from snapshotter.host.mounts import (
+    Mount,
+    awaited,
+    bind,
+    by_descriptor,
+    by_hand,
+    inside,
+    is_under,
+    mount_of,
+    mounts_below,
+    parse,
+    table,
+)
 
 needs_root = pytest.mark.root
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
@@ -278,3 +291,33 @@ def test_a_mount_that_a_later_one_hides(tmp_path: Path) -> None:
         top,
     )
     assert found == {"below": ["over"], "of": "over"}
+
+
+@pytest.mark.root
+def test_a_path_by_descriptor_is_one_that_newer_mounts_take(tmp_path: Path) -> None:
+    """mount(8) since 2.39 attaches by move_mount(2), which follows no link in the last component. Older ones, as this
+    machine's may be, use mount(2), which does: so the calls themselves are tried."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    open_tree, move_mount, here, clone, empty_path = 428, 429, -100, 1 | os.O_CLOEXEC, 4
+    for name in ("source", "where"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "source/file").touch()
+    source, where = (os.open(tmp_path / name, os.O_PATH | os.O_DIRECTORY) for name in ("source", "where"))
+    try:
+        tree = libc.syscall(open_tree, here, by_descriptor(source).encode(), clone)
+        assert tree >= 0, os.strerror(ctypes.get_errno())
+        done = libc.syscall(move_mount, tree, b"", here, by_descriptor(where).encode(), empty_path)
+        os.close(tree)
+        assert done == 0, os.strerror(ctypes.get_errno())
+        try:
+            assert os.listdir(tmp_path / "where") == ["file"]
+        finally:
+            subprocess.run(["umount", tmp_path / "where"], check=True)
+        bind(source, where, "where")
+        try:
+            assert os.listdir(tmp_path / "where") == ["file"]
+        finally:
+            subprocess.run(["umount", tmp_path / "where"], check=True)
+    finally:
+        os.close(source)
+        os.close(where)
