@@ -126,6 +126,29 @@ def test_what_is_stopped_along_with_it_is_started_again(inside: Inside, tmp_path
     assert state_of(inside) == ["active", "active", "inactive"], "its operator has stopped it since"
 
 
+def test_a_dependent_that_does_not_start_again_is_told_and_voids_nothing(inside: Inside, tmp_path: Path) -> None:
+    """As one that fails while the node's RPC isn't up yet."""
+    inside.systemd.unit(
+        "fickle.service",
+        "[Unit]\nAfter=chain.service\nPartOf=chain.service\n[Service]\nType=oneshot\nRemainAfterExit=yes\n"
+        f"ExecStart=/bin/mkdir {tmp_path}/once\n",
+    )
+    inside.systemd.enter("systemctl", "start", "fickle.service")
+    document = taken(inside, "--quiesce", "stop")
+    assert document["good"] and any("fickle.service" in warning for warning in document["warnings"]), document
+    assert inside.systemd.show("chain.service", "ActiveState") == "active"
+    assert inside.run("reap").returncode == 0
+    (tmp_path / "once").rmdir()
+    inside.systemd.enter("systemctl", "start", "fickle.service")
+    done = inside.run("restore", document["set_id"], "--in-place", "--yes", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["outcome"] == "restored" and any("fickle.service" in warning for warning in answer["warnings"]), (
+        answer
+    )
+    assert inside.systemd.show("chain.service", "ActiveState") == "active"
+
+
 CUT = """
 import os, signal, sys
 from snapshotter import cli
