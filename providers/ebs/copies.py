@@ -4,8 +4,8 @@ Everything that is known of a copy is in tags, so whoever asks next goes on: the
 what was begun, and where it is whole; a copy says what it is a copy of, as EC2 gives it a VolumeId that means nothing.
 Only sealed sets are copied, and a copy is born with its source's marks: in its region it is a set of its own, pending
 until all of it is there, that can be restored and deleted also where the source and its region are lost. While the
-source is there it sees to it that the copy gets whole, and one in the making goes with it (`drop`). From then on
-nothing here deletes it.
+source is there it sees to it that the copy gets whole, and what is there of one that isn't goes with it (`drop`). From
+then on nothing here deletes it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any
 
-from providers.ebs import tags, volumes
+from providers.ebs import sets, tags, volumes
 from providers.ebs.api import Api
 from snapshotter.core.errors import BusyError, NotFoundError, SnapshotterError, StorageError
 from snapshotter.core.remote import Deadline, Late, Lost, operation_id
@@ -58,30 +58,36 @@ def begun(source: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def drop(api: Api, region: str, there: Api, other: str, set_id: str, source: Sequence[Mapping[str, Any]]) -> None:
     """Remove a set's copies in the making in another region, before the set itself goes. Raises BusyError where one was
-    asked for a moment ago and isn't listed yet."""
+    asked for a moment ago and isn't listed yet. A copy all of which is there stays, though no `advance` has noted it
+    yet: it is listed as good, so the set may have been let go for its sake."""
     within = there.deadline(f"{set_id} in {other}")
     filters = [{"Name": f"tag:{tags.SET}", "Values": [set_id]}, {"Name": "tag-key", "Values": [tags.SOURCE]}]
     listed = there.pages("describe_snapshots", "Snapshots", within, OwnerIds=["self"], Filters=filters)
     found = {
-        str(item["SnapshotId"]): labels
+        str(item["SnapshotId"]): item
         for item in there.memory.over(listed, "SnapshotId", "snap-")
         if (labels := tags.read(item)).get(tags.SET) == set_id
         and labels.get(tags.MANAGED) == "true"
         and tags.copy_of(labels) == region
     }
-    copied = {labels[tags.SOURCE].partition("/")[2] for labels in found.values()}
+    copied = {tags.read(item)[tags.SOURCE].partition("/")[2] for item in found.values()}
     for item in source:
         if str(item["SnapshotId"]) not in copied and _begun_lately(api, item, other):
             raise BusyError(f"is being copied to {other}", object=set_id, cure="try again in a minute")
-    for name, labels in found.items():
-        if tags.in_the_making(labels):
-            with suppress(NotFoundError):
-                there.call("delete_snapshot", within, SnapshotId=name)
-            there.memory.deleted(name)
+    making = {name for name, item in found.items() if tags.in_the_making(tags.read(item))}
+    one_each = {tags.origin_of(item): name for name, item in found.items() if _is_done(item)}
+    if _is_whole([found[name] for name in one_each.values()]) and (done := making.intersection(one_each.values())):
+        volumes.tag(there, sorted(done), {tags.WHOLE: "true"})
+        making -= done
+    for name in sorted(making):
+        with suppress(NotFoundError):
+            there.call("delete_snapshot", within, SnapshotId=name)
+        there.memory.deleted(name)
 
 
 def _wanted(api: Api, region: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """(set id, its snapshots) of every whole, sealed set that is to be copied somewhere and isn't yet."""
+    """(set id, its snapshots) of every whole, sealed set that is to be copied somewhere and isn't yet. One in the
+    archive isn't offered: EC2 would refuse it each time."""
     filters = [{"Name": "tag-key", "Values": [tags.COPY_TO]}, {"Name": "status", "Values": ["completed"]}]
     within = api.deadline("the sets to be copied")
     listed = api.pages("describe_snapshots", "Snapshots", within, OwnerIds=["self"], Filters=filters)
@@ -89,16 +95,24 @@ def _wanted(api: Api, region: str) -> Iterator[tuple[str, list[dict[str, Any]]]]
     ours.sort(key=lambda item: tags.read(item).get(tags.SET, ""))
     for set_id, group in groupby(ours, key=lambda item: tags.read(item).get(tags.SET, "")):
         source = list(group)
-        births = [tags.birth_of(tags.read(item), tags.origin_of(item)) for item in source]
-        first = next((birth for birth in births if birth is not None), None)
-        if first is None or any(item["State"] != "completed" for item in source):
-            continue
-        have = {tags.origin_of(item) for item in source}
-        theirs = [member.volume for member in first.members if member.provider == tags.NAME]
-        wanted = {part for volume in theirs for part in parts(volume)}
-        sealed = all("sealed" in tags.marks_of(tags.read(item)) for item in source)
-        if sealed and have == wanted and tags.uncopied(tags.read(source[0]), region):
+        archived = any(sets.is_archived(item) for item in source)
+        if _is_whole(source) and not archived and tags.uncopied(tags.read(source[0]), region):
             yield set_id, source
+
+
+def _is_done(item: Mapping[str, Any]) -> bool:
+    return item.get("State") == "completed" and "sealed" in tags.marks_of(tags.read(item))
+
+
+def _is_whole(items: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether these snapshots of one set are all of it, sealed, and EC2 has done each."""
+    births = [tags.birth_of(tags.read(item), tags.origin_of(item)) for item in items]
+    first = next((birth for birth in births if birth is not None), None)
+    if first is None:
+        return False
+    theirs = [member.volume for member in first.members if member.provider == tags.NAME]
+    wanted = {part for volume in theirs for part in parts(volume)}
+    return all(map(_is_done, items)) and {tags.origin_of(item) for item in items} == wanted
 
 
 def _copy(api: Api, region: str, there: Api, other: str, set_id: str, source: Sequence[dict[str, Any]]) -> list[str]:

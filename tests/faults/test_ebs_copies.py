@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from snapshotter.testing.conformance.steps import seal, take
 from tests.faults.test_ebs_faults import Cloud
 from tests.faults.test_ebs_policies import policies
 from tests.twins.ec2 import Twin
+from tests.twins.ec2.world import new_id
 from tests.unit.ebs_kit import REGION, ebs_harness, environment
 
 WEST, EAST = "eu-west-1", "us-east-1"
@@ -76,18 +79,53 @@ def test_copied_in_its_own_time_and_by_whoever_asks(cloud: Cloud) -> None:
     assert not copies(cloud, WEST) and len(copies(cloud, EAST)) == 2
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_copy_in_the_making_goes_with_its_source(cloud: Cloud, whole: bool) -> None:
-    """Else it would be paid for, and nobody would ever list it."""
+def test_a_copy_in_the_making_goes_with_its_source(cloud: Cloud) -> None:
+    """Else it would be paid for, and never be of use."""
     set_id = cloud.take(cloud.provider(copy_to=f"{WEST},{EAST}"))
     cloud.twin.clock.advance(601)
     cloud.provider().advance()
     (others, *_) = [each for each in cloud.twin.world.snapshots.values() if each.region == EAST]
     cloud.twin.world.retag(others, {**others.tags, "snapshotter:source": "ap-south-1/snap-1"})  # another region's
-    cloud.twin.clock.advance(601 if whole else LATER_S)
+    cloud.twin.clock.advance(LATER_S)
     cloud.provider().delete(set_id)
     assert not copies(cloud, WEST) and copies(cloud, EAST) == ["ap-south-1/snap-1"]
     assert not list(cloud.provider().snapshots(set_id))
+
+
+@pytest.mark.parametrize("kind", ["", "error", "lost"])
+@pytest.mark.parametrize("action", ["CreateTags", "DeleteTags", "DeleteSnapshot"])
+def test_a_copy_that_is_done_outlives_its_source(cloud: Cloud, action: str, kind: str) -> None:
+    """No run in the source's region has noted that it is whole; in its own it is good, and may be the latest."""
+    set_id = cloud.take(cloud.provider(copy_to=f"{WEST},{EAST}"))
+    cloud.twin.clock.advance(601)
+    cloud.provider().advance()
+    twice = [replace(each, id=new_id("snap")) for each in cloud.twin.world.snapshots.values() if each.region == WEST]
+    cloud.twin.world.snapshots |= {each.id: each for each in twice}  # two ran at once
+    lost = next(each for each in cloud.twin.world.snapshots.values() if each.region == EAST)
+    cloud.twin.clock.advance(601)
+    lost.gone = cloud.twin.clock.now()
+    west = [cloud.provider(region=WEST)]
+    assert [each.good for each in catalog.read(west).sets] == [True]
+    if kind:
+        cloud.twin.fail(action, kind)
+    for _ in range(2):  # a retry finds the source unsealed, or a half of it
+        with suppress(SnapshotterError):
+            cloud.provider().delete(set_id)
+    assert not list(cloud.provider().snapshots(set_id)) and not copies(cloud, EAST), "half a copy is none"
+    assert whole(cloud, set_id) and [each.good for each in catalog.read(west).sets] == [True]
+    for each in [each for each in cloud.twin.world.snapshots.values() if each.region == WEST and each.gone is None][1:]:
+        each.gone = cloud.twin.clock.now()
+    assert [each.state for each in catalog.read(west).sets] == [State.DAMAGED], "it is known to have been whole"
+
+
+def test_a_copy_that_is_being_deleted_is_not_kept_for_its_source(cloud: Cloud) -> None:
+    set_id = cloud.take(cloud.provider(copy_to=WEST))
+    cloud.twin.clock.advance(601)
+    cloud.provider().advance()
+    cloud.twin.clock.advance(601)
+    cloud.provider(region=WEST).mark(set_id, {"sealed": None})
+    cloud.provider().delete(set_id)
+    assert not copies(cloud, WEST) and not cloud.living()
 
 
 def test_a_source_whose_copy_is_not_listed_yet_stays(cloud: Cloud) -> None:
@@ -234,10 +272,6 @@ def test_two_at_once_leave_one(cloud: Cloud) -> None:
     cloud.twin.clock.advance(601)
     cloud.provider().advance()
     world = cloud.twin.world
-    from dataclasses import replace
-
-    from tests.twins.ec2.world import new_id
-
     twice = [replace(each, id=new_id("snap")) for each in world.snapshots.values() if each.region == WEST]
     world.snapshots |= {each.id: each for each in twice}
     for _ in range(2):
