@@ -34,23 +34,25 @@ def snapshots(items: Iterable[Mapping[str, Any]], region: str) -> Iterator[Snaps
 
 
 def _member(birth: Birth, have: Mapping[str, Mapping[str, Any]], region: str, missing: Sequence[str]) -> Snapshot:
-    """`missing`: the set's members that aren't listed. A copy in the making waits for them, and for its own parts."""
+    """`missing`: the set's members that aren't listed. A copy in the making waits for them, and for its own parts.
+
+    What is archived has no image until it is brought back, which nobody but a person does: it is invalid, not pending,
+    so that it isn't waited for, and its set can be let go by the policy.
+    """
     wanted = parts(birth.members[birth.member].volume)
     items = [have[volume] for volume in wanted if volume in have]
     gone = [volume for volume in wanted if volume not in have]
     labels = [tags.read(item) for item in items]
     waits = [*gone, *missing] if any(tags.in_the_making(each) for each in labels) else []
     why = "" if waits else ", ".join(f"the snapshot of {volume} is gone" for volume in gone)
+    if archived := [str(item["SnapshotId"]) for item in items if is_archived(item)]:
+        why = f"{', '.join(archived)} is archived: {unarchive(archived[0])}"
     for item in items:
         if item.get("State") == "error":
             why = f"EC2 could not copy it: {item.get('StateMessage') or 'no reason given'}"
     done = all(item.get("State") == "completed" for item in items)
-    archived = [str(item["SnapshotId"]) for item in items if is_archived(item)]
-    ready = done and not archived and not waits
-    state = ImageState.INVALID if why else ImageState.READY if ready else ImageState.PENDING
-    if archived and not why:
-        why = f"{', '.join(archived)} is archived: {unarchive(archived[0])}"
-    elif waits and not why:
+    state = ImageState.INVALID if why else ImageState.READY if done and not waits else ImageState.PENDING
+    if waits and not why:
         why = f"the copy of {', '.join(waits)} isn't there yet"
     sizes = [int(item["FullSnapshotSizeInBytes"]) for item in items if item.get("FullSnapshotSizeInBytes") is not None]
     return Snapshot(

@@ -251,6 +251,22 @@ def test_what_is_no_region_is_refused_before(cloud: Cloud) -> None:
     assert refused.value.object == "Ireland" and refused.value.cure
 
 
+def test_an_archived_set_is_not_offered_for_copying(cloud: Cloud) -> None:
+    """EC2 would refuse it in each run."""
+    first = cloud.take(cloud.provider(copy_to=WEST))
+    cloud.twin.clock.advance(60)
+    second = cloud.take(cloud.provider(copy_to=WEST))
+    cloud.twin.clock.advance(601)
+    archived = [each for each in cloud.twin.world.snapshots.values() if each.tags["snapshotter:set"] == first]
+    archived[0].tier = "archive"
+    cloud.provider().advance()
+    there = {each.birth.set_id for each in cloud.provider(region=WEST).snapshots()}
+    assert there == {second} and not cloud.provider().advance()
+    archived[0].tier = "standard"
+    cloud.provider().advance()
+    assert {each.birth.set_id for each in cloud.provider(region=WEST).snapshots()} == {first, second}
+
+
 def test_only_so_many_at_once(cloud: Cloud) -> None:
     sets = []
     for _ in range(3):

@@ -9,10 +9,11 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from providers.ebs import EbsProvider
 from snapshotter import catalog
@@ -26,6 +27,9 @@ from snapshotter.core.errors import (
     StorageError,
 )
 from snapshotter.core.model import Access, Hold, ImageState, State, Volume, new_attachment_id, utc_now
+from snapshotter.host.cloud import parts
+from snapshotter.nodes.config import Keep
+from snapshotter.nodes.retention import decide
 from snapshotter.provider import Settings
 from snapshotter.testing.conformance.steps import ready, seal, take
 from snapshotter.testing.conformance.undoing import Life
@@ -341,7 +345,7 @@ def test_an_archived_snapshot_is_not_ready(cloud: Cloud) -> None:
     (_, second) = cloud.provider().snapshots(set_id)
     cloud.twin.world.snapshots[second.id].tier = "archive"
     (found,) = catalog.read([cloud.provider()]).sets
-    assert found.state is State.PENDING and not found.good
+    assert found.state is State.DAMAGED and not found.good
     assert f"{second.id} is archived: aws ec2 restore-snapshot-tier" in found.why
     with pytest.raises(PreconditionError) as refused:
         cloud.provider(zone=REGION + "a").attach_away(second, new_attachment_id(utc_now()))
@@ -350,6 +354,32 @@ def test_an_archived_snapshot_is_not_ready(cloud: Cloud) -> None:
         cloud.provider().foresee(second)
     cloud.twin.world.snapshots[second.id].tier = "standard"
     assert [each.good for each in catalog.read([cloud.provider()]).sets] == [True]
+
+
+def test_an_archived_set_is_let_go_by_age_and_by_a_person_alone(cloud: Cloud) -> None:
+    """It guards nothing and fills no bucket, but what was archived to be kept isn't gone with the next tick."""
+    sets = []
+    for _ in range(4):
+        sets.append(cloud.take())
+        cloud.twin.clock.advance(60)
+    for each in cloud.provider().snapshots():
+        if each.birth.set_id in sets[1::2]:
+            for part in parts(each.id):
+                cloud.twin.world.snapshots[part].tier = "archive"
+    found = catalog.read([cloud.provider()]).sets
+    assert [each.good for each in found] == [True, False, True, False]
+    now, here = utc_now(), found[0].birth.host
+
+    def going(age: timedelta, *, automatic: bool) -> list[str]:
+        taken_at = found[1].birth.taken_at - age
+        old = replace(found[1], birth=replace(found[1].birth, taken_at=taken_at))
+        plan = decide([old, *found[:1], *found[2:]], now, Keep(min=1, daily=7), here, automatic=automatic)
+        assert {each.set_id for each in plan.guards} == {sets[0], sets[2]}
+        return [each.set_id for each in plan.removals]
+
+    assert going(timedelta(days=6), automatic=False) == []
+    assert going(timedelta(days=8), automatic=True) == []
+    assert going(timedelta(days=8), automatic=False) == [sets[1]]
 
 
 @pytest.mark.parametrize(
