@@ -92,8 +92,9 @@ def standing(items: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _vacant(api: Api, seen: Seen, instance: str, within: Deadline) -> list[str]:
-    """Origins of the swaps on an instance whose own disk isn't attached. All of the region's are listed at once, by one
-    thread: a fleet would ask for each node else."""
+    """Origins of the swaps on an instance whose own disk isn't attached. A committed one has set aside nothing, though
+    it was killed before its last tags went. All of the region's are listed at once, by one thread: a fleet would ask
+    for each node else."""
 
     def look() -> list[dict[str, Any]] | None:
         began, known = seen.get(tags.SWAP, (0.0, {}))
@@ -109,9 +110,12 @@ def _vacant(api: Api, seen: Seen, instance: str, within: Deadline) -> list[str]:
         return None
 
     return [
-        tags.read(item).get(tags.ORIGIN, "")
+        labels.get(tags.ORIGIN, "")
         for item in poll(look, within, first_s=0.1, most_s=1.0)
-        if tags.read(item).get(tags.INSTANCE) == instance and tags.SWAP in tags.read(item) and not attached_to(item)[0]
+        if (labels := tags.read(item)).get(tags.INSTANCE) == instance
+        and tags.SWAP in labels
+        and tags.COMMITTED not in labels
+        and not attached_to(item)[0]
     ]
 
 

@@ -186,6 +186,25 @@ def test_a_node_in_the_middle_of_a_swap_is_not_taken_without_that_volume(action:
         harness.provider().swap_back(swap_id)
 
 
+@pytest.mark.root
+def test_a_committed_swap_that_was_killed_before_its_last_tags_keeps_no_node_busy() -> None:
+    """Its disk is detached later, by a person."""
+    with ebs_harness() as harness:
+        volume, other, swap_id = harness.volume(), harness.volume(), "w20261122t100630z-5f3a9c"
+        birth = take(harness.provider(), harness, [volume])
+        (found,) = ready(harness.provider(), harness, birth.set_id)
+        harness.provider().swap(swap_id, found, volume)
+        harness.twin.fail("DeleteTags", "refuse", code="UnauthorizedOperation")
+        with pytest.raises(PreconditionError):
+            harness.provider().swap_commit(swap_id)
+        (new,) = [each for each in harness.twin.world.volumes.values() if "snapshotter:committed" in each.tags]
+        assert harness.twin.world.volumes[volume.id].gone is not None
+        selected = {"instance": harness.instance.id}
+        assert {each.id for each in harness.provider().find(selected)} == {new.id, other.id}
+        new.attached = None
+        assert [each.id for each in harness.provider().find(selected)] == [other.id]
+
+
 class Mapped(DisksHere, frozen=True):
     """As sysfs would show a logical volume over these disks (`test_disks` has the real shape)."""
 
