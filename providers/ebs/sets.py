@@ -10,7 +10,7 @@ from typing import Any
 
 from providers.ebs import tags
 from snapshotter.core.labels import merge_marks
-from snapshotter.core.model import Birth, ImageState, Snapshot
+from snapshotter.core.model import Birth, ImageState, Snapshot, compact_time
 from snapshotter.core.remote import operation_id
 from snapshotter.host.cloud import joined, parts
 
@@ -51,16 +51,20 @@ def _member(birth: Birth, have: Mapping[str, Mapping[str, Any]], region: str, mi
         if item.get("State") == "error":
             why = f"EC2 could not copy it: {item.get('StateMessage') or 'no reason given'}"
     done = all(item.get("State") == "completed" for item in items)
-    state = ImageState.INVALID if why else ImageState.READY if done and not waits else ImageState.PENDING
+    unmarked = any(map(_is_unmarked, labels))
+    ready = done and not waits and not unmarked
+    state = ImageState.INVALID if why else ImageState.READY if ready else ImageState.PENDING
     if waits and not why:
         why = f"the copy of {', '.join(waits)} isn't there yet"
+    elif unmarked and not why:
+        why = f"its marks aren't there yet: a tick where {tags.copy_of(labels[0])}'s sets are taken brings them"
     sizes = [int(item["FullSnapshotSizeInBytes"]) for item in items if item.get("FullSnapshotSizeInBytes") is not None]
     return Snapshot(
         provider=tags.NAME,
         id=joined(str(item["SnapshotId"]) for item in items),
         birth=birth,
         state=state,
-        marks=merge_marks([tags.marks_of(each) for each in labels]),
+        marks=merge_marks([_marks_of(each, birth) for each in labels]),
         size_bytes=sum(sizes) if len(sizes) == len(items) else None,
         order=max(_order(birth, item) for item in items),
         why=why,
@@ -68,6 +72,17 @@ def _member(birth: Birth, have: Mapping[str, Mapping[str, Any]], region: str, mi
         copying=tuple(sorted({other for each in labels for other in tags.uncopied(each, region)})),
         replica_of=tags.copy_of(labels[0]),
     )
+
+
+def _is_unmarked(labels: Mapping[str, str]) -> bool:
+    """A copy in the making by an earlier version: it gave the marks only once all was there."""
+    return tags.in_the_making(labels) and not tags.marks_of(labels)
+
+
+def _marks_of(labels: Mapping[str, str], birth: Birth) -> dict[str, str]:
+    """Only what was sealed is copied: without its marks a copy isn't a leftover for reap. One that lost its seal alone
+    is: its deletion was begun."""
+    return {"sealed": compact_time(birth.taken_at)} if _is_unmarked(labels) else tags.marks_of(labels)
 
 
 def made_for(item: Mapping[str, Any], set_id: str) -> bool:

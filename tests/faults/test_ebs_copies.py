@@ -335,6 +335,26 @@ def test_half_a_copy_is_pending_and_can_be_deleted(cloud: Cloud) -> None:
     assert not copies(cloud, WEST)
 
 
+@pytest.mark.parametrize("unmarked", [1, 2])
+def test_a_copy_begun_by_an_earlier_version_is_no_leftover(cloud: Cloud, unmarked: int) -> None:
+    """It gave a copy its marks only once all of it was there: `reap` would remove what isn't sealed."""
+    set_id = cloud.take(cloud.provider(copy_to=WEST))
+    cloud.twin.clock.advance(601)
+    cloud.provider().advance()
+    west = [cloud.provider(region=WEST)]
+    for each in [each for each in cloud.twin.world.snapshots.values() if each.region == WEST][:unmarked]:
+        less = {key: value for key, value in each.tags.items() if not key.startswith("snapshotter:mark-")}
+        cloud.twin.world.retag(each, less)
+    assert [each.state for each in catalog.read(west).sets] == [State.PENDING]
+    cloud.twin.clock.advance(601)
+    (found,) = catalog.read(west).sets
+    assert found.state is State.PENDING and found.why.startswith("its marks aren't there yet")
+    cloud.provider().advance()
+    assert whole(cloud, set_id) and [each.good for each in catalog.read(west).sets] == [True]
+    west[0].mark(set_id, {"sealed": None})
+    assert [each.state for each in catalog.read(west).sets] == [State.INCOMPLETE], "its deletion was begun"
+
+
 def test_a_whole_copy_that_lost_a_member_is_damaged(cloud: Cloud) -> None:
     set_id = cloud.take(cloud.provider(copy_to=WEST))
     for _ in range(3):
