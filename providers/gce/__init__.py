@@ -28,9 +28,10 @@ from snapshotter.core.model import (
     Snapshot,
     Tagged,
     Volume,
+    compact_time,
     utc_now,
 )
-from snapshotter.core.remote import Deadline
+from snapshotter.core.remote import Deadline, Late
 from snapshotter.host import mounts
 from snapshotter.host.cloud import Cloud, parts, refuse_unsealable
 from snapshotter.host.disks import Part
@@ -52,6 +53,8 @@ _GROUP_S = 30.0
 #: After this long, what was asked for without an answer is there, or never will be.
 _SETTLE_S = 30.0
 _ELSEWHERE = timedelta(hours=1)
+#: A deletion that is late until then is slow, later it is a fault.
+_SLOW = timedelta(days=1)
 
 
 class GceProvider(Cloud, Provider):
@@ -96,6 +99,7 @@ class GceProvider(Cloud, Provider):
         self._uncertain: dict[str, Deadline] = {}  # sets of which an answer is missing: when it must have shown
         self._working: dict[str, Any] = {}  # snapshot -> the operation that makes it
         self._seen: Seen = {}
+        self._late: set[str] = set()  # sets whose instant snapshots were just waited for in vain
 
     @staticmethod
     def _installed() -> bool:
@@ -358,10 +362,14 @@ class GceProvider(Cloud, Provider):
         self._prepared.pop(set_id, None)
 
     def reap(self) -> list[str]:
-        return self.advance()
+        return self._instants_gone(_DELETE_S)
 
     def advance(self) -> list[str]:
-        """Instant snapshots of dead runs, and of sets that are complete, go."""
+        return self._instants_gone(_GROUP_S)
+
+    def _instants_gone(self, patience_s: float) -> list[str]:
+        """Instant snapshots of dead runs, and of sets that are complete, go. `patience_s`: for them all; however long
+        one takes, each of the others has `_GROUP_S`. What is late is left to the next run."""
         from providers.gce import taking
         from snapshotter.host.locks import Locks
         from snapshotter.host.places import host_name, same_host
@@ -370,9 +378,14 @@ class GceProvider(Cloud, Provider):
             return []
         api = self._api()
         within = api.deadline("instant snapshots of dead runs")
-        gone, failed = [], None
+        every = api.deadline("instant snapshots of dead runs", patience_s)
+        gone: list[str] = []
+        failed: SnapshotterError | None = None
+        waited, self._late = self._late, set()
         for set_id, instants in taking.groups(api, within).items():
-            within = api.deadline(set_id, _GROUP_S)
+            if set_id in waited:  # a tick advances, then reaps: it waits once
+                continue
+            within = api.deadline(set_id, max(_GROUP_S, every.left()))
             try:
                 birth = taking.record_of(api, names.Disk(instants[0].place, set_id), within)
                 if birth is None or any(each.state is ImageState.PENDING for each in self.snapshots(set_id)):
@@ -384,6 +397,11 @@ class GceProvider(Cloud, Provider):
                 with suppress(BusyError), Locks([f"target:{birth.target}"]):
                     taking.instants_gone(api, set_id, instants, within)
                     gone.append(f"instant snapshots of {set_id}")
+            except Late as error:  # Compute Engine goes on with it all the same
+                self._late.add(set_id)
+                self.notes.append(f"instant snapshots of {set_id} aren't gone yet: {error.line()}")
+                if set_id[1:] < compact_time(utc_now() - _SLOW):
+                    failed = failed or error
             except SnapshotterError as error:  # the others' go all the same
                 failed = failed or error
         if failed is not None:
