@@ -325,22 +325,14 @@ class GceProvider(Cloud, Provider):
         self._prepared.pop(set_id, None)
 
     def delete(self, set_id: str) -> None:
-        from providers.gce import disks, taking
+        from providers.gce import taking
 
         self._fresh.pop(set_id, None)
         if not self._used():
             return
         api = self._api()
         within = api.deadline(set_id, _DELETE_S)
-        for item in disks.labelled(api, within, f'labels.{labels.SET}="{set_id}"'):
-            used = labels.attachment_of(item)
-            if used is not None and used.set_id == set_id:
-                where = f"at {used.path} of instance {item.labels.get(labels.INSTANCE)}" if used.path else "elsewhere"
-                raise BusyError(
-                    f"is attached {where} ({used.id})",
-                    object=set_id,
-                    cure=f"snapshotter release {used.path or used.id}",
-                )
+        self._refuse_attached(api, set_id, within)
         settling = self._uncertain.get(set_id)
         while True:
             found = list(self._items(api, set_id, within))
@@ -360,6 +352,29 @@ class GceProvider(Cloud, Provider):
             self.clock.sleep(min(5.0, settling.left()))
         self._uncertain.pop(set_id, None)
         self._prepared.pop(set_id, None)
+
+    def _refuse_attached(self, api: Api, set_id: str, within: Deadline) -> None:
+        """Raise BusyError where a disk made of the set is known, Unreachable where one may be: but a set that was never
+        sealed has none that anybody misses, and a failed take's must go whatever other zone is lost. The seal is taken
+        off first by who deletes several members; the marks that came with it stay."""
+        from providers.gce import disks
+        from providers.gce.api import Unreachable
+
+        try:
+            for item in disks.labelled(api, within, f'labels.{labels.SET}="{set_id}"'):
+                used = labels.attachment_of(item)
+                if used is not None and used.set_id == set_id:
+                    path, instance = used.path, item.labels.get(labels.INSTANCE)
+                    where = f"at {path} of instance {instance}" if path else "elsewhere"
+                    raise BusyError(
+                        f"is attached {where} ({used.id})",
+                        object=set_id,
+                        cure=f"snapshotter release {path or used.id}",
+                    )
+        except Unreachable:
+            marks = [labels.marks_of(item.labels) for item in self._items(api, set_id, within)]
+            if marks and all(marks):
+                raise
 
     def reap(self) -> list[str]:
         return self._instants_gone(_DELETE_S)

@@ -9,6 +9,7 @@ once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from providers.gce import errors, labels
@@ -130,17 +131,14 @@ def record_of(api: Api, place: Disk, within: Deadline) -> Birth | None:
 
 
 def groups(api: Api, within: Deadline, set_id: str | None = None) -> dict[str, list[Disk]]:
-    """Sets (one; or all that can be asked for now) of which there are instant snapshots still, and these as (place,
-    name)."""
+    """Sets (all, or one) of which there are instant snapshots still, and these as (place, name): where it can be asked
+    now. In other places nothing hangs on them, and a later `advance` finds them."""
     found: dict[str, list[Disk]] = {}
-    try:
+    with suppress(Unreachable):
         for item in api.pages("InstantSnapshots.aggregated_list", within):
             of = last(item.source_instant_snapshot_group)
             if SET_ID.fullmatch(of) and set_id in (None, of):
                 found.setdefault(of, []).append(Disk(last(item.zone or item.region), item.name))
-    except Unreachable:
-        if set_id is not None:
-            raise
     return found
 
 

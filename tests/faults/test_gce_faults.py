@@ -660,6 +660,44 @@ def test_a_zone_that_cannot_be_asked_is_not_empty(pair: Cloud) -> None:
     assert not pair.living()
 
 
+def test_a_take_that_fails_is_undone_while_another_zone_is_lost(pair: Cloud) -> None:
+    pair.twin.world.unreachable = {"zones/us-central1-a"}
+    provider, birth = pair.provider(), make_birth(pair.volumes())
+    provider.check(pair.volumes(), birth)
+    provider.create(pair.volumes(), birth, Hold())
+    # A dead run that had sealed half of it left no backup either.
+    pair.twin.world.snapshots[f"{birth.set_id}-0"].labels |= {"snapshotter-mark-sealed": "1"}
+    pair.provider().delete(birth.set_id)
+    assert not pair.living() and pair.instants() == 0
+
+
+def test_the_seal_that_a_deletion_takes_off_first_does_not_let_a_lost_zone_pass(pair: Cloud) -> None:
+    set_id = pair.take()
+    pair.twin.world.unreachable = {"zones/us-central1-a"}
+    pair.provider().mark(set_id, {"sealed": None})
+    with pytest.raises(StorageError) as refused:
+        pair.provider().delete(set_id)
+    told(refused.value, Exit.REFUSED, "zones/us-central1-a", "try again")
+    assert pair.living() == pair.each_once()
+
+
+def test_an_unsealed_set_that_is_attached_stays_while_another_zone_is_lost(cloud: Cloud) -> None:
+    provider, birth = cloud.provider(), make_birth(cloud.volumes())
+    provider.check(cloud.volumes(), birth)
+    provider.create(cloud.volumes(), birth, Hold())
+    attached = cloud.twin.world.add_disk("a20261122t100630z-000001-0", cloud.instance, with_bytes=False)
+    attached.labels = {
+        "snapshotter-managed": "true",
+        "snapshotter-set": birth.set_id,
+        "snapshotter-attachment": "a20261122t100630z-000001",
+    }
+    attached.description = json.dumps({"member": 0, "path": "/mnt", "access": "ro", "purpose": "restore"})
+    cloud.twin.world.unreachable = {"zones/us-central1-a"}
+    with pytest.raises(BusyError):
+        cloud.provider().delete(birth.set_id)
+    assert cloud.living() == cloud.each_once()
+
+
 @pytest.mark.root
 def test_a_restore_goes_on_while_another_zone_is_lost() -> None:
     with gce_harness() as harness:
