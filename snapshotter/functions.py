@@ -9,6 +9,7 @@ it, or takes it from outside and fails. All is told by an exception only when ev
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec.structs import replace
@@ -17,6 +18,7 @@ from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterErr
 from snapshotter.core.model import Tagged
 from snapshotter.nodes import config
 from snapshotter.nodes.config import Node
+from snapshotter.provider import Provider
 from snapshotter.verbs.documents import SCHEMA
 from snapshotter.verbs.session import Session
 from snapshotter.verbs.tick import Take, take_here, tick
@@ -75,7 +77,9 @@ def _fleet(session: Session, name: str) -> tuple[list[Node], dict[str, str], lis
     found: dict[str, Tagged] = {}
     wrong: list[SnapshotterError] = []
     twice: set[str] = set()
-    for each in session.provider(name).tagged():
+    there, partly = _tagged(session.provider(name))
+    wrong += [partly] if partly is not None else []
+    for each in there:
         twice |= {each.node} & set(found)
         found[each.node] = each
     nodes = {key: node for key, node in given.items() if node.select is not None}
@@ -101,10 +105,22 @@ def _fleet(session: Session, name: str) -> tuple[list[Node], dict[str, str], lis
     wrong += [
         UsageError("has neither `select` nor tagged volumes", object=key, cure="tag them, or take it out of the config")
         for key in given
-        if key not in nodes and key not in twice
+        if key not in nodes and key not in twice and partly is None
     ]
     session.config = replace(session.config, nodes=nodes)
     return list(nodes.values()), {key: tagged.instance for key, tagged in found.items() if tagged.instance}, wrong
+
+
+def _tagged(provider: Provider) -> tuple[Sequence[Tagged], SnapshotterError | None]:
+    """The fleet; and why that isn't all of it, where a driver raises with the nodes that are known for certain: a zone
+    that is lost keeps no other's nodes from being taken."""
+    try:
+        return provider.tagged(), None
+    except SnapshotterError as error:
+        known: Sequence[Tagged] | None = getattr(error, "tagged", None)
+        if known is None:
+            raise
+        return known, error
 
 
 def _may_ask() -> bool:

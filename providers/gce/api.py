@@ -12,12 +12,12 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from providers.gce import errors
 from snapshotter.core.errors import PreconditionError, SnapshotterError, StorageError, UsageError, pip_install
-from snapshotter.core.model import Report, no_report
+from snapshotter.core.model import Report, Tagged, no_report
 from snapshotter.core.remote import Clock, Deadline, Lost, MinuteQuota, Temporary, operation_id, persist, poll
 
 CALL_S = 120.0
@@ -32,6 +32,9 @@ _UNREACHABLE = "UNREACHABLE"
 
 class Unreachable(StorageError):
     """What is in a zone or a region isn't known now."""
+
+    scopes: frozenset[str] = frozenset()  # `zones/Z`, `regions/R`; empty where Google doesn't say which
+    tagged: Sequence[Tagged] | None = None  # the nodes that are known all the same, which functions.py takes
 
 
 class Api:
@@ -89,11 +92,15 @@ class Api:
         be more: Google answers without a scope that it can't ask, and says so beside it alone."""
         token: dict[str, str] = {}
         missing: set[str] = set()
+        elsewhere: set[str] = set()  # where, nobody says but in words
         while True:
             page = next(self.call(action, within, max_results=_PAGE, **fields, **token).pages)
             scopes = page.items if action.endswith(".aggregated_list") else {}
             missing |= {scope for scope, scoped in scopes.items() if scoped.warning.code == _UNREACHABLE}
-            missing |= {page.warning.message or "a zone"} if page.warning.code == _UNREACHABLE else set()
+            if page.warning.code == _UNREACHABLE:
+                named = {each.value for each in page.warning.data if each.key == "scope"}
+                missing |= named
+                elsewhere |= set() if named else {page.warning.message or "a zone"}
             for scoped in scopes.values():
                 yield from getattr(scoped, _SCOPED[action])
             if not action.endswith(".aggregated_list"):
@@ -101,9 +108,12 @@ class Api:
             if not page.next_page_token:
                 break
             token = {"page_token": page.next_page_token}
-        if missing:
-            why = f"Compute Engine can't say what is in {', '.join(sorted(missing))} now"
-            raise Unreachable(why, object=within.what, cure="try again when it can: https://status.cloud.google.com")
+        if missing or elsewhere:
+            why = f"Compute Engine can't say what is in {', '.join(sorted(missing | elsewhere))} now"
+            cure = "try again when it can: https://status.cloud.google.com"
+            error = Unreachable(why, object=within.what, cure=cure)
+            error.scopes = frozenset() if elsewhere else frozenset(missing)
+            raise error
 
     def begin(self, action: str, within: Deadline, name: str, **fields: Any) -> Operation:
         """A mutating call about the object `name`: what it began. However often an answer is lost, it begins once."""

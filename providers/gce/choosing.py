@@ -4,14 +4,14 @@ before anybody is held still. Must change nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from datetime import UTC, datetime
 from typing import Any
 
 from msgspec import Struct
 
 from providers.gce import labels
-from providers.gce.api import Api
+from providers.gce.api import Api, Unreachable
 from providers.gce.names import NAME, Disk, disk, disk_of, last, milliseconds, path_of, region_of
 from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError
 from snapshotter.core.model import Tagged, Volume
@@ -147,9 +147,19 @@ def _open(which: Disk) -> BusyError:
 
 def tagged(api: Api) -> list[Tagged]:
     """Nodes of the fleet, by their disks' labels, in the order of their names. One of whose disks changes places has
-    what is set aside among its own: `find` refuses that, for this node alone."""
+    what is set aside among its own: `find` refuses that, for this node alone. Raises Unreachable; where it is known
+    what can't be asked, with the nodes that have all their disks elsewhere (`tagged`)."""
     there = api.pages("Disks.aggregated_list", api.deadline("the fleet"), filter=f"labels.{labels.NODE}:*")
-    items = {found.id: item for item in there if (found := disk_of(item.self_link)) is not None}
+    items: dict[str, Any] = {}
+    lost: Unreachable | None = None
+    try:
+        for item in there:
+            if (found := disk_of(item.self_link)) is not None:
+                items[found.id] = item
+    except Unreachable as error:
+        if not error.scopes:
+            raise
+        lost = error
     disks: dict[tuple[str, str], list[str]] = {}
     types: dict[tuple[str, str], str] = {}
     aside: list[Disk] = []
@@ -167,10 +177,25 @@ def tagged(api: Api) -> list[Tagged]:
         node = next((known for known in disks if known[0] == marks[labels.NODE]), (marks[labels.NODE], ""))
         disks.setdefault(node, []).append(which.id)
         types[node] = types.get(node) or marks.get(labels.TYPE, "")
-    return [
+    nodes = [
         Tagged(name, types[name, instance], tuple(Volume(NAME, each) for each in sorted(those)), instance)
         for (name, instance), those in sorted(disks.items())
     ]
+    if lost is None:
+        return nodes
+    partial = {each.node for each in nodes if _reaches(each, {last(scope) for scope in lost.scopes})}
+    if partial:
+        lost.message += f", and {', '.join(sorted(partial))} may have disks there: not taken"
+    lost.tagged = [each for each in nodes if each.node not in partial]
+    raise lost
+
+
+def _reaches(node: Tagged, places: Set[str]) -> bool:
+    """Whether the node may have a disk in one of these zones and regions: an instance's are in its own zone and that
+    one's region; a regional disk that no instance has may be beside others in each of the region's zones."""
+    own = {node.instance.partition("/")[0]} if node.instance else {disk(each.id).place for each in node.volumes}
+    near = own | {region_of(each) for each in own} | {each for each in places if region_of(each) in own}
+    return not near.isdisjoint(places)
 
 
 def plan(api: Api, seen: Seen, ids: Sequence[str], here: Any | None) -> Plan:

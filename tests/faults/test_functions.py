@@ -277,3 +277,27 @@ def test_google_takes_the_fleet_once(tmp_path: Path, kind: str, headers: dict[st
             odd.labels = {"snapshotter-node": "n-odd", "snapshotter-type": "nonsense"}
             assert post(url, log, headers)[0] == 500
             assert "nonsense" in log.read_text()
+
+
+def test_google_takes_the_nodes_of_other_zones_than_the_lost_one(tmp_path: Path) -> None:
+    with gce.Twin() as twin:
+        for number, zone in enumerate(("europe-west3-a", "europe-west3-b", "us-central1-a", "us-central1-b")):
+            disk = twin.world.add_disk(f"data-{number}", twin.world.run_instance(zone), with_bytes=False)
+            disk.labels = {"snapshotter-node": f"n{number}", "snapshotter-type": "validator"}
+        more = {"place": "regions/us-central1", "replica_zones": ["us-central1-a", "us-central1-b"]}
+        both = twin.world.add_disk("both", with_bytes=False, **more)
+        both.labels = {"snapshotter-node": "n-free", "snapshotter-type": "validator"}
+        twin.world.unreachable = {"zones/us-central1-b"}
+        log = tmp_path / "log"
+        given = {**twin.environment(), "SNAPSHOTTER_CONFIG_TOML": "[node.n3]\npath = '/data'\ntype = 'validator'\n"}
+        with google_function(given, "http", log) as url:
+            for _ in range(2):
+                assert post(url, log, {})[0] == 500, "and it is told"
+                taken = sorted(each.source.rpartition("/")[2] for each in twin.world.snapshots.values())
+                assert taken == ["data-0", "data-1", "data-2"], log.read_text()[-3000:]
+                assert all("snapshotter-mark-sealed" in each.labels for each in twin.world.snapshots.values())
+            said = log.read_text()
+            assert "can't say what is in zones/us-central1-b now, and n-free may have disks there" in said
+            assert "nor tagged volumes" not in said, "whose volumes can't be seen isn't wrong"
+            twin.world.unreachable = set()
+            assert post(url, log, {})[0] == 200 and len(twin.world.snapshots) == 5

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from providers.gce import GceProvider
+from providers.gce.api import Unreachable
 from snapshotter.core.errors import (
     BusyError,
     Exit,
@@ -658,6 +659,37 @@ def test_a_zone_that_cannot_be_asked_is_not_empty(pair: Cloud) -> None:
     pair.twin.world.unreachable = set()
     pair.provider().delete(set_id)
     assert not pair.living()
+
+
+def test_the_nodes_of_other_places_than_the_lost_one_are_known(cloud: Cloud) -> None:
+    """Not those that may have a disk there too: a node's zonal disk is listed without its regional one."""
+    world, region = cloud.twin.world, "regions/europe-west3"
+    for node, zone in (("n-a", "europe-west3-a"), ("n-b", "europe-west3-b"), ("n-us", "us-central1-a")):
+        instance = world.run_instance(zone)
+        world.add_disk(node, instance, with_bytes=False).labels = {"snapshotter-node": node}
+        zones = [f"{region.partition('/')[2]}-{letter}" for letter in "bc"]
+        if node == "n-b":
+            both = world.add_disk("both", instance, place=region, replica_zones=zones, with_bytes=False)
+            both.labels = {"snapshotter-node": node}
+    free = world.add_disk("free", place=region, replica_zones=zones, with_bytes=False)
+    free.labels = {"snapshotter-node": "n-free"}
+    # On two instances, of which one is lost, that is wrong as it was.
+    again = world.add_disk("again", world.run_instance("us-central1-b"), with_bytes=False)
+    again.labels = {"snapshotter-node": "n-b"}
+    for lost, known, partial in (
+        ("zones/us-central1-a", ["n-a", "n-b", "n-b", "n-free"], []),
+        ("zones/europe-west3-a", ["n-b", "n-b", "n-us"], ["n-free"]),
+        ("zones/europe-west3-b", ["n-a", "n-us"], ["n-b", "n-free"]),
+        (region, ["n-us"], ["n-a", "n-b"]),
+    ):
+        world.unreachable = {lost}
+        with pytest.raises(Unreachable) as refused:
+            cloud.provider().tagged()
+        told(refused.value, Exit.REFUSED, lost, "try again")
+        assert refused.value.tagged is not None
+        assert [each.node for each in refused.value.tagged] == known
+        assert ("not taken" in refused.value.line()) is bool(partial)
+        assert ", ".join(partial) in refused.value.line()
 
 
 def test_a_take_that_fails_is_undone_while_another_zone_is_lost(pair: Cloud) -> None:
