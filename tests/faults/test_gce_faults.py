@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from providers.gce import GceProvider
-from providers.gce.api import Unreachable
+from providers.gce.api import Api, Unreachable
 from snapshotter.core.errors import (
     BusyError,
     Exit,
@@ -690,6 +691,30 @@ def test_the_nodes_of_other_places_than_the_lost_one_are_known(cloud: Cloud) -> 
         assert [each.node for each in refused.value.tagged] == known
         assert ("not taken" in refused.value.line()) is bool(partial)
         assert ", ".join(partial) in refused.value.line()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_list_may_say_for_all_of_it_what_is_missing(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    """Where it doesn't say which place that is, no node is known for certain."""
+    disk = cloud.twin.world.disks[f"zones/{cloud.zone}/disks/{cloud.names[0]}"]
+    disk.labels |= {"snapshotter-node": "n1"}
+    call = Api.call
+
+    def warned(self: Api, action: str, *given: Any, **fields: Any) -> Any:
+        answer = call(self, action, *given, **fields)
+        if action == "Disks.aggregated_list":
+            data = [{"key": "scope", "value": "zones/us-central1-a"}] if named else []
+            answer._response.warning = {"code": "UNREACHABLE", "message": "us-central1-a", "data": data}
+        return answer
+
+    monkeypatch.setattr(Api, "call", warned)
+    with pytest.raises(Unreachable) as refused:
+        cloud.provider().tagged()
+    told(refused.value, Exit.REFUSED, "us-central1-a", "try again")
+    assert [each.node for each in refused.value.tagged or ()] == (["n1"] if named else [])
+    assert (refused.value.tagged is None) is not named, "then the whole fleet waits"
 
 
 def test_a_take_that_fails_is_undone_while_another_zone_is_lost(pair: Cloud) -> None:
