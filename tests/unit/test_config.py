@@ -358,7 +358,7 @@ _KEYS: dict[str, st.SearchStrategy[Any]] = {
             "max_space": st.sampled_from(["0B", "5GB", "5GiB", "1B"]),
         },
     ),
-    "verify": st.fixed_dictionaries({}, optional={"level": st.integers(0, 5), "every": _DURATION}),
+    "verify": st.fixed_dictionaries({}, optional={"level": st.integers(0, 4), "every": _DURATION}),
     "hooks": st.fixed_dictionaries({}, optional={"before_take": _ARGV, "after_prune": _ARGV}),
     "timeout": _DURATION,
 }
