@@ -92,6 +92,11 @@ class Finding(Struct, frozen=True):
     why: str = ""
     no_check: bool = False
 
+    @property
+    def unproven(self) -> str:
+        """A note for a person where there is no check."""
+        return f"{self.path}: {self.why}: its content was not proven"
+
 
 class Proof(Struct, frozen=True):
     """What is proven of a whole clone. `level`: as in Finding, the lowest of all (of the corrupt ones, if any is).
@@ -148,7 +153,7 @@ def prove(
             lambda word, n=number: report(Progress(word, n, len(found), "databases")),  # type: ignore[misc]
         )
         if finding.no_check and profile.database and not _is_named(profile, places[0][1], database):
-            notes.append(f"{finding.path}: {finding.why}: its content was not proven")  # another program's, most likely
+            notes.append(finding.unproven)  # another program's, most likely
         else:
             findings.append(finding)
     return proof_of(findings, level, notes)

@@ -193,8 +193,7 @@ def require(found: SnapshotSet, proof: Proof) -> list[str]:
     error = failure(found.set_id, proof)
     if error is not None and not (proof.outcome is Outcome.TOOL_MISSING and proof.no_check):
         raise error
-    unproven = (f"{each.path}: {each.why}: its content was not proven" for each in proof.findings if each.no_check)
-    return [*unproven, *proof.notes]
+    return [*(each.unproven for each in proof.findings if each.no_check), *proof.notes]
 
 
 def failure(set_id: str, proof: Proof) -> SnapshotterError | None:

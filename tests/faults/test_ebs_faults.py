@@ -411,10 +411,14 @@ def test_expired_credentials(cloud: Cloud) -> None:
     told(refused.value, Exit.PRECONDITION, "expired")
 
 
-def test_no_credentials(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+def without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+def test_no_credentials(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_keys(monkeypatch)
     with pytest.raises(PreconditionError) as refused:
         cloud.take()
     told(refused.value, Exit.PRECONDITION, "no AWS credentials", "role")
@@ -462,9 +466,7 @@ def test_broken_credentials(
 
 
 def test_a_role_and_nothing_to_assume_it_with(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    without_keys(monkeypatch)
     with pytest.raises(PreconditionError) as refused:
         list(cloud.provider(role_arn="arn:aws:iam::123456789012:role/x").snapshots())
     told(refused.value, Exit.PRECONDITION, "no AWS credentials", "role")
