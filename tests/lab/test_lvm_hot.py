@@ -200,7 +200,7 @@ def test_postgresql(group: Storage, place: Path, how: str, kind: str, request: p
         load = None
         try:
             server.run("pgbench", "-qi", "postgres")
-            bench = ["pgbench", "-n", "-c", "2", "-T", "3000", "postgres"]
+            bench = ["pgbench", "-n", "-c", "2", "-T", "86400", "postgres"]
             load = subprocess.Popen(
                 ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", *bench],
                 env=server.environment,
