@@ -112,6 +112,8 @@ class Disks(Struct, frozen=True):
     def find(self, identity: str, prefix: str) -> str | None:
         """The kernel name of the disk with this identity, None while there is none. (Where the kernel does NVMe's
         multipath, each path to a disk is listed too, `nvme1c1n1`: hidden, with the disk's serial, and no device.)"""
+        if not identity:  # what a disk without a serial reads as
+            return None
         blocks = f"{self.sysfs}/block"
         for disk in os.listdir(blocks) if os.path.isdir(blocks) else []:
             if _read(f"{blocks}/{disk}/device/serial") == identity and _read(f"{blocks}/{disk}/hidden") != "1":

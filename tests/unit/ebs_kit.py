@@ -76,9 +76,7 @@ class EbsHarness(CloudHarness):
         given = [{"Name": "attachment.instance-id", "Values": [self.instance.id]}]
         there = asked.call("describe_volumes", asked.deadline("the harness"), Filters=given)["Volumes"]
         devices = {item["Attachments"][0]["Device"]: item["VolumeId"] for item in there if item["Attachments"]}
-        if name not in devices:  # a serial of nothing would be that of any disk without one
-            return None
-        disk = provider.disks.find(serial(devices[name]), BY_ID)
+        disk = provider.disks.find(serial(devices.get(name, "")), BY_ID)
         return f"/dev/{disk}" if disk is not None else None
 
     def again(self, volume: Volume) -> Volume:

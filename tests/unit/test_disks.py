@@ -148,6 +148,8 @@ def test_a_path_to_a_disk_is_no_disk(nitro: Disks) -> None:
     (blocks / "nvme3n1").unlink()
     Path(nitro.by_id, f"{AWS}vol0d").unlink()
     assert nitro.find("vol0d", AWS) is None
+    (blocks / "loop0").mkdir()  # has no serial: no disk is found by none
+    assert nitro.find("", AWS) is None
 
 
 def test_there_may_be_nothing(tmp_path: Path) -> None:
