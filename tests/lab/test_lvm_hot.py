@@ -66,10 +66,11 @@ def rounds(request: pytest.FixtureRequest, usual: int = 3) -> int:
     return 20 if request.config.getoption("--full") else usual
 
 
+Count = Callable[[], int]
 Check = Callable[[Path], dict[str, int]]
 
 
-def hot_takes(command: Command, place: Path, acknowledged: Callable[[], int], check: Check, how: str, times: int) -> None:
+def hot_takes(command: Command, place: Path, acknowledged: Count, check: Check, how: str, times: int) -> None:
     for turn in range(times):
         before = acknowledged()
         taken = command.json("take", "n", timeout=600)
