@@ -259,12 +259,14 @@ def loop_file_system(kind: str, where: Path, megabytes: int = 600, options: str 
         try:
             yield point
         finally:
-            for _ in range(50):
-                if subprocess.run(["umount", str(point)], capture_output=True).returncode == 0:
-                    break
-                time.sleep(0.1)
-            else:
-                subprocess.run(["umount", "-l", str(point)], capture_output=True)
+            # What a killed command mounted of it elsewhere (staging) would keep the device for ever.
+            for mount in reversed([each.path for each in table() if each.source == device]):
+                for _ in range(50):
+                    if subprocess.run(["umount", mount], capture_output=True).returncode == 0:
+                        break
+                    time.sleep(0.1)
+                else:
+                    subprocess.run(["umount", "-l", mount], capture_output=True)
     finally:
         subprocess.run(["losetup", "-d", device], capture_output=True)
         image.unlink(missing_ok=True)

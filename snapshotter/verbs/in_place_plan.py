@@ -252,8 +252,11 @@ def _plan(
     target = target_id(path)
     open_restores.refuse(session, target, finished=True)
     if only and not (profile.database if only == "database" else profile.identity):
-        what = "its database" if only == "database" else "its keys"
-        raise PreconditionError(f"profile {profile.name} doesn't say what is {what}", object=node.name)
+        what = "database is" if only == "database" else "keys are"
+        raise PreconditionError(
+            f"profile {profile.name} doesn't say what its {what}; set the node's profile, or restore it whole",
+            object=node.name,
+        )
     roots = [root.path for root in found.birth.roots] if found else _roots_of(node, profile)
     _refuse_state_below(session, roots)
     table = mounts.table()
