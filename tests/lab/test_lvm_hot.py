@@ -88,7 +88,7 @@ def hot_takes(command: Command, place: Path, acknowledged: Callable[[], int], ch
 @pytest.mark.parametrize(("how", "kind", "usual"), KINDS)
 def test_rocksdb(group: Storage, place: Path, how: str, kind: str, usual: int, request: pytest.FixtureRequest) -> None:
     with disk(group, "rocks", how, kind, place) as point:
-        node = Node(point / "data", "--rate", "1", "--fill", "10")
+        node = Node(point / "data", "--rate", "0.3", "--fill", "4")  # more, and the emulated CPU only reads clones
         try:
             node.wait_for(20, timeout=300)
             command = Command(place / "etc", config=config(node.data, how))
