@@ -170,8 +170,10 @@ def cloned(set_id: str, snapshot: Object) -> BusyError:
             return BusyError(f"stands in its origin's place by swap {record.get('id')}", object=set_id, cure=cure)
         if clone.record(KEPT) is not None:
             kept = [name for name, _ in tool.snapshots_of(clone.name)]
+            if not kept:
+                return BusyError(f"is what {clone.name} was cloned from", object=set_id, cure="snapshotter reap")
             sets = [birth.set_id for each in objects.read(kept) if (birth := each.birth) is not None]
-            first = ", ".join((sets or kept)[:3]) or clone.name
+            first = ", ".join((sets or kept)[:3])
             return BusyError(f"is what {first} was taken upon", object=set_id, cure="delete that first")
     name = ", ".join(snapshot.clones[:3])
     return BusyError(f"has a clone: {name}", object=set_id, cure=f"zfs promote or zfs destroy {name}")
