@@ -259,7 +259,7 @@ class Run:
             "root=/dev/nvme0n1 rw init=/lab-init console=ttyS0 quiet loglevel=4 mitigations=off oops=panic panic=-1 "
             "random.trust_cpu=on audit=0 selinux=0 apparmor=0 raid=noautodetect rcupdate.rcu_cpu_stall_suppress=1 "
             "nowatchdog spl.spl_panic_halt=1 "
-            # A host that is busy with its own disk holds a write back for longer than the driver's 30 s: a disk "lost".
+            # A host busy with its own disk may hold a write beyond the driver's 30 s, which then gives the disk up.
             "nvme_core.io_timeout=900 nvme_core.admin_timeout=900"
         ]
         # Namespaces of one controller: their numbers are the same at every boot, which controllers' are not.

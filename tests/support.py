@@ -261,16 +261,20 @@ def loop_file_system(kind: str, where: Path, megabytes: int = 600, options: str 
         finally:
             # What a killed command mounted of it elsewhere (staging) would keep the device for ever.
             for mount in reversed([each.path for each in table() if each.source == device]):
-                for _ in range(50):
-                    if subprocess.run(["umount", mount], capture_output=True).returncode == 0:
-                        break
-                    time.sleep(0.1)
-                else:
-                    subprocess.run(["umount", "-l", mount], capture_output=True)
+                _unmount(mount)
     finally:
         subprocess.run(["losetup", "-d", device], capture_output=True)
         image.unlink(missing_ok=True)
         shutil.rmtree(point, ignore_errors=True)
+
+
+def _unmount(place: str) -> None:
+    """What is busy for five seconds is only taken out of the tree."""
+    for _ in range(50):
+        if subprocess.run(["umount", place], capture_output=True).returncode == 0:
+            return
+        time.sleep(0.1)
+    subprocess.run(["umount", "-l", place], capture_output=True)
 
 
 def pull_disk(point: Path) -> None:

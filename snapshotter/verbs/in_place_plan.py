@@ -254,8 +254,9 @@ def _plan(
     if only and not (profile.database if only == "database" else profile.identity):
         what = "database is" if only == "database" else "keys are"
         raise PreconditionError(
-            f"profile {profile.name} doesn't say what its {what}; set the node's profile, or restore it whole",
+            f"profile {profile.name} doesn't say what its {what}",
             object=node.name,
+            cure="set the node's profile, or restore it whole",
         )
     roots = [root.path for root in found.birth.roots] if found else _roots_of(node, profile)
     _refuse_state_below(session, roots)

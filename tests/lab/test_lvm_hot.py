@@ -61,8 +61,8 @@ def config(node: Path, how: str) -> str:
     return f'[node.n]\npath = "{node}"\nprovider = "lvm"\nprofile = "generic"\n{size}'
 
 
-def rounds(request: pytest.FixtureRequest, usual: int, full: int = 20) -> int:
-    return full if request.config.getoption("--full") else usual
+def rounds(request: pytest.FixtureRequest, usual: int) -> int:
+    return 20 if request.config.getoption("--full") else usual
 
 
 Check = Callable[[Path], dict[str, int]]
@@ -88,7 +88,7 @@ def hot_takes(command: Command, place: Path, acknowledged: Callable[[], int], ch
 @pytest.mark.parametrize(("how", "kind", "usual"), KINDS)
 def test_rocksdb(group: Storage, place: Path, how: str, kind: str, usual: int, request: pytest.FixtureRequest) -> None:
     with disk(group, "rocks", how, kind, place) as point:
-        node = Node(point / "data", "--rate", "0.3", "--fill", "4")  # more, and the emulated CPU only reads clones
+        node = Node(point / "data", "--rate", "1", "--fill", "10")
         try:
             node.wait_for(20, timeout=300)
             command = Command(place / "etc", config=config(node.data, how))
@@ -125,7 +125,7 @@ def test_data_and_log_on_two_volumes(group: Storage, place: Path, how: str, requ
             while not (data / "table").exists() or numbers(data)[1] < 5:
                 time.sleep(0.1)
             command = Command(place / "etc", config=config(data, how).replace("400m", "40m"))
-            for turn in range(rounds(request, 2, 6)):  # the control says more than many would; three minutes each
+            for turn in range(rounds(request, 2)):
                 before = numbers(data)[1]
                 taken = command.json("take", "n", "--budget", "60s", timeout=600)
                 assert taken["good"] and taken["quiesce"] == "pause" and len(taken["snapshots"]) == 2
