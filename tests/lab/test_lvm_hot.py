@@ -68,21 +68,48 @@ def rounds(request: pytest.FixtureRequest, usual: int) -> int:
 Check = Callable[[Path], dict[str, int]]
 
 
-def hot_takes(command: Command, place: Path, acknowledged: Callable[[], int], check: Check, times: int) -> None:
+class Said:
+    """A line for each turn with its steps in seconds, past pytest's capture: an hour without a word says nothing."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self.capture = request.config.pluginmanager.getplugin("capturemanager")
+        self.began = time.monotonic()
+        self.steps: list[str] = []
+
+    def step(self, name: str) -> None:
+        now = time.monotonic()
+        self.steps.append(f"{name} {now - self.began:.0f}")
+        self.began = now
+
+    def turn(self, number: int) -> None:
+        with self.capture.global_and_fixture_disabled():
+            print(f"turn {number}, s: {', '.join(self.steps)}", flush=True)
+        self.steps.clear()
+
+
+def hot_takes(
+    said: Said, command: Command, place: Path, acknowledged: Callable[[], int], check: Check, times: int
+) -> None:
     for turn in range(times):
         before = acknowledged()
         taken = command.json("take", "n", timeout=600)
         assert taken["good"] and taken["grade"] == "filesystem" and taken["quiesce"] == "none", taken
+        said.step("take")
         clone = place / f"clone-{turn}"
         command.json("restore", taken["set_id"], "--to", str(clone), timeout=600)
+        said.step("restore")
         found = check(clone)
+        said.step("open")
         assert found["lost"] == 0 and found["head"] >= before, f"take {turn}: {found}, acknowledged {before}"
         command.json("release", str(clone), "--discard-changes", timeout=600)
+        said.step("release")
         sets = command.json("list")["sets"]
         assert all(entry["good"] for entry in sets)
         if len(sets) > KEPT:
             command.json("delete", sets[0]["set_id"], "--yes", timeout=600)
         assert acknowledged() > before, "the node must go on"
+        said.step("list and delete")
+        said.turn(turn)
 
 
 @pytest.mark.parametrize(("how", "kind", "usual"), KINDS)
@@ -92,7 +119,7 @@ def test_rocksdb(group: Storage, place: Path, how: str, kind: str, usual: int, r
         try:
             node.wait_for(20, timeout=300)
             command = Command(place / "etc", config=config(node.data, how))
-            hot_takes(command, place, node.acknowledged, check_database, rounds(request, usual))
+            hot_takes(Said(request), command, place, node.acknowledged, check_database, rounds(request, usual))
         finally:
             node.kill()
 
@@ -125,14 +152,19 @@ def test_data_and_log_on_two_volumes(group: Storage, place: Path, how: str, requ
             while not (data / "table").exists() or numbers(data)[1] < 5:
                 time.sleep(0.1)
             command = Command(place / "etc", config=config(data, how).replace("400m", "40m"))
+            said = Said(request)
             for turn in range(rounds(request, 2)):
                 before = numbers(data)[1]
                 taken = command.json("take", "n", "--budget", "60s", timeout=600)
                 assert taken["good"] and taken["quiesce"] == "pause" and len(taken["snapshots"]) == 2
+                said.step("take")
                 log, table = restored(command, taken["set_id"], place / f"clone-{turn}")
                 assert table <= log <= table + 1 and table >= before, (log, table, before)
                 assert writer.poll() is None
+                said.step("restore and release")
                 command.json("delete", taken["set_id"], "--yes", "--last", timeout=600)
+                said.step("delete")
+                said.turn(turn)
             skewed = command.json("take", "n", "--quiesce", "none", "--allow-skew", timeout=600)
             assert not skewed["good"] and skewed["grade"] == "skewed" and skewed["skew_ms"] > 0
             log, table = restored(command, skewed["set_id"], place / "skewed")
@@ -225,7 +257,7 @@ def test_postgresql(group: Storage, place: Path, how: str, kind: str, request: p
             while acknowledged() < 20:
                 time.sleep(0.2)
             command = Command(place / "etc", config=config(server.data, how))
-            hot_takes(command, place, acknowledged, check, rounds(request, 1))
+            hot_takes(Said(request), command, place, acknowledged, check, rounds(request, 1))
             assert load.poll() is None
         finally:
             if load is not None:
