@@ -8,7 +8,7 @@ synced write batch over several column families. After RocksDB has acknowledged 
 acknowledgements
 file, which lies outside the data path: what stands there may never be missing from an image taken later.
 
-    python besu_shaped.py run DATA ACKS [--rate MB/s] [--fill MB]    runs until SIGTERM
+    python besu_shaped.py run DATA ACKS [--rate MB/s] [--fill MB] [--kept BLOCKS]    runs until SIGTERM
     python besu_shaped.py check DATA                                 opens with the engine, reads everything, prints
     JSON
 """
@@ -32,7 +32,9 @@ FAMILIES = [
     "chain-pruner", "freezer", "history",
 ]  # fmt: skip
 WRITTEN = ["blockchain", "account-state", "storage", "trie-log"]  # one entry each per block
-KEPT = 5_000  # blocks; older ones are pruned, as Besu prunes its trie logs: the database doesn't grow for ever
+#: Blocks; older ones are pruned, as Besu prunes its trie logs: the database doesn't grow for ever. What was chosen is
+#: in the database, for `check`: it makes the bytes of every one again, minutes for all of them on an emulated CPU.
+KEPT = 5_000
 
 
 def options() -> Any:
@@ -82,7 +84,7 @@ def lay_out(data: Path) -> None:
     (data / "besu.ports").write_text("discovery=30303\np2p=30303\njson-rpc=8545\n")
 
 
-def run(data: Path, acks: Path, rate: float, fill: int, value: int) -> None:
+def run(data: Path, acks: Path, rate: float, fill: int, value: int, kept: int) -> None:
     from rocksdict import WriteBatch, WriteOptions
 
     lay_out(data)
@@ -96,6 +98,9 @@ def run(data: Path, acks: Path, rate: float, fill: int, value: int) -> None:
     synced = WriteOptions()
     synced.sync = True
     number = last_of(database)
+    variables = database.get_column_family("variables")
+    assert variables.get(b"kept", key_of(kept)) == key_of(kept), "what was pruned by another count isn't lost"
+    variables[b"kept"] = key_of(kept)
     stop = False
 
     def end(*_: object) -> None:
@@ -111,8 +116,8 @@ def run(data: Path, acks: Path, rate: float, fill: int, value: int) -> None:
         batch = WriteBatch(raw_mode=True)
         for name in WRITTEN:
             batch.put(key_of(number), payload(number, name, value), families[name])
-            if number > KEPT:
-                batch.delete(key_of(number - KEPT), families[name])
+            if number > kept:
+                batch.delete(key_of(number - kept), families[name])
         batch.put(b"head", key_of(number), families["variables"])
         database.write(batch, synced)
         os.pwrite(log, f"{number:012d}\n".encode(), 0)
@@ -127,17 +132,18 @@ def last_of(database: Any) -> int:
 
 
 def check(data: Path) -> dict[str, Any]:
-    """Open with the engine and read every value back. `lost` are blocks of the newest KEPT, up to the head, that are
-    not whole."""
+    """Open with the engine and read every value back. `lost` are blocks of the newest that are kept, up to the head,
+    that are not whole."""
     from rocksdict import ReadOptions
 
     database = open_database(data)
     head = last_of(database)
+    kept = int.from_bytes(database.get_column_family("variables").get(b"kept", key_of(KEPT)), "big")
     lost = 0
     for name in WRITTEN:
         iterator = database.get_column_family(name).iter(ReadOptions())
         iterator.seek_to_first()
-        expected = max(1, head - KEPT + 1)
+        expected = max(1, head - kept + 1)
         while iterator.valid():
             number, found = int.from_bytes(iterator.key(), "big"), iterator.value()
             lost += number - expected + (found != payload(number, name, len(found)))
@@ -168,11 +174,12 @@ def main() -> None:
     runner.add_argument("--rate", type=float, default=5.0, help="MB/s; 0 is as fast as it goes")
     runner.add_argument("--fill", type=int, default=0, help="MB written before the first block")
     runner.add_argument("--value", type=int, default=4000, help="bytes per value")
+    runner.add_argument("--kept", type=int, default=KEPT, help="blocks that aren't pruned")
     checker = commands.add_parser("check")
     checker.add_argument("data", type=Path)
     given = parser.parse_args()
     if given.command == "run":
-        run(given.data, given.acks, given.rate, given.fill, given.value)
+        run(given.data, given.acks, given.rate, given.fill, given.value, given.kept)
     else:
         json.dump(check(given.data), sys.stdout)
 

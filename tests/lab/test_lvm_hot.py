@@ -115,7 +115,7 @@ def hot_takes(
 @pytest.mark.parametrize(("how", "kind", "usual"), KINDS)
 def test_rocksdb(group: Storage, place: Path, how: str, kind: str, usual: int, request: pytest.FixtureRequest) -> None:
     with disk(group, "rocks", how, kind, place) as point:
-        node = Node(point / "data", "--rate", "1", "--fill", "10")
+        node = Node(point / "data", "--rate", "1", "--fill", "10", "--kept", "1000")
         try:
             node.wait_for(20, timeout=300)
             command = Command(place / "etc", config=config(node.data, how))
