@@ -268,7 +268,12 @@ def _prove(run: Run, node: Node) -> dict[str, Any]:
         _remember_try(run.session, node)
     if proof["outcome"] != "ok":
         why = proof["why"] or "; ".join(proof["warnings"])
-        raise PreconditionError(f"could not be proven: {proof['outcome']}: {why}", object=proof["set_id"])
+        less = f"what can be had here is verify = {{level = {max(proof['level'], 1)}}}"
+        raise PreconditionError(
+            f"could not be proven to level {proof['wanted']}: {proof['outcome']}: {why}",
+            object=proof["set_id"],
+            cure=f"mend that, or ask for less: {less}" if proof["level"] < proof["wanted"] else "mend that",
+        )
     return {key: proof[key] for key in ("set_id", "level", "outcome")}
 
 

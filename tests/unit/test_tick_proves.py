@@ -77,7 +77,8 @@ def test_what_can_not_be_proven_is_tried_again_when_the_policy_says(
         asked = proofs(monkeypatch, Proof(2, Outcome.TOOL_MISSING, (), ("rocksdict is not installed",)))
         failed = ticks(world, 72)
         assert asked == [3, 3, 3] and len(failed) == 3
-        assert failed[0]["message"] == "could not be proven: tool-missing: rocksdict is not installed"
+        assert failed[0]["message"] == "could not be proven to level 3: tool-missing: rocksdict is not installed"
+        assert failed[0]["cure"] == "mend that, or ask for less: what can be had here is verify = {level = 2}"
         assert problems(world) == ["unverified"]
         assert world.sets()[0].verified_level == (2 if marks else None)
 
