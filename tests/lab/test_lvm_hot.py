@@ -61,8 +61,8 @@ def config(node: Path, how: str) -> str:
     return f'[node.n]\npath = "{node}"\nprovider = "lvm"\nprofile = "generic"\n{size}'
 
 
-def rounds(request: pytest.FixtureRequest, usual: int) -> int:
-    return 20 if request.config.getoption("--full") else usual
+def rounds(request: pytest.FixtureRequest, usual: int, full: int) -> int:
+    return full if request.config.getoption("--full") else usual
 
 
 Check = Callable[[Path], dict[str, int]]
@@ -119,7 +119,7 @@ def test_rocksdb(group: Storage, place: Path, how: str, kind: str, usual: int, r
         try:
             node.wait_for(20, timeout=300)
             command = Command(place / "etc", config=config(node.data, how))
-            hot_takes(Said(request), command, place, node.acknowledged, check_database, rounds(request, usual))
+            hot_takes(Said(request), command, place, node.acknowledged, check_database, rounds(request, usual, 20))
         finally:
             node.kill()
 
@@ -153,7 +153,7 @@ def test_data_and_log_on_two_volumes(group: Storage, place: Path, how: str, requ
                 time.sleep(0.1)
             command = Command(place / "etc", config=config(data, how).replace("400m", "40m"))
             said = Said(request)
-            for turn in range(rounds(request, 2)):
+            for turn in range(rounds(request, 2, 10)):
                 before = numbers(data)[1]
                 taken = command.json("take", "n", "--budget", "60s", timeout=600)
                 assert taken["good"] and taken["quiesce"] == "pause" and len(taken["snapshots"]) == 2
@@ -257,7 +257,7 @@ def test_postgresql(group: Storage, place: Path, how: str, kind: str, request: p
             while acknowledged() < 20:
                 time.sleep(0.2)
             command = Command(place / "etc", config=config(server.data, how))
-            hot_takes(Said(request), command, place, acknowledged, check, rounds(request, 1))
+            hot_takes(Said(request), command, place, acknowledged, check, rounds(request, 1, 10))
             assert load.poll() is None
         finally:
             if load is not None:
