@@ -257,7 +257,7 @@ def test_postgresql(group: Storage, place: Path, how: str, kind: str, request: p
             while acknowledged() < 20:
                 time.sleep(0.2)
             command = Command(place / "etc", config=config(server.data, how))
-            hot_takes(Said(request), command, place, acknowledged, check, rounds(request, 1, 10))
+            hot_takes(Said(request), command, place, acknowledged, check, rounds(request, 1, 5))
             assert load.poll() is None
         finally:
             if load is not None:
