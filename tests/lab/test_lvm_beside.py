@@ -100,7 +100,7 @@ def test_a_group_that_cannot_be_read_is_said(thin: LvmHarness, tmp_path: Path) -
             os.fsync(disk.fileno())
             try:
                 listed = command.json("list")
-                assert [entry["set_id"] for entry in listed["sets"]] == [here]
+                assert [entry["set_id"] for entry in listed["sets"]] == [here], listed["unavailable"]
                 (unavailable,) = listed["unavailable"]
                 assert unavailable["provider"] == "lvm" and other.disk in unavailable["reason"]
                 error = command.error("delete", there, "--yes", exit_code=4)

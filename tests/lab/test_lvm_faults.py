@@ -82,6 +82,7 @@ def test_a_pool_that_is_nearly_full(tmp_path: Path) -> None:
         with open(f"/dev/{made.vg}/ballast", "wb", buffering=0) as device:
             while pool_percent(made) < 95:
                 device.write(os.urandom(4 * MIB))
+                os.fsync(device.fileno())
         line = refused(made, Command(tmp_path / "etc"), "take", top(volume))
         assert "full" in line and "lvextend -L+" in line and made.pool in line
 
