@@ -133,8 +133,8 @@ def parse(text: str) -> list[Row]:
 
 
 def report_of(stdout: str) -> str:
-    """LVM may say "Retrying metadata scan." on stdout first."""
-    return stdout[max(0, stdout.find("{")) :]
+    """The JSON of it: LVM says things like "Retrying metadata scan." on stdout too, before it or amid its lines."""
+    return "\n".join(line for line in stdout.splitlines() if line.lstrip()[:1] in set('{}[]",'))
 
 
 def _row(found: Mapping[str, str]) -> Row:

@@ -500,8 +500,25 @@ def test_what_is_suspended_with_a_volume_is_on_record(records: Path, monkeypatch
         assert {origin.dm_uuid, kept.dm_uuid} <= set(uuids) and other.dm_uuid not in uuids
 
 
-def test_what_lvm_says_before_its_report_is_no_part_of_it() -> None:
+#: LVM 2.03.16 where the metadata of a group can't be read.
+AMID = """  {
+      "report": [
+  Retrying metadata scan.
+          {
+              "lv": [
+%s
+              ]
+          }
+      ]
+  }
+"""
+
+
+def test_what_lvm_says_before_or_amid_its_report_is_no_part_of_it() -> None:
+    """Amid it, a group that couldn't be read hid all others: no set was listed, none could be taken."""
     assert parse("  Retrying metadata scan.\n" + REPORT) == parse(REPORT)
+    rows = json.dumps(json.loads(REPORT)["report"][0]["lv"], indent=0)[1:-1]
+    assert parse(AMID % rows) == parse(REPORT)
 
 
 def test_a_volume_of_several_segments_is_one_volume() -> None:
