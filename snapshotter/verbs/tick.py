@@ -268,11 +268,11 @@ def _prove(run: Run, node: Node) -> dict[str, Any]:
         _remember_try(run.session, node)
     if proof["outcome"] != "ok":
         why = proof["why"] or "; ".join(proof["warnings"])
-        less = f"what can be had here is verify = {{level = {max(proof['level'], 1)}}}"
+        less = f", or ask for less: what can be had here is verify = {{level = {max(proof['level'], 1)}}}"
         raise PreconditionError(
             f"could not be proven to level {proof['wanted']}: {proof['outcome']}: {why}",
             object=proof["set_id"],
-            cure=f"mend that, or ask for less: {less}" if proof["level"] < proof["wanted"] else "mend that",
+            cure="mend that" + (less if proof["outcome"] == "tool-missing" else ""),
         )
     return {key: proof[key] for key in ("set_id", "level", "outcome")}
 
