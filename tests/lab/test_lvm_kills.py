@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import json
 import os
 import random
 import signal
@@ -393,7 +394,7 @@ def test_the_command_is_killed(
         assert done.returncode == 0, done.stdout + done.stderr
         assert not suspended()
         for entry in command.json("list")["sets"]:
-            assert entry["good"], entry
+            assert entry["good"], f"{json.dumps(entry)} after {done.stdout}"
             for attached in entry["attachments"]:
                 command.json("release", attached["path"], "--discard-changes")
             if entry["set_id"] != kept:
