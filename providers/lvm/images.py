@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from providers.lvm.commands import changing
 from providers.lvm.reports import (
@@ -26,7 +27,7 @@ from providers.lvm.reports import (
     tag,
     untagging,
 )
-from snapshotter.core.errors import BusyError, NotFoundError, StorageError
+from snapshotter.core.errors import BusyError, NotFoundError, SnapshotterError, StorageError
 from snapshotter.core.labels import apply_marks
 from snapshotter.core.model import Snapshot, Volume, utc_now
 from snapshotter.host import block, mounts
@@ -95,8 +96,13 @@ def remove(rows: Sequence[Row], set_id: str) -> None:
                 if renamed(row):
                     words = untagging(row, PREFIX)
                     group.lvm("lvchange", *words, row.id, object=row.id)
-                else:
-                    group.remove(row, suspends=held, half_made="sealed" not in marks(row))
+                    continue
+                # Of a classic one lvremove first makes a volume of its own, which is no image any more: killed there, a
+                # sealed one was damaged for ever. Without its seal it is a leftover, and `reap` ends what was begun.
+                if not row.thin and (words := retag(marks(row), {"sealed": None}, [])):
+                    with suppress(SnapshotterError):  # then lvremove says why
+                        group.lvm("lvchange", *words, row.id, object=row.id)
+                group.remove(row, suspends=held, half_made="sealed" not in marks(row))
 
 
 def leftovers(rows: Sequence[Row], volumes: Sequence[Volume]) -> list[str]:

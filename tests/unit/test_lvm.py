@@ -500,6 +500,27 @@ def test_what_is_suspended_with_a_volume_is_on_record(records: Path, monkeypatch
         assert {origin.dm_uuid, kept.dm_uuid} <= set(uuids) and other.dm_uuid not in uuids
 
 
+@pytest.mark.parametrize("thin", [True, False])
+def test_a_classic_image_loses_its_seal_before_it_goes(
+    records: Path, monkeypatch: pytest.MonkeyPatch, thin: bool
+) -> None:
+    """lvremove of one has two steps: killed between them it left a sealed volume that was no image: damaged."""
+    birth = make_birth([Volume("lvm", "tv-a/data", "/d")])
+    tags = (*birth_tags(birth, 1), mark_tag("sealed", "20261129t000000z"))
+    classic = {"attr": "sri-a-s---", "layout": "linear", "pool": "", "origin": "data"}
+    made = row(name=image_name(birth), uuid="made", tags=tags, **({"attr": "Vri---tz-k"} if thin else classic))
+    ran: list[list[str]] = []
+
+    def run(group: commands.Group, argv: Any) -> Outcome:
+        ran.append(list(argv))
+        return Outcome(tuple(argv), 0, "", "")
+
+    monkeypatch.setattr(commands.Group, "_run", run)
+    images.remove([made], birth.set_id)
+    assert [argv[0] for argv in ran] == (["lvremove"] if thin else ["lvchange", "lvremove"])
+    assert thin or ran[0][1:] == ["--deltag", mark_tag("sealed", "20261129t000000z"), made.id]
+
+
 #: LVM 2.03.16 where the metadata of a group can't be read.
 AMID = """  {
       "report": [
