@@ -271,7 +271,6 @@ def test_a_scheduled_take_needs_no_store_but_its_own(session: Session, tmp_path:
         subprocess.run(["umount", str(disk)], check=True)
         assert any("nothing is mounted" in entry.reason for entry in session.catalog().unavailable)
         assert [scheduled(session, "20261123t020000z")["existing"] for _ in range(2)] == [False, True]
-        subprocess.run(["mount", "-t", "tmpfs", "none", str(disk)], check=True)  # for who unmounts it
 
 
 def test_a_slot_needs_the_instance_that_the_set_would_be_made_by(session: Session, tmp_path: Path) -> None:
