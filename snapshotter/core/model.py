@@ -199,7 +199,9 @@ class Attachment(Struct, frozen=True):
     """A snapshot made usable on this host. `path` is the destination given to `attach` ('' if not known).
 
     One attachment id spans all members of the set: each provider records its own part. `since` is None until
-    `Provider.settle`: half-made, and if no live run holds it (`held`), a leftover.
+    `Provider.settle`: half-made, and if no live run holds it (`held`), a leftover. `lost`: why it can't be read any
+    more, though its image can (what was written to it had no room); '' where the driver knows of no such thing.
+    `by_hand`: what a person types to have it mounted again after a reboot, but for the place; '' if unknown.
     """
 
     id: str
@@ -212,6 +214,8 @@ class Attachment(Struct, frozen=True):
     since: datetime | None
     held: bool = False
     tree: bool = False  # a plain directory at `path`: nothing of ours is mounted there
+    lost: str = ""
+    by_hand: str = ""
 
 
 class MountSpec(Struct, frozen=True):

@@ -97,7 +97,10 @@ def remove(session: Session, found: SnapshotSet) -> None:
             provider.delete(found.set_id)
     except SnapshotterError:
         there = [(provider, list(provider.snapshots(found.set_id))) for provider in holding]
-        if found.sealed and sum(len(snapshots) for _, snapshots in there) == len(found.snapshots):
+        here = {
+            (part.provider, part.birth.member) for _, snapshots in there for part in snapshots
+        }  # more than once, maybe
+        if found.sealed and here == {(part.provider, part.birth.member) for part in found.snapshots}:
             for provider, snapshots in there:  # refused, and all of it is there: as good as before
                 if any("sealed" not in snapshot.marks for snapshot in snapshots):
                     provider.mark(found.set_id, {"sealed": found.marks["sealed"]})

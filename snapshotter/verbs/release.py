@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from shlex import quote
 from typing import Any
 
 from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, SnapshotterError
@@ -125,7 +126,8 @@ def _refuse_if_changed(roots: Mapping[str, int], parts: list[Attachment]) -> Non
             raise BusyError(
                 "isn't mounted, so whether it was written to since it was restored can't be told",
                 object=place,
-                cure="mount it there again, or --discard-changes drops what may be in it",
+                cure=f"{f'{part.by_hand} {quote(place)}' if part.by_hand else 'mount it there again'}; "
+                "or --discard-changes drops what may be in it",
             )
         changed = first_change(place, part.since.timestamp())
         if changed is not None:

@@ -96,20 +96,31 @@ def _on_a_clone(session: Session, found: SnapshotSet, level: int) -> Proof:
         profile = profiles.get(profiles.FALLBACK)
     reading = False
     try:
-        with cloned(session, found) as places:
+        with cloned(session, found) as (attachment_id, places):
             reading = True
-            return checks.prove(places, profile, level, crash=found.grade is Grade.CRASH, report=session.report)
+            proof = checks.prove(places, profile, level, crash=found.grade is Grade.CRASH, report=session.report)
+            if proof.outcome is Outcome.CORRUPT and (why := _lost(session, found, attachment_id)):
+                return Proof(
+                    1, Outcome.COULD_NOT_RUN, (Finding("clone", found.birth.path, 1, Outcome.COULD_NOT_RUN, why),)
+                )
+            return proof
     except JudgedBadError as error:
         if reading:
             raise
         return Proof(1, Outcome.CORRUPT, (Finding("image", found.birth.path, 1, Outcome.CORRUPT, error.message),))
 
 
+def _lost(session: Session, found: SnapshotSet, attachment_id: str) -> str:
+    """Why the clone can't be read any more; '' if it can: an error in it says nothing of the image then."""
+    parts = [part for provider in session.providers_of(found) for part in provider.attachments()]
+    return next((part.lost for part in parts if part.id == attachment_id and part.lost), "")
+
+
 @contextmanager
-def cloned(session: Session, found: SnapshotSet) -> Iterator[list[tuple[str, str]]]:
-    """A writable clone of the whole set for the time of the `with`, detached and gone on every way out. Gives pairs of
-    (a root's live path, the directory where its clone is), the data path first. Never settled: so it is its maker's,
-    and `reap` lets it alone while that lives. Raises what attaching raises."""
+def cloned(session: Session, found: SnapshotSet) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """A writable clone of the whole set for the time of the `with`, detached and gone on every way out. Gives its id
+    and pairs of (a root's live path, the directory where its clone is), the data path first. Never settled: so it is
+    its maker's, and `reap` lets it alone while that lives. Raises what attaching raises."""
     attachment_id = new_attachment_id(utc_now())
     base = private_directory(os.path.join(_base(session, found), PLACE))
     top = os.path.join(base, attachment_id)
@@ -121,7 +132,7 @@ def cloned(session: Session, found: SnapshotSet) -> Iterator[list[tuple[str, str
         attach_all(undo, holding, found, places, attachment_id, Access.WRITABLE, Purpose.VERIFY)
         pairs = [(root.path, place) for root, place in places]
         repoint.repoint(pairs, f"{top}.roots/outside")
-        yield pairs
+        yield attachment_id, pairs
 
 
 def _base(session: Session, found: SnapshotSet) -> str:

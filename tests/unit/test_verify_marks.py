@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from snapshotter.checks import Finding, Outcome, Proof
-from snapshotter.core.errors import JudgedBadError
-from snapshotter.core.model import SnapshotSet, compact_time
+from snapshotter.core.errors import BusyError, JudgedBadError
+from snapshotter.core.model import Attachment, Snapshot, SnapshotSet, compact_time
 from snapshotter.host.locks import Locks
-from snapshotter.verbs import verify
+from snapshotter.provider import Settings
+from snapshotter.testing.memory import MemoryProvider
+from snapshotter.verbs import delete, verify
 from tests.unit.upkeep_kit import NOON, World
 
 DAILY = 'every = "7d"\nverify = {level = 2, every = "24h"}'
@@ -102,3 +105,40 @@ def test_a_weaker_ok_renews_a_stronger_one_where_the_policy_asks_no_more(
         world.pass_by(days=2)
         verify.prove_set(world.session(), world.sets()[0], 4)
         assert marks(world.sets()[0])[2] != compact_time(world.now), "it says nothing of the image"
+
+
+@pytest.mark.parametrize("lost", ["", "what was written to it filled its store"])
+def test_an_error_in_a_clone_that_is_lost_says_nothing_of_its_image(
+    world: World, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    class Full(MemoryProvider):
+        def attachments(self) -> Iterator[Attachment]:
+            yield from (replace(each, lost=lost) for each in super().attachments())
+
+    world.take(NOON)
+    bad = Proof(2, Outcome.CORRUPT, (Finding("rocksdb", "/db", 2, Outcome.CORRUPT, "Input/output error"),))
+    monkeypatch.setattr(verify.checks, "prove", lambda *_, **__: bad)
+    session = world.session(Full(Settings(str(world.tmp / "state"), floor=0.0), world.store))
+    proof = verify.prove_set(session, world.sets()[0], 2)
+    assert proof.outcome is (Outcome.COULD_NOT_RUN if lost else Outcome.CORRUPT)
+    assert lost in proof.why and world.sets()[0].good is bool(lost)
+
+
+def test_a_refused_delete_gives_the_seal_back_also_where_a_copy_is_seen(world: World) -> None:
+    """A copied group shows each member twice; counted, they were not the same as before."""
+
+    class Copied(MemoryProvider):
+        def snapshots(self, set_id: str | None = None) -> Iterator[Snapshot]:
+            for each in super().snapshots(set_id):
+                yield from (each, each)
+
+        def delete(self, set_id: str) -> None:
+            self.mark(set_id, {"sealed": None})
+            raise BusyError("is there twice", object=set_id)
+
+    world.take(NOON)
+    (before,) = world.sets()
+    session = world.session(Copied(Settings(str(world.tmp / "state"), floor=0.0), world.store))
+    with pytest.raises(BusyError):
+        delete.remove(session, before)
+    assert world.sets()[0].marks == before.marks and world.sets()[0].good
