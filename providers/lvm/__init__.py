@@ -190,6 +190,12 @@ class LvmProvider(Provider):
                         object=row.id,
                         cure=f"take {group}/{row.origin}",
                     )
+                if row.attr[0] == "O":
+                    raise PreconditionError(
+                        "a snapshot is being merged into it, and LVM makes none meanwhile",
+                        object=row.id,
+                        cure=f"wait for the merge; one that was put off begins with lvchange --refresh {row.id}",
+                    )
                 if row.thin and (pool := pool_of(rows, row)) is not None:
                     room.check_pool(pool, self.settings.floor, threshold_of(pool))
         if self._cow_sizes(rows, volumes):
@@ -198,16 +204,10 @@ class LvmProvider(Provider):
     def _cow_sizes(self, rows: Sequence[Row], volumes: Sequence[Volume]) -> dict[str, int]:
         """Bytes for the snapshot of each volume that isn't thin. Raises PreconditionError."""
         wanted = self.settings.options.get("size")
-        sizes: dict[str, int] = {}
-        free: dict[str, int] = {}
-        for row in [find(rows, volume.id) for volume in volumes]:
-            if not row.thin:
-                left = free.get(row.vg, row.vg_free)
-                sizes[row.id] = room.cow_size(
-                    row, left, wanted if isinstance(wanted, int) else None, room.write_rate(block.number_of(row.device))
-                )
-                free[row.vg] = left - sizes[row.id]
-        return sizes
+        classic = [row for row in (find(rows, volume.id) for volume in volumes) if not row.thin]
+        rates = [room.write_rate(block.number_of(row.device)) for row in classic]
+        sizes = room.cow_sizes(classic, wanted if isinstance(wanted, int) else None, rates)
+        return {row.id: size for row, size in zip(classic, sizes, strict=True)}
 
     def space(self, volumes: Sequence[Volume]) -> Space:
         rows = self._report(_groups(volumes))
@@ -417,8 +417,18 @@ class LvmProvider(Provider):
     # -- taking the origin's place --------------------------------------------------------------------------------
 
     def swappable(self, volume: Volume, snapshot: Snapshot) -> bool:
+        """Raises BusyError, PreconditionError, StorageError for what a person can mend: `swap` would refuse it, and the
+        node be stopped by then."""
+        from providers.lvm import swaps
+
+        rows = self._report(_groups([volume]))
+        origin = find(rows, volume.id)
         # An open LUKS device would go on to lie on what a swap sets aside.
-        return volume.id not in self._covered and find(self._report(_groups([volume])), volume.id).thin
+        if volume.id in self._covered or not origin.thin or snapshot.id.partition("/")[0] != origin.vg:
+            return False
+        swaps.check_swappable(rows, origin, images.find_image(rows, snapshot), in_use=True)
+        room.check_group(origin, list(origin.tags), 1)
+        return True
 
     def swap(self, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:
         from providers.lvm import swaps

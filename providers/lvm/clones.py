@@ -25,6 +25,7 @@ from providers.lvm.reports import (
     NAME,
     PREFIX,
     QUOTA,
+    READING_S,
     Row,
     attachment_record,
     find,
@@ -159,19 +160,27 @@ def _over(group: Group, image: Row, name: str, words: list[str], rows: Sequence[
     if not length:
         raise StorageError("has no device", object=image.id, cure=f"lvchange -ay {image.vg}/{image.origin}")
     origin = find(rows, f"{image.vg}/{image.origin}")
-    store = room.cow_size(origin, image.vg_free, size, 0.0)
+    store = room.store_size(origin, image.vg_free, size)
     group.lvm(
         *("lvcreate", "-y", "-Wy", "-Zy", "-L", f"{store}b", "-n", name, *words, image.vg), object=image.vg, born=name
     )
-    table = f"0 {length // _SECTOR} snapshot {image.device} /dev/{image.vg}/{name} P {room.CHUNK // _SECTOR}"
+    table = f"0 {length // _SECTOR} {_over_it(image.device, f'/dev/{image.vg}/{name}')}"
     made = _dm_name(name)
     group.other("dmsetup", "create", made, "--uuid", _dm_uuid(name), "--table", table, object=image.id)
     return f"/dev/mapper/{made}"
 
 
 def _mount_spec(device: str, clone: Clone, image: Row) -> MountSpec:
+    if not os.path.exists(device):
+        raise StorageError(
+            f"its clone has no device {device}", object=image.id, cure="volume_list in lvm.conf(5) may keep it inactive"
+        )
     found = run(["blkid", "-p", "-o", "value", "-s", "TYPE", device], timeout=60)
     fstype = found.stdout.strip()
+    if found.code == 8:  # blkid(8): ambivalent
+        raise StorageError(
+            "blkid finds signs of more than one file system in it", object=image.id, cure="wipefs shows them"
+        )
     if not fstype:
         raise StorageError("blkid finds no file system in it", object=image.id, cure="restore another set")
     if fstype == "btrfs":
@@ -251,7 +260,34 @@ def _attachment(row: Row, record: dict[str, Any]) -> Attachment:
         purpose=Purpose(record["purpose"]),
         since=_EPOCH + timedelta(microseconds=int(since)) if since else None,
         held=since is None and maker_lives(row),
+        lost=_lost(row, str(record["id"]), record["member"]),
+        by_hand=_by_hand(row, str(record["set_id"]), record["member"]),
     )
+
+
+def _by_hand(row: Row, set_id: str, member: int) -> str:
+    if row.thin:
+        return f"lvchange -ay -K {row.id} && mount {row.device}"
+    made, image = _dm_name(row.name), f"/dev/{row.vg}/{set_id}-{member}"
+    table = f"0 $(blockdev --getsz {image}) {_over_it(image, row.device)}"
+    create = f'dmsetup create {made} --uuid {_dm_uuid(row.name)} --table "{table}"'
+    return f"{create} && mount /dev/mapper/{made}"
+
+
+def _over_it(image: str, store: str) -> str:
+    """dm-snapshot's part of a table: what is read, where what is written goes, and that it stays there (P)."""
+    return f"snapshot {image} {store} P {room.CHUNK // _SECTOR}"
+
+
+def _lost(row: Row, id: str, member: int) -> str:
+    """A dm snapshot whose store is full can be neither read nor written, for good (snapshot.rst)."""
+    name = _dm_name(f"{id}-{member}")
+    if not any(device.dm_name == name for device in block.mapped()):
+        return ""
+    words = run(["dmsetup", "status", "--noflush", name], timeout=READING_S).stdout.split()
+    if words[2:3] != ["snapshot"] or words[3:4] not in (["Invalid"], ["Overflow"]):
+        return ""
+    return f"what was written to it filled {row.id}: more room is needed in {row.vg}"
 
 
 def settle(rows: Sequence[Row], attachment_id: str, since: datetime) -> None:
@@ -275,7 +311,16 @@ def detach(rows: Sequence[Row], attachment_id: str) -> None:
     open."""
     if not ATTACHMENT_ID.fullmatch(attachment_id):
         raise ValueError(f"{attachment_id!r} is no id")
-    for row in parts(rows, attachment_id):
+    found = parts(rows, attachment_id)
+    for row in found:
+        twin = next((each for each in found if each.name == row.name and each.vg != row.vg), None)
+        if twin is not None:  # as vgimportclone makes them: one is of a copied group
+            raise BusyError(
+                f"{row.id} and {twin.id} are both its part, as in a copied group",
+                object=attachment_id,
+                cure="rename the one that isn't to be removed",
+            )
+    for row in found:
         record = attachment_record(row)
         assert record is not None
         name = f"{attachment_id}-{record['member']}"

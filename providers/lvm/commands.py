@@ -16,7 +16,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from providers.lvm.reports import ENVIRONMENT, NAME, PREFIX, READING_S, SEALED, Row, report_of, said
+from providers.lvm.reports import ENVIRONMENT, LVS, NAME, PREFIX, READING_S, SEALED, Row, report_of, said
 from snapshotter.core.command import Outcome, run
 from snapshotter.core.errors import BusyError, NotFoundError, PreconditionError, SnapshotterError, StorageError
 from snapshotter.core.labels import dumps, loads
@@ -27,6 +27,7 @@ from snapshotter.host.places import private_directory, run_directory
 WAIT_S = 60.0
 TARGET_MODULE = "dm_snapshot"
 TARGET = f"/sys/module/{TARGET_MODULE}"  # there also where it is built in: it has parameters
+_FRESH = "~"  # behind the name of a record that is being written: no group's name may have that
 _RESUME_WAIT_S = 2.0  # whoever holds the group so long does something to it, and its volumes run
 
 #: `exit` keeps the shell from becoming the command, as it would for its last one; `trap` from dying before it of what
@@ -68,7 +69,7 @@ class Group:
         after the thin pool was told and before LVM had noted so. LVM would tell it again, and the pool refuse: so the
         device goes first, which LVM doesn't mind. Raises BusyError (in use), StorageError."""
         if half_made and row.thin:
-            asked = run(["lvs", "--noheadings", "-o", "thin_id", row.id], timeout=READING_S, extra_env=ENVIRONMENT)
+            asked = run([*LVS, "--noheadings", "-o", "thin_id", row.id], timeout=READING_S, extra_env=ENVIRONMENT)
             if (number := asked.stdout.strip().rpartition("\n")[2].strip()).isdigit():
                 self._run(("dmsetup", "message", self._tpool(row.pool), "0", f"delete {number}"))
         self.lvm("lvremove", "-y", row.id, object=row.id, suspends=suspends, born=row.name, gone_is_done=True)
@@ -92,7 +93,7 @@ class Group:
             "names": [f"{self.vg.replace('-', '--')}-{born.replace('-', '--')}"] if born else [],
             "volumes": [row.id for row in suspends],
         }
-        fresh = f"{self._record}.new"
+        fresh = f"{self._record}{_FRESH}"
         with open(fresh, "w", encoding="utf-8") as file:
             file.write(dumps(record))
         os.rename(fresh, self._record)
@@ -134,7 +135,7 @@ class Group:
         again with every later command, and the pool refuses ("manual intervention may be required"). So take that image
         away: the one of ours, never sealed, whose message is queued still. Its LV remains; its set is a leftover."""
         fields = "lv_name,lv_tags,pool_lv,thin_id,transaction_id"
-        done = run(["lvs", "--reportformat", "json", "-o", fields, self.vg], timeout=READING_S, extra_env=ENVIRONMENT)
+        done = run([*LVS, "--reportformat", "json", "-o", fields, self.vg], timeout=READING_S, extra_env=ENVIRONMENT)
         try:
             rows: list[dict[str, str]] = loads(report_of(done.stdout))["report"][0]["lv"]
         except (ValueError, KeyError, IndexError):
@@ -187,7 +188,7 @@ def _is_made(vg: str, name: str) -> bool:
 
 def _recorded() -> list[str]:
     """The groups in which a command of ours works, or was killed."""
-    return sorted(name for name in os.listdir(_directory()) if not name.endswith(".new"))
+    return sorted(name for name in os.listdir(_directory()) if not name.endswith(_FRESH))
 
 
 @contextmanager

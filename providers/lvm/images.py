@@ -12,7 +12,9 @@ from providers.lvm.commands import changing
 from providers.lvm.reports import (
     NAME,
     PREFIX,
+    PVS,
     QUOTA,
+    READING_S,
     Row,
     attachment_record,
     birth_of,
@@ -27,6 +29,7 @@ from providers.lvm.reports import (
     tag,
     untagging,
 )
+from snapshotter.core.command import run
 from snapshotter.core.errors import BusyError, NotFoundError, SnapshotterError, StorageError
 from snapshotter.core.labels import apply_marks
 from snapshotter.core.model import Snapshot, Volume, utc_now
@@ -153,10 +156,19 @@ def flush(rows: Sequence[Row]) -> None:
     to flush, not the disks at the very bottom: between them may be what has a cache or a journal of its own (dm-cache,
     bcache, a thin volume), and only what comes through it makes it write."""
     written = [pv for row in rows if (number := block.number_of(row.device)) for pv in _physical(number, row)]
+    written += [pv for vg in sorted({row.vg for row in rows if row.pvs > 1}) for pv in _with_metadata(vg)]
     try:
         block.flush(list(dict.fromkeys(written)))
     except OSError as error:
         raise StorageError(f"can't flush its disks: {error.strerror}", object=rows[0].vg) from None
+
+
+def _with_metadata(vg: str) -> list[str]:
+    """The physical volumes (numbers) of a group that hold its metadata: not all need to (pvchange --metadataignore)."""
+    asked = run(
+        [*PVS, "--noheadings", "-o", "pv_name", "-S", f"vg_name={vg} && pv_mda_used_count>0"], timeout=READING_S
+    )
+    return [number for line in asked.stdout.splitlines() if (number := block.number_of(line.strip()))]
 
 
 def _physical(number: str, row: Row) -> list[str]:

@@ -30,6 +30,10 @@ READING_S = 120.0  # a report waits for LVM's own lock while another command cha
 
 #: LVM would warn of the lock's descriptor that it inherits, and closes.
 ENVIRONMENT = {"LVM_SUPPRESS_FD_WARNINGS": "1"}
+#: What lvm.conf(5) may say of how a report looks: words before each line, no field that is empty, another separator in
+#: a list, without which a thin volume would be taken for a classic one.
+_PLAIN = 'log{prefix="" command_names=0} report{compact_output=0 list_item_separator=","}'
+LVS, PVS = ("lvs", "--config", _PLAIN), ("pvs", "--config", _PLAIN)
 
 _FIELDS = {
     "vg_name": "vg",
@@ -38,6 +42,7 @@ _FIELDS = {
     "vg_size": "vg_size",
     "vg_free": "vg_free",
     "vg_extent_size": "extent",
+    "pv_count": "pvs",
     "vg_mda_size": "mda_size",
     "vg_mda_free": "mda_free",
     "lv_name": "name",
@@ -64,6 +69,7 @@ class Row(msgspec.Struct, frozen=True):
     vg_size: int
     vg_free: int
     extent: int
+    pvs: int  # how many physical volumes its group has
     mda_size: int
     mda_free: int
     name: str
@@ -139,7 +145,7 @@ def report_of(stdout: str) -> str:
 
 def _row(found: Mapping[str, str]) -> Row:
     values: dict[str, Any] = {to: found[field] for field, to in _FIELDS.items()}
-    for name in ("vg_size", "vg_free", "extent", "mda_size", "mda_free", "size", "metadata_size", "chunk"):
+    for name in ("vg_size", "vg_free", "extent", "pvs", "mda_size", "mda_free", "size", "metadata_size", "chunk"):
         values[name] = int(values[name] or 0)
     for name in ("data", "metadata"):
         values[name] = float(values[name]) if values[name] else None
@@ -155,7 +161,7 @@ _NO_GROUP = re.compile(r'Volume group "\S+" not found|Cannot process volume grou
 def read(groups: Sequence[str] = ()) -> tuple[list[Row], str]:
     """(every logical volume of these volume groups, or of all; why there may be more, '' if there are not). A group
     that isn't there has no rows. Raises PreconditionError (no lvm here), StorageError."""
-    argv = ["lvs", "--reportformat", "json", "--units", "b", "--nosuffix", "-o", ",".join(_FIELDS), *groups]
+    argv = [*LVS, "--reportformat", "json", "--units", "b", "--nosuffix", "-o", ",".join(_FIELDS), *groups]
     done = run(argv, timeout=READING_S, extra_env=ENVIRONMENT)
     try:
         rows = parse(done.stdout)
@@ -340,6 +346,8 @@ def lacks(row: Row, pool: Row | None) -> str:
         return "a physical volume that it lies on is missing"
     if row.attr[1] == "w":
         return "it was made writable, so it may have been changed"
+    if row.attr[0] == "S":  # a thin one, at the latest when its origin is activated again
+        return "it is being merged into its origin"
     if row.thin:
         if pool is None:
             return "its thin pool is gone"
@@ -347,7 +355,7 @@ def lacks(row: Row, pool: Row | None) -> str:
             return f"its thin pool {pool.name} has failed"
         return f"its thin pool {pool.name} wants a check" if pool.attr[4] in "cC" else ""
     if row.attr[0] != "s" or not row.origin:
-        return "it is no snapshot" if row.attr[0] != "S" else "it is being merged into its origin"
+        return "it is no snapshot"
     if state in "IS" or (row.data is not None and row.data >= 100):
         return "it overflowed: its origin wrote more than it had room for"
     return "it could not be merged into its origin" if state in "mM" else ""

@@ -3,6 +3,7 @@ snapshot should be. Changes nothing, runs nothing."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from providers.lvm.reports import THRESHOLD, Row, find, pool_of
@@ -35,7 +36,7 @@ class Size(int):
         text = str(given).strip().upper().removesuffix("B").removesuffix("I")
         power = "KMGT".find(text[-1:]) + 1 if text else 0
         number = float(text[:-1]) * 1024**power if power else float(int(text))
-        if number < 1:
+        if not 1 <= number < math.inf:
             raise ValueError(given)
         return super().__new__(cls, number)
 
@@ -44,9 +45,10 @@ def check_group(row: Row, tags: list[str], members: int) -> None:
     """Can the group of this volume be changed, and take as many volumes more with these tags? Raises
     PreconditionError."""
     if "x" in row.vg_attr[2:3] or row.vg_attr[:1] == "r":
-        raise PreconditionError(
-            "may not be changed: exported or read-only", object=row.vg, cure=f"vgchange -prw {row.vg}"
+        why, cure = (
+            ("exported", f"vgimport {row.vg}") if "x" in row.vg_attr[2:3] else ("read-only", "`vgs -v` says more")
         )
+        raise PreconditionError(f"may not be changed: it is {why}", object=row.vg, cure=cure)
     if row.vg_attr[3:4] == "p" or row.attr[8] == "p":
         raise PreconditionError(
             "a physical volume of it is missing", object=row.vg, cure="`pvs` shows which; bring it back"
@@ -152,27 +154,56 @@ def _more(size: int, least: int) -> str:
     return f"{max(size // 5, least) >> 20}M"
 
 
-def cow_size(row: Row, free: int, wanted: int | None, written_per_s: float) -> int:
-    """Bytes for a classic snapshot of this volume (or a clone's own store): as `wanted`; else for a day of what was
-    written to it on average, twice over, and a tenth of it at least; never more than could be used, nor than is `free`
-    in its group. Raises PreconditionError if not even an hour would fit."""
-    most = whole(row.size)  # LVM makes none larger
-    if wanted is not None:
-        size = min(wanted, most)
-    else:
-        size = min(max(2 * round(written_per_s * HORIZON_S), row.size // 10, SMALLEST), most)
-    size = -(-size // row.extent) * row.extent
-    if size <= free:
-        return size
-    least = min(max(round(written_per_s * LEAST_S), row.size // 100, SMALLEST), most)
-    if wanted is None and least <= free:
-        return free // row.extent * row.extent
-    raise PreconditionError(
-        f"its volume group has {free >> 20} MiB free, and a snapshot needs "
-        f"{(wanted if wanted is not None else least) >> 20}",
-        object=row.id,
-        cure="delete old sets, vgextend the group, or give -o size=",
-    )
+def cow_sizes(rows: Sequence[Row], wanted: int | None, written_per_s: Sequence[float]) -> list[int]:
+    """Bytes for a classic snapshot of each of these volumes, taken together: as `wanted`; else for a day of what was
+    written to it on average, twice over, and a tenth of it at least; never more than could be used. Where its group
+    hasn't that, they share what it has but for one clone of each: an image that can't be attached is of no use. Raises
+    PreconditionError if not even an hour would fit."""
+    least, full = [], []
+    for row, rate in zip(rows, written_per_s, strict=True):
+        enough = max(2 * round(rate * HORIZON_S), row.size // 10, SMALLEST)
+        bare = max(round(rate * LEAST_S), row.size // 100, SMALLEST)
+        full.append(_extents(row, wanted if wanted is not None else enough))
+        least.append(_extents(row, wanted if wanted is not None else bare))
+    sizes: list[int] = []
+    for number, row in enumerate(rows):
+        theirs = [other for other in range(len(rows)) if rows[other].vg == row.vg]
+        clones = sum(least_store(rows[other]) for other in theirs) if wanted is None else 0
+        taken = sum(sizes[other] if other < number else least[other] for other in theirs if other != number)
+        free = row.vg_free - taken - clones
+        if free < least[number]:
+            raise PreconditionError(
+                f"its volume group has {row.vg_free >> 20} MiB free, and a snapshot needs "
+                f"{taken + clones + least[number] >> 20}, room for a clone of it included",
+                object=row.id,
+                cure="delete old sets, vgextend the group, or give -o size=",
+            )
+        sizes.append(min(full[number], free // row.extent * row.extent))
+    return sizes
+
+
+def least_store(row: Row) -> int:
+    """Bytes without which no clone of a classic snapshot of this volume is made."""
+    return _extents(row, max(row.size // 100, SMALLEST))
+
+
+def store_size(row: Row, free: int, wanted: int | None) -> int:
+    """Bytes for what is written to a clone of a classic snapshot of this volume: as `wanted`, else a tenth of it, but
+    no more than half of what is `free` in its group, as takes go on. Raises PreconditionError."""
+    least = least_store(row)
+    size = wanted if wanted is not None else max(least, min(row.size // 10, free // 2))
+    size = _extents(row, size)
+    if size > free:
+        raise PreconditionError(
+            f"its volume group has {free >> 20} MiB free, and a clone needs {size >> 20} for what is written to it",
+            object=row.id,
+            cure="vgextend the group, or delete old sets",
+        )
+    return size
+
+
+def _extents(row: Row, size: int) -> int:
+    return -(-min(size, whole(row.size)) // row.extent) * row.extent  # LVM makes none larger
 
 
 def write_rate(number: str | None) -> float:

@@ -56,23 +56,33 @@ class Swap(msgspec.Struct, frozen=True):
 
 def found(rows: Sequence[Row]) -> list[Swap]:
     """Every swap that left a tag."""
-    swaps: dict[str, Swap] = {}
+    swaps: dict[tuple[str, str], Swap] = {}  # by group: vgimportclone copies tags and UUIDs of volumes
     for row in rows:
         labels = row.labels
         swap_id = labels.get("swap") or labels.get("aside")
         if not swap_id or not labels.get("place"):
             continue
-        known = swaps.get(swap_id) or Swap(swap_id, row.vg, labels["place"], "", None, None)
+        known = swaps.get((row.vg, swap_id)) or Swap(swap_id, row.vg, labels["place"], "", None, None)
         if "swap" in labels:
             known = msgspec.structs.replace(known, clone=row, origin_uuid=labels.get("origin", ""))
         else:
             known = msgspec.structs.replace(known, aside=row)
-        swaps[swap_id] = known
+        swaps[row.vg, swap_id] = known
     return list(swaps.values())
 
 
 def _one(rows: Sequence[Row], swap_id: str) -> Swap | None:
-    return next((swap for swap in found(rows) if swap.id == swap_id), None)
+    """Raises BusyError where a copied group has it too: which of them is meant, nothing tells."""
+    ours = [swap for swap in found(rows) if swap.id == swap_id]
+    if len(ours) > 1:
+        copied = ours[1].clone or ours[1].aside
+        raise BusyError(
+            f"is in {' and '.join(swap.vg for swap in ours)}, as in a copied group",
+            object=swap_id,
+            cure="disconnect the copy, or take the tags `lvs -o lv_tags` shows from its volumes: lvchange --deltag TAG "
+            + (copied.id if copied else ours[1].vg),
+        )
+    return ours[0] if ours else None
 
 
 # ------------------------------------------------------------------------------------------------------- there
@@ -90,7 +100,7 @@ def swap(report: Report, swap_id: str, snapshot: Snapshot, volume: Volume) -> No
         for other in found(rows):
             if other.open and (other.id == swap_id or other.volume == volume.id):
                 raise BusyError(f"swap {other.id} is open", object=volume.id, cure="take it back or commit it")
-        _check_swappable(rows, origin, image)
+        check_swappable(rows, origin, image)
         record = [tag("swap", swap_id), tag("place", origin.name), tag("origin", origin.uuid)]
         theirs = [text for text in origin.tags if not text.startswith(PREFIX)]
         room.check_group(origin, [*record, *theirs], 1)
@@ -119,7 +129,8 @@ def swap(report: Report, swap_id: str, snapshot: Snapshot, volume: Volume) -> No
             raise
 
 
-def _check_swappable(rows: Sequence[Row], origin: Row, image: Row) -> None:
+def check_swappable(rows: Sequence[Row], origin: Row, image: Row, *, in_use: bool = False) -> None:
+    """`in_use`: it is to be mounted still. Raises BusyError, PreconditionError."""
     if not (origin.thin and image.thin):
         raise PreconditionError(
             "is no thin volume, and only of those can a snapshot take the place",
@@ -132,7 +143,7 @@ def _check_swappable(rows: Sequence[Row], origin: Row, image: Row) -> None:
             object=origin.id,
             cure="restore with --to, and copy",
         )
-    if origin.open:
+    if origin.open and not in_use:
         raise BusyError("is in use", object=origin.id, cure=f"see who with: fuser -vm {origin.device}")
     if origin.skipped:
         raise PreconditionError(
@@ -318,7 +329,10 @@ def _forget(group: Group, row: Row, *changes: str) -> None:
 def finish_commits(rows: Sequence[Row]) -> list[str]:
     """Remove what committed swaps of dead runs still have set aside; the names."""
     removed = []
-    for known in found(rows):
+    swaps = found(rows)
+    for known in swaps:
+        if sum(other.id == known.id for other in swaps) > 1:
+            continue  # a copied group has it too
         if not known.open and known.aside is not None and _committed(known):
             with suppress(BusyError), changing(known.vg, wait_s=0.0) as group:
                 _refuse_dependents(rows, known.aside)

@@ -323,6 +323,43 @@ def test_a_set_in_a_copied_group_is_not_guessed_at(thin: LvmHarness) -> None:
     assert f"{birth.set_id}-0" not in names(thin)
 
 
+def test_a_swap_in_a_copied_group_is_not_guessed_at(tmp_path: Path) -> None:
+    """As after vgimportclone of a copy of the disk, for somebody to look into: the wrong one's data was discarded."""
+    with storage(400, pool_mb=200) as made, harness_on(made, thin=True) as harness:
+        volume = filled(harness)
+        birth = taken(harness, volume)
+        (found,) = harness.provider().snapshots(birth.set_id)
+        attachment_id = new_attachment_id(utc_now())
+        harness.provider().attach(found, attachment_id, Access.WRITABLE, str(tmp_path / "clone"))
+        harness.provider().swap("w1", found, volume)
+        lvm("sync")
+        backing = lvm("losetup", "--noheadings", "--output", "BACK-FILE", made.disk).strip()
+        lvm("cp", "--sparse=always", backing, str(tmp_path / "copy"))
+        disk = lvm("losetup", "--find", "--show", str(tmp_path / "copy")).strip()
+        copied = f"{made.vg}c"
+
+        def volumes() -> str:
+            return lvm("lvs", "--noheadings", "-o", "lv_full_name,lv_uuid,lv_attr,lv_tags", made.vg, copied)
+
+        try:
+            lvm("vgimportclone", "-n", copied, disk)
+            before = volumes()
+            assert copied in before
+            plain = LvmProvider(Settings("/nowhere"))
+            for end in (plain.swap_back, plain.swap_commit, plain.refuse_commit):
+                with pytest.raises(BusyError, match="copied group"):
+                    end("w1")
+            with pytest.raises(BusyError, match="copied group"):
+                plain.detach(attachment_id)
+            assert plain.reap() == [] and volumes() == before
+        finally:
+            lvm("vgremove", "-ff", "-y", copied, check=False)
+            lvm("losetup", "--detach", disk)
+        plain.detach(attachment_id)
+        plain.swap_commit("w1")
+        assert "w1-aside" not in names(harness)
+
+
 # --------------------------------------------------------------------------------------------------- swaps that died
 
 

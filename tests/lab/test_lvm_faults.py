@@ -8,13 +8,14 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from providers.lvm import LvmProvider
 from snapshotter.core.errors import BusyError, PreconditionError, StorageError
-from snapshotter.core.model import Access, Birth, ImageState, Volume, new_attachment_id, utc_now
+from snapshotter.core.model import Access, Birth, ImageState, MountSpec, Volume, new_attachment_id, utc_now
 from snapshotter.host import block, mounts
 from snapshotter.provider import Settings
 from snapshotter.testing import describe, make_birth
@@ -201,6 +202,27 @@ def test_a_set_whose_pool_is_gone(tmp_path: Path) -> None:
             lvm("losetup", "-d", disk, check=False)
 
 
+def test_the_seal_reaches_the_disk_that_holds_lvms_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need be none of those that the volume and its image are on."""
+    with storage(300) as made, harness_on(made, thin=False) as harness:
+        volume = filled(harness)
+        spare = tmp_path / "second"
+        spare.write_bytes(b"")
+        os.truncate(spare, 100 * MIB)
+        disk = lvm("losetup", "--find", "--show", str(spare)).strip()
+        flushed: list[str] = []
+        monkeypatch.setattr(block, "flush", flushed.extend)
+        try:
+            lvm("vgextend", "-qq", "-y", made.vg, disk)
+            lvm("pvchange", "-qq", "--metadataignore", "y", made.disk)
+            taken(harness, volume)
+        finally:
+            lvm("pvchange", "-qq", "--metadataignore", "n", made.disk, check=False)
+            lvm("vgreduce", "-qq", made.vg, disk, check=False)
+            lvm("losetup", "-d", disk, check=False)
+        assert {block.number_of(made.disk), block.number_of(disk)} <= set(flushed)
+
+
 def test_a_classic_snapshot_that_overflows(classic: LvmHarness, tmp_path: Path) -> None:
     volume = filled(classic)
     command = Command(tmp_path / "etc")
@@ -215,6 +237,62 @@ def test_a_classic_snapshot_that_overflows(classic: LvmHarness, tmp_path: Path) 
     assert second["good"]
     command.json("delete", first, "--yes")
     assert [entry["set_id"] for entry in command.json("list")["sets"]] == [second["set_id"]]
+
+
+def test_a_clone_without_room_says_nothing_of_its_image(classic: LvmHarness) -> None:
+    """What is written to it fills its store, and nothing of it can be read any more; the image is as good as before."""
+    volume = filled(classic)
+    birth = taken(classic, volume)
+    small = LvmProvider(Settings(str(classic.state), options={"size": 4 * MIB}))
+    attachment = new_attachment_id(utc_now())
+    (found,) = classic.provider().snapshots(birth.set_id)
+    destination = classic.destination()
+    made = small.attach(found, attachment, Access.WRITABLE, destination)
+    assert isinstance(made, MountSpec)
+    os.mkdir(destination)
+    mounts.mount(made, destination)
+
+    def lost() -> str:
+        (part,) = [each for each in classic.provider().attachments() if each.id == attachment]
+        return part.lost
+
+    assert lost() == ""
+    with suppress(OSError), open(os.path.join(destination, "more"), "wb") as file:
+        file.write(os.urandom(8 * MIB))
+        os.fsync(file.fileno())
+    assert "filled" in lost()
+    mounts.unmount(destination)
+    classic.provider().detach(attachment)
+    assert [each.state for each in classic.provider().snapshots(birth.set_id)] == [ImageState.READY]
+    assert content_of(classic, found) == describe(top(volume))
+
+
+@pytest.mark.parametrize("is_thin", [True, False])
+def test_a_report_is_read_whatever_lvm_conf_says_of_its_looks(is_thin: bool, tmp_path: Path) -> None:
+    """Another separator made a thin volume a classic one; a command's name before each line hid every set."""
+    local = Path("/etc/lvm/lvmlocal.conf")  # of the virtual machine
+    before = local.read_text() if local.exists() else None
+    with storage(400, pool_mb=160 if is_thin else 0) as made, harness_on(made, thin=is_thin) as harness:
+        volume = filled(harness)
+        content = describe(top(volume))
+        try:
+            local.write_text(
+                'log { prefix = "lvm: " command_names = 1 }\n'
+                'report { compact_output = 1 list_item_separator = ";" aligned = 0 headings = 0 }\n'
+            )
+            assert "lvs" in lvm("lvs").split("\n")[0], "the test changed nothing"
+            command = Command(tmp_path / "etc")
+            set_id = command.json("take", top(volume))["set_id"]
+            assert [(each["set_id"], each["good"]) for each in command.json("list")["sets"]] == [(set_id, True)]
+            to = tmp_path / "clone"
+            command.json("restore", set_id, "--to", str(to))
+            assert describe(str(to)).keys() == content.keys()
+            command.json("release", str(to), "--discard-changes")
+            command.json("delete", set_id, "--last", "--yes")
+            assert not command.json("list")["sets"]
+        finally:
+            local.unlink() if before is None else local.write_text(before)
+        assert not made.ours()
 
 
 @pytest.mark.parametrize("is_thin", [True, False])
@@ -391,6 +469,7 @@ def test_an_attachment_outlives_a_reboot_as_a_record(group: Storage, is_thin: bo
         (found,) = harness.provider().snapshots(birth.set_id)
         attached = attach(harness, found, Access.WRITABLE)
         harness.provider().settle(attached.id, utc_now())
+        Path(attached.destination, "written").write_text("to it")
         harness.leave(attached.destination)
         mounts.unmount(top(volume))
         for device in block.mapped():
@@ -403,6 +482,10 @@ def test_an_attachment_outlives_a_reboot_as_a_record(group: Storage, is_thin: bo
             harness.provider().delete(birth.set_id)
         lvm("vgchange", "-qq", "-aay", group.vg)
         harness.mount_all()
+        Path(attached.destination).mkdir()
+        lvm("sh", "-c", f"{listed.by_hand} {attached.destination}")
+        assert Path(attached.destination, "written").read_text() == "to it", "the cure that `release` gives"
+        harness.leave(attached.destination)
         harness.provider().detach(attached.id)
         assert harness.objects() == before
         assert content_of(harness, found) == content

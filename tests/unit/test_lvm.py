@@ -58,14 +58,14 @@ MIB, GIB = 1 << 20, 1 << 30
 REPORT = """
   { "report": [ { "lv": [
     {"vg_name":"tv-a", "vg_uuid":"Uc9npy-qJ9R-zcFQ-EGQV-R788-xSdG-EK0Swg", "vg_attr":"wz--n-", "vg_size":"8585740288",
-     "vg_free":"6060769280", "vg_extent_size":"4194304", "vg_mda_size":"1044480", "vg_mda_free":"519680",
-     "lv_name":"data", "lv_uuid":"txOUbv-5mg2-jugW-Z4R4-18zB-Fovf-vT9X8R",
+     "vg_free":"6060769280", "vg_extent_size":"4194304", "pv_count":"1", "vg_mda_size":"1044480",
+     "vg_mda_free":"519680", "lv_name":"data", "lv_uuid":"txOUbv-5mg2-jugW-Z4R4-18zB-Fovf-vT9X8R",
      "lv_attr":"Vwi-aotz--", "lv_size":"1073741824",
      "lv_tags":"", "pool_lv":"pool", "origin":"", "data_percent":"4.78", "metadata_percent":"", "lv_metadata_size":"",
      "chunk_size":"0", "lv_layout":"thin,sparse"},
     {"vg_name":"tv-a", "vg_uuid":"Uc9npy-qJ9R-zcFQ-EGQV-R788-xSdG-EK0Swg", "vg_attr":"wz--n-", "vg_size":"8585740288",
-     "vg_free":"6060769280", "vg_extent_size":"4194304", "vg_mda_size":"1044480", "vg_mda_free":"519680",
-     "lv_name":"pool", "lv_uuid":"U6anhp-NrTY-u3E2-0gDY-DtRZ-s7CG-zbfVry",
+     "vg_free":"6060769280", "vg_extent_size":"4194304", "pv_count":"1", "vg_mda_size":"1044480",
+     "vg_mda_free":"519680", "lv_name":"pool", "lv_uuid":"U6anhp-NrTY-u3E2-0gDY-DtRZ-s7CG-zbfVry",
      "lv_attr":"twi-aotz--", "lv_size":"2147483648",
      "lv_tags":"backup=1,theirs", "pool_lv":"", "origin":"", "data_percent":"2.40", "metadata_percent":"11.82",
      "lv_metadata_size":"104857600", "chunk_size":"65536", "lv_layout":"thin,pool"}
@@ -161,6 +161,7 @@ THIN, CLASSIC = "Vri---tz-k", "sri-a-s---"
         (THIN, "twi-aotzF-", False),
         (THIN, "twi-cotz--", False),
         ("Vwi---tz-k", "twi-aotz--", False),
+        ("Sri---tz-k", "twi-aotz--", False),  # its merge waits for the origin's next activation
         ("Vri---tzpk", "twi-aotz--", False),
         (CLASSIC, "", True),
         ("sri---s---", "", True),  # inactive: can't be asked, and isn't attached
@@ -173,7 +174,7 @@ THIN, CLASSIC = "Vri---tz-k", "sri-a-s---"
     ],
 )
 def test_an_image_is_judged_by_what_lvm_says(attr: str, pool_attr: str, valid: bool) -> None:
-    thin = attr[0] == "V"
+    thin = "t" in attr[6:7]
     image = row(attr=attr, pool="pool" if thin else "", origin="data")
     why = lacks(image, pool(attr=pool_attr) if thin else None)
     assert bool(why) is not valid, why
@@ -225,7 +226,7 @@ def test_sizes_are_read(given: object, bytes_: int) -> None:
     assert provider.parse_options(kind, {"size": given}) == {"size": bytes_}
 
 
-@pytest.mark.parametrize("given", ["", "G", "-1", "0", "ten", "10%"])
+@pytest.mark.parametrize("given", ["", "G", "-1", "0", "ten", "10%", "infG", "nan", "1e999T"])
 def test_what_is_no_size_is_refused(given: str) -> None:
     with pytest.raises(UsageError):
         provider.parse_options(provider.load("lvm"), {"size": given})
@@ -240,14 +241,35 @@ def test_what_is_no_size_is_refused(given: str) -> None:
 def test_a_classic_snapshot_has_a_sane_size(size: int, free: int, rate: float, wanted: int | None) -> None:
     origin = row(size=size, vg_free=free)
     try:
-        given = room.cow_size(origin, free, wanted, rate)
+        (given,) = room.cow_sizes([origin], wanted, [rate])
     except PreconditionError as error:
         assert error.cure
         return
     assert 0 < given <= free and given % origin.extent == 0
     assert given <= size * 1.01 + 3 * origin.extent, "more than could ever be used"
-    if wanted is None and given < free - origin.extent and given < size:
+    left = free - given
+    if wanted is None and given < size and left - room.least_store(origin) >= origin.extent:
         assert given >= min(2 * rate * room.HORIZON_S, size) - origin.extent, "it would overflow within a day"
+    if wanted is None:
+        store = room.store_size(origin, left, None)  # else what was taken could not be restored
+        assert room.least_store(origin) <= store <= left
+
+
+def test_volumes_of_one_set_share_the_room() -> None:
+    """The first took all that its group had, and the second was refused."""
+    origins = [row(name=name, size=400 * GIB, vg_free=60 * GIB) for name in ("data", "log")]
+    elsewhere = row(vg="other", name="more", size=400 * GIB, vg_free=60 * GIB)
+    first, second, third = room.cow_sizes([*origins, elsewhere], None, [1e6, 1e5, 1e6])
+    least = room.least_store(origins[0])
+    assert first + second + 2 * least <= 60 * GIB < 2 * third and min(first, second) >= 3600e5
+    assert third + least <= 60 * GIB
+    assert room.cow_sizes([], None, []) == []
+    with pytest.raises(PreconditionError, match="room for a clone"):
+        room.cow_sizes([row(size=400 * GIB, vg_free=6 * GIB)], None, [0.0])
+    assert room.cow_sizes([row(size=400 * GIB, vg_free=6 * GIB)], 6 * GIB, [0.0]) == [6 * GIB], "as it was asked for"
+    with pytest.raises(PreconditionError) as refused:
+        room.store_size(row(size=400 * GIB, vg_free=0), 0, None)
+    assert "size=" not in refused.value.cure, "a restore takes no such option"
 
 
 def test_a_group_without_room_for_tags_is_refused() -> None:
@@ -563,6 +585,58 @@ def test_a_commit_is_refused_before_any_other_is_made() -> None:
         swaps.refuse_commit(lambda: [origin], "w1")
     with pytest.raises(StorageError, match="never finished"):
         swaps.refuse_commit(lambda: [msgspec.structs.replace(clone, name="w1-new"), origin], "w1")
+
+
+def test_a_swap_that_a_copied_group_has_too_is_not_guessed_at() -> None:
+    """vgimportclone copies tags and the volumes' UUIDs: of the two, the wrong one's set-aside was removed."""
+    place = tag("place", "data")
+    origin = row(name="w1-aside", uuid="o", attr="Vwi---tz-k", tags=(tag("aside", "w1"), place, tag("committed", "1")))
+    clone = row(name="data", uuid="c", tags=(tag("swap", "w1"), place, tag("origin", "o")))
+    copies = [msgspec.structs.replace(each, vg="copy") for each in (origin, clone)]
+    rows = [origin, clone, *copies]
+    assert {(each.vg, each.aside and each.aside.vg, each.clone and each.clone.vg) for each in swaps.found(rows)} == {
+        ("tv-a", "tv-a", "tv-a"),
+        ("copy", "copy", "copy"),
+    }
+    for end in (swaps.swap_back, swaps.swap_commit):
+        with pytest.raises(BusyError, match="tv-a and copy"):
+            end(lambda: rows, "w1")
+    assert swaps.finish_commits([origin, copies[0]]) == []
+
+
+def test_a_clone_that_a_copied_group_has_too_is_not_guessed_at() -> None:
+    id = "a20261122t100630z-5f3a9c"
+    tags = tuple(tag(f"attachment{k}", text) for k, text in enumerate(to_text({"id": id, "member": 0})))
+    part = row(name=f"{id}-0", tags=tags)
+    with pytest.raises(BusyError, match="copied group"):
+        clones.detach([part, msgspec.structs.replace(part, vg="copy")], id)
+
+
+def test_a_swap_is_refused_while_the_node_runs_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`swap` itself would, with the node stopped by then."""
+    birth = make_birth([Volume("lvm", "tv-a/data", "/d")])
+    tags = (*birth_tags(birth, 1), mark_tag("sealed", "20261122t100630z"))
+    image = row(name=image_name(birth), attr=THIN, origin="data", tags=tags)
+    found = snapshot(image, [image, pool()])
+    assert found is not None
+    lvm, volume = LvmProvider(Settings("/nowhere")), Volume("lvm", "tv-a/data", "/d")
+    fstab = tmp_path / "fstab"
+    monkeypatch.setattr(swaps, "FSTAB", str(fstab))
+    rows = [row(), image, pool()]
+    monkeypatch.setattr(lvm, "_report", lambda groups: rows)
+    assert lvm.swappable(volume, found), "it is mounted: open"
+    rows[0] = row(pool="", layout="linear", attr="owi-aos---")
+    assert not lvm.swappable(volume, found)
+    rows[0] = row(attr="Vwi-aotz-k")
+    with pytest.raises(PreconditionError, match="left out of activation"):
+        lvm.swappable(volume, found)
+    rows[:] = [row(), image, pool(), row(name="theirs", attr="swi-a-s---", pool="", layout="linear", origin="data")]
+    with pytest.raises(BusyError, match="theirs hangs on it"):
+        lvm.swappable(volume, found)
+    rows.pop()
+    fstab.write_text(f"/dev/disk/by-id/dm-uuid-{row().dm_uuid} /d ext4 defaults 0 2\n")
+    with pytest.raises(PreconditionError, match="line 1"):
+        lvm.swappable(volume, found)
 
 
 def test_reports_that_are_none_are_refused() -> None:
