@@ -258,7 +258,9 @@ class Provider(ABC):
 
     def swappable(self, volume: Volume, snapshot: Snapshot) -> bool:
         """Whether `swap` could ever do it for this volume and this snapshot of it: some drivers have several kinds, and
-        not all can; the snapshot may be a copy that lies elsewhere. Only asked where `traits.swaps`. Default: yes."""
+        not all can; the snapshot may be a copy that lies elsewhere. Raises what `swap` would refuse with and a person
+        can mend, as far as that is known while the volume is in use: the node is stopped when `swap` is asked. Only
+        asked where `traits.swaps`. Default: yes."""
         return True
 
     def source_of(self, volume: str, known: str) -> str:

@@ -417,8 +417,6 @@ class LvmProvider(Provider):
     # -- taking the origin's place --------------------------------------------------------------------------------
 
     def swappable(self, volume: Volume, snapshot: Snapshot) -> bool:
-        """Raises BusyError, PreconditionError, StorageError for what a person can mend: `swap` would refuse it, and the
-        node be stopped by then."""
         from providers.lvm import swaps
 
         rows = self._report(_groups([volume]))
@@ -461,7 +459,10 @@ class LvmProvider(Provider):
     def open_swaps(self, volume: str | None = None) -> Iterator[OpenSwap]:
         from providers.lvm import swaps
 
-        yield from (OpenSwap(each.id, each.volume) for each in swaps.found(self._report()) if each.open)
+        rows = self._report()
+        if volume is not None:
+            swaps.refuse_copied(rows, volume)
+        yield from (OpenSwap(each.id, each.volume) for each in swaps.found(rows) if each.open)
         if volume is None or not self.sees(volume):
             self._refuse_blind()
 

@@ -20,7 +20,7 @@ import msgspec
 from providers.lvm import room
 from providers.lvm.claims import luks_uuid
 from providers.lvm.commands import Group, changing
-from providers.lvm.images import find_image
+from providers.lvm.images import find_image, of_set
 from providers.lvm.reports import (
     NAME,
     PREFIX,
@@ -160,7 +160,7 @@ def _over(group: Group, image: Row, name: str, words: list[str], rows: Sequence[
     if not length:
         raise StorageError("has no device", object=image.id, cure=f"lvchange -ay {image.vg}/{image.origin}")
     origin = find(rows, f"{image.vg}/{image.origin}")
-    store = room.store_size(origin, image.vg_free, size)
+    store = room.store_size(origin, image.vg_free, size, _waiting(rows, image, name))
     group.lvm(
         *("lvcreate", "-y", "-Wy", "-Zy", "-L", f"{store}b", "-n", name, *words, image.vg), object=image.vg, born=name
     )
@@ -168,6 +168,15 @@ def _over(group: Group, image: Row, name: str, words: list[str], rows: Sequence[
     made = _dm_name(name)
     group.other("dmsetup", "create", made, "--uuid", _dm_uuid(name), "--table", table, object=image.id)
     return f"/dev/mapper/{made}"
+
+
+def _waiting(rows: Sequence[Row], image: Row, name: str) -> list[Row]:
+    """The origins of the set's other members in this group whose clones are still to be made for that attachment."""
+    set_id, attachment_id = image.name.rpartition("-")[0], name.rpartition("-")[0]
+    made = {part.name.rpartition("-")[2] for part in parts(rows, attachment_id)}
+    others = [row for row in of_set(rows, set_id) if row.vg == image.vg and row.name != image.name and not row.thin]
+    wanted = {row.origin for row in others if row.name.rpartition("-")[2] not in made}
+    return [row for row in rows if row.vg == image.vg and row.name in wanted]
 
 
 def _mount_spec(device: str, clone: Clone, image: Row) -> MountSpec:
@@ -269,6 +278,8 @@ def _by_hand(row: Row, set_id: str, member: int) -> str:
     if row.thin:
         return f"lvchange -ay -K {row.id} && mount {row.device}"
     made, image = _dm_name(row.name), f"/dev/{row.vg}/{set_id}-{member}"
+    if any(device.dm_name == made for device in block.mapped()):
+        return f"mount /dev/mapper/{made}"
     table = f"0 $(blockdev --getsz {image}) {_over_it(image, row.device)}"
     create = f'dmsetup create {made} --uuid {_dm_uuid(row.name)} --table "{table}"'
     return f"{create} && mount /dev/mapper/{made}"
@@ -318,7 +329,7 @@ def detach(rows: Sequence[Row], attachment_id: str) -> None:
             raise BusyError(
                 f"{row.id} and {twin.id} are both its part, as in a copied group",
                 object=attachment_id,
-                cure="rename the one that isn't to be removed",
+                cure="take our tags (`lvs -o lv_tags`) from the copy: lvchange --deltag TAG",
             )
     for row in found:
         record = attachment_record(row)

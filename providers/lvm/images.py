@@ -25,6 +25,7 @@ from providers.lvm.reports import (
     marks,
     pool_of,
     renamed,
+    said,
     suspended_with,
     tag,
     untagging,
@@ -168,7 +169,14 @@ def _with_metadata(vg: str) -> list[str]:
     asked = run(
         [*PVS, "--noheadings", "-o", "pv_name", "-S", f"vg_name={vg} && pv_mda_used_count>0"], timeout=READING_S
     )
-    return [number for line in asked.stdout.splitlines() if (number := block.number_of(line.strip()))]
+    found = [number for line in asked.stdout.splitlines() if (number := block.number_of(line.strip()))]
+    if not found:  # a seal that a power cut could take back is none
+        raise StorageError(
+            f"can't tell which of its disks hold its metadata: {said(asked.stderr)}",
+            object=vg,
+            cure=f"see what `pvs` says of {vg}",
+        )
+    return found
 
 
 def _physical(number: str, row: Row) -> list[str]:

@@ -157,29 +157,29 @@ def _more(size: int, least: int) -> str:
 def cow_sizes(rows: Sequence[Row], wanted: int | None, written_per_s: Sequence[float]) -> list[int]:
     """Bytes for a classic snapshot of each of these volumes, taken together: as `wanted`; else for a day of what was
     written to it on average, twice over, and a tenth of it at least; never more than could be used. Where its group
-    hasn't that, they share what it has but for one clone of each: an image that can't be attached is of no use. Raises
-    PreconditionError if not even an hour would fit."""
-    least, full = [], []
-    for row, rate in zip(rows, written_per_s, strict=True):
-        enough = max(2 * round(rate * HORIZON_S), row.size // 10, SMALLEST)
-        bare = max(round(rate * LEAST_S), row.size // 100, SMALLEST)
-        full.append(_extents(row, wanted if wanted is not None else enough))
-        least.append(_extents(row, wanted if wanted is not None else bare))
-    sizes: list[int] = []
-    for number, row in enumerate(rows):
-        theirs = [other for other in range(len(rows)) if rows[other].vg == row.vg]
-        clones = sum(least_store(rows[other]) for other in theirs) if wanted is None else 0
-        taken = sum(sizes[other] if other < number else least[other] for other in theirs if other != number)
-        free = row.vg_free - taken - clones
-        if free < least[number]:
+    hasn't that, each has an hour's, and they share the rest, but for one clone of each: an image that can't be attached
+    is of no use. Raises PreconditionError if there isn't even that."""
+    sizes: dict[str, int] = {}
+    for vg in sorted({row.vg for row in rows}):
+        theirs = [(row, rate) for row, rate in zip(rows, written_per_s, strict=True) if row.vg == vg]
+        least, more = {}, {}
+        for row, rate in theirs:
+            day, hour = max(2 * round(rate * HORIZON_S), row.size // 10), max(round(rate * LEAST_S), row.size // 100)
+            least[row.id] = _extents(row, wanted if wanted is not None else max(hour, SMALLEST))
+            more[row.id] = _extents(row, wanted if wanted is not None else max(day, SMALLEST)) - least[row.id]
+        clones = sum(least_store(row) for row, _ in theirs) if wanted is None else 0
+        free, extent = theirs[0][0].vg_free, theirs[0][0].extent
+        spare = free - clones - sum(least.values())
+        if spare < 0:
             raise PreconditionError(
-                f"its volume group has {row.vg_free >> 20} MiB free, and a snapshot needs "
-                f"{taken + clones + least[number] >> 20}, room for a clone of it included",
-                object=row.id,
-                cure="delete old sets, vgextend the group, or give -o size=",
+                f"its volume group has {free >> 20} MiB free, and a snapshot needs {(free - spare) >> 20}"
+                + (", room for a clone included" if clones else ""),
+                object=theirs[0][0].id,
+                cure=f"delete old sets, vgextend the group, or give {'-o' if wanted is None else 'a smaller -o'} size=",
             )
-        sizes.append(min(full[number], free // row.extent * row.extent))
-    return sizes
+        share = min(1.0, spare / sum(more.values())) if any(more.values()) else 1.0
+        sizes |= {id: size + int(more[id] * share) // extent * extent for id, size in least.items()}
+    return [sizes[row.id] for row in rows]
 
 
 def least_store(row: Row) -> int:
@@ -187,17 +187,18 @@ def least_store(row: Row) -> int:
     return _extents(row, max(row.size // 100, SMALLEST))
 
 
-def store_size(row: Row, free: int, wanted: int | None) -> int:
+def store_size(row: Row, free: int, wanted: int | None, waiting: Sequence[Row] = ()) -> int:
     """Bytes for what is written to a clone of a classic snapshot of this volume: as `wanted`, else a tenth of it, but
-    no more than half of what is `free` in its group, as takes go on. Raises PreconditionError."""
-    least = least_store(row)
-    size = wanted if wanted is not None else max(least, min(row.size // 10, free // 2))
+    no more than half of what is `free` in its group, as takes go on, and as clones of those `waiting` are to be made
+    too. Raises PreconditionError."""
+    left = free - sum(least_store(other) for other in waiting)
+    size = wanted if wanted is not None else max(least_store(row), min(row.size // 10, left // 2))
     size = _extents(row, size)
     if size > free:
         raise PreconditionError(
             f"its volume group has {free >> 20} MiB free, and a clone needs {size >> 20} for what is written to it",
             object=row.id,
-            cure="vgextend the group, or delete old sets",
+            cure="vgextend the group, delete old sets, or with --to or --mount give -o size= (a full clone is lost)",
         )
     return size
 

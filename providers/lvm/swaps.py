@@ -75,14 +75,20 @@ def _one(rows: Sequence[Row], swap_id: str) -> Swap | None:
     """Raises BusyError where a copied group has it too: which of them is meant, nothing tells."""
     ours = [swap for swap in found(rows) if swap.id == swap_id]
     if len(ours) > 1:
-        copied = ours[1].clone or ours[1].aside
         raise BusyError(
-            f"is in {' and '.join(swap.vg for swap in ours)}, as in a copied group",
+            f"swap {swap_id} is in {' and '.join(swap.vg for swap in ours)}, as in a copied group",
             object=swap_id,
-            cure="disconnect the copy, or take the tags `lvs -o lv_tags` shows from its volumes: lvchange --deltag TAG "
-            + (copied.id if copied else ours[1].vg),
+            cure="disconnect whichever of these is the copy, or take our tags (`lvs -o lv_tags`) from its volumes: "
+            "lvchange --deltag TAG",
         )
     return ours[0] if ours else None
+
+
+def refuse_copied(rows: Sequence[Row], volume: str) -> None:
+    """Raise BusyError if a copied group has an open swap of this volume too."""
+    for each in found(rows):
+        if each.open and each.volume == volume:
+            _one(rows, each.id)
 
 
 # ------------------------------------------------------------------------------------------------------- there

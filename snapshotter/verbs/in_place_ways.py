@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
-from snapshotter.core.errors import BusyError, PreconditionError, UsageError
+from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, UsageError
 from snapshotter.core.model import SnapshotSet
 from snapshotter.host import btrfs, mounts, tree
 from snapshotter.host.mounts import Mount, is_under
@@ -88,6 +88,7 @@ def swaps(
     if len(birth.members) != len(birth.roots):
         return []
     swaps = []
+    refused: SnapshotterError | None = None
     for root in birth.roots:
         member = birth.members[root.member]
         if root.inside or not os.path.isdir(root.path):
@@ -100,8 +101,13 @@ def swaps(
         if volume is None or volume.id != member.volume or volume.path != root.path:
             return []
         snapshot = next((each for each in found.snapshots if each.birth.member == root.member), None)
-        if snapshot is None or not provider.swappable(volume, snapshot):
+        if snapshot is None:
             return []
+        try:
+            if not provider.swappable(volume, snapshot):
+                return []
+        except SnapshotterError as error:  # said once nothing else is against a swap: a copy may not mind it
+            refused = refused or error
         below = [mount.path for mount in mounts.mounts_below(root.path, table) if mounts.by_hand(mount)]
         if any(path not in known for path in below):
             return []
@@ -130,6 +136,8 @@ def swaps(
         )
     for swap in swaps:
         _refuse_open(session.provider(swap.provider, node, chosen=False), swap.volume)
+    if refused is not None:
+        raise refused
     return swaps
 
 

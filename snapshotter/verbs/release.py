@@ -54,7 +54,7 @@ def release(session: Session, where: str, *, discard_changes: bool = False) -> d
             refuse_foreign_mount(path, trees)
             _refuse_if_used(path)
         if not discard_changes and attachments[0].access is Access.WRITABLE:
-            _refuse_if_changed(roots, attachments)
+            _refuse_if_changed(session, roots, attachments)
         for path in paths:
             mounts.unmount(path)
         notes: list[str] = []
@@ -109,7 +109,7 @@ def _refuse_if_used(path: str) -> None:
         raise BusyError(f"is in use by {some}{more}", object=path, cure="end that first")
 
 
-def _refuse_if_changed(roots: Mapping[str, int], parts: list[Attachment]) -> None:
+def _refuse_if_changed(session: Session, roots: Mapping[str, int], parts: list[Attachment]) -> None:
     if any(part.since is not None and not part.path for part in parts):  # `--away`
         raise BusyError(
             "is for another machine: what was written to it there can't be seen",
@@ -126,8 +126,7 @@ def _refuse_if_changed(roots: Mapping[str, int], parts: list[Attachment]) -> Non
             raise BusyError(
                 "isn't mounted, so whether it was written to since it was restored can't be told",
                 object=place,
-                cure=f"{f'{part.by_hand} {quote(place)}' if part.by_hand else 'mount it there again'}; "
-                "or --discard-changes drops what may be in it",
+                cure=f"{_mount_again(session, part, place)}; or --discard-changes drops what may be in it",
             )
         changed = first_change(place, part.since.timestamp())
         if changed is not None:
@@ -136,6 +135,13 @@ def _refuse_if_changed(roots: Mapping[str, int], parts: list[Attachment]) -> Non
                 object=place,
                 cure="--discard-changes drops that",
             )
+
+
+def _mount_again(session: Session, part: Attachment, place: str) -> str:
+    """What a person types for that. The driver knows of whole volumes only: a directory of one may have been there."""
+    births = [entry.birth for entry in session.catalog(part.set_id).sets]
+    whole = bool(births) and not any(root.inside for birth in births for root in birth.roots)
+    return f"{part.by_hand} {quote(place)}" if part.by_hand and whole else "mount it there again"
 
 
 def first_change(top: str, since: float) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from snapshotter import checks
@@ -112,8 +112,12 @@ def _on_a_clone(session: Session, found: SnapshotSet, level: int) -> Proof:
 
 def _lost(session: Session, found: SnapshotSet, attachment_id: str) -> str:
     """Why the clone can't be read any more; '' if it can: an error in it says nothing of the image then."""
-    parts = [part for provider in session.providers_of(found) for part in provider.attachments()]
-    return next((part.lost for part in parts if part.id == attachment_id and part.lost), "")
+    for provider in session.providers_of(found):
+        with suppress(SnapshotterError):  # what is listed before an error counts
+            for part in provider.attachments():
+                if part.id == attachment_id and part.lost:
+                    return part.lost
+    return ""
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import mmap
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -221,6 +222,31 @@ def test_the_seal_reaches_the_disk_that_holds_lvms_metadata(tmp_path: Path, monk
             lvm("vgreduce", "-qq", made.vg, disk, check=False)
             lvm("losetup", "-d", disk, check=False)
         assert {block.number_of(made.disk), block.number_of(disk)} <= set(flushed)
+
+
+def test_a_swap_that_would_be_refused_is_so_while_the_node_runs(thin: LvmHarness, tmp_path: Path) -> None:
+    volume = filled(thin)
+    command = Command(tmp_path / "etc")
+    set_id = command.json("take", top(volume))["set_id"]
+    lvm("lvcreate", "-qq", "-y", "-s", "-L", "8m", "-n", "theirs", volume.id)
+    for more in (["--dry-run"], ["--yes"]):
+        line = refused(thin.storage, command, "restore", set_id, "--in-place", *more, exit_code=5)
+        assert "theirs hangs on it" in line and mounts.is_mount_point(top(volume))
+    lvm("lvremove", "-qq", "-y", f"{thin.storage.vg}/theirs")
+    assert command.json("restore", set_id, "--in-place", "--dry-run")["way"] == "swap"
+
+
+def test_an_image_whose_merge_waits_is_no_backup(thin: LvmHarness, tmp_path: Path) -> None:
+    """Its origin is in use, so LVM merges it when that is activated next: at the next boot it is gone."""
+    volume = filled(thin)
+    command = Command(tmp_path / "etc")
+    set_id = command.json("take", top(volume))["set_id"]
+    lvm("lvconvert", "-qq", "-y", "--merge", f"{thin.storage.vg}/{set_id}-0")
+    (entry,) = command.json("list")["sets"]
+    assert entry["state"] == "damaged" and "merged" in entry["why"] and not entry["good"]
+    made = subprocess.run(["lvcreate", "-y", "-s", "-n", "theirs", volume.id], capture_output=True, text=True)
+    assert made.returncode != 0, "then a take need not be refused either"
+    assert "merged into it" in refused(thin.storage, command, "take", top(volume))
 
 
 def test_a_classic_snapshot_that_overflows(classic: LvmHarness, tmp_path: Path) -> None:

@@ -256,12 +256,13 @@ def test_a_classic_snapshot_has_a_sane_size(size: int, free: int, rate: float, w
 
 
 def test_volumes_of_one_set_share_the_room() -> None:
-    """The first took all that its group had, and the second was refused."""
+    """The first took all that its group had, and the second was refused; then the clone of the last was."""
     origins = [row(name=name, size=400 * GIB, vg_free=60 * GIB) for name in ("data", "log")]
     elsewhere = row(vg="other", name="more", size=400 * GIB, vg_free=60 * GIB)
     first, second, third = room.cow_sizes([*origins, elsewhere], None, [1e6, 1e5, 1e6])
     least = room.least_store(origins[0])
-    assert first + second + 2 * least <= 60 * GIB < 2 * third and min(first, second) >= 3600e5
+    assert 60 * GIB - 2 * (least + MIB * 4) <= first + second + 2 * least <= 60 * GIB < 2 * third
+    assert second >= 40 * GIB * 0.1 and first > second, "in proportion"
     assert third + least <= 60 * GIB
     assert room.cow_sizes([], None, []) == []
     with pytest.raises(PreconditionError, match="room for a clone"):
@@ -269,7 +270,28 @@ def test_volumes_of_one_set_share_the_room() -> None:
     assert room.cow_sizes([row(size=400 * GIB, vg_free=6 * GIB)], 6 * GIB, [0.0]) == [6 * GIB], "as it was asked for"
     with pytest.raises(PreconditionError) as refused:
         room.store_size(row(size=400 * GIB, vg_free=0), 0, None)
-    assert "size=" not in refused.value.cure, "a restore takes no such option"
+    assert "--to" in refused.value.cure, "--in-place takes no such option"
+
+
+@given(
+    sizes=st.lists(st.integers(4 * MIB, 4 << 40), min_size=1, max_size=5),
+    free=st.integers(0, 2 << 20).map(lambda extents: extents * 4 * MIB),
+    rate=st.floats(0, 1e9),
+)
+@example(sizes=[100 * GIB, 400 * GIB], free=20 * GIB, rate=0.0)
+@example(sizes=[100 * GIB] * 3, free=10 * GIB, rate=0.0)
+def test_what_was_taken_can_be_attached_whole(sizes: list[int], free: int, rate: float) -> None:
+    origins = [row(name=f"v{number}", size=size, vg_free=free) for number, size in enumerate(sizes)]
+    try:
+        taken = room.cow_sizes(origins, None, [rate] * len(origins))
+    except PreconditionError:
+        return
+    left = free - sum(taken)
+    for number, origin in enumerate(origins):
+        store = room.store_size(origin, left, None, origins[number + 1 :])
+        assert store >= room.least_store(origin)
+        left -= store
+    assert left >= 0
 
 
 def test_a_group_without_room_for_tags_is_refused() -> None:
@@ -599,8 +621,13 @@ def test_a_swap_that_a_copied_group_has_too_is_not_guessed_at() -> None:
         ("copy", "copy", "copy"),
     }
     for end in (swaps.swap_back, swaps.swap_commit):
-        with pytest.raises(BusyError, match="tv-a and copy"):
+        with pytest.raises(BusyError, match="tv-a and copy") as refused:
             end(lambda: rows, "w1")
+        assert "/data" not in refused.value.cure, "which of them is the copy nobody can tell"
+    with pytest.raises(BusyError, match="tv-a and copy"):  # what an undo asks before it stops the node
+        swaps.refuse_copied(rows, "tv-a/data")
+    swaps.refuse_copied(rows, "tv-a/other")
+    swaps.refuse_copied([origin, clone], "tv-a/data")
     assert swaps.finish_commits([origin, copies[0]]) == []
 
 

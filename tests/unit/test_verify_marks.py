@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from snapshotter.checks import Finding, Outcome, Proof
-from snapshotter.core.errors import BusyError, JudgedBadError
+from snapshotter.core.errors import BusyError, JudgedBadError, StorageError
 from snapshotter.core.model import Attachment, Snapshot, SnapshotSet, compact_time
 from snapshotter.host.locks import Locks
 from snapshotter.provider import Settings
@@ -107,19 +107,31 @@ def test_a_weaker_ok_renews_a_stronger_one_where_the_policy_asks_no_more(
         assert marks(world.sets()[0])[2] != compact_time(world.now), "it says nothing of the image"
 
 
+@pytest.mark.parametrize("blind", [False, True])
 @pytest.mark.parametrize("lost", ["", "what was written to it filled its store"])
 def test_an_error_in_a_clone_that_is_lost_says_nothing_of_its_image(
-    world: World, monkeypatch: pytest.MonkeyPatch, lost: str
+    world: World, monkeypatch: pytest.MonkeyPatch, lost: str, blind: bool
 ) -> None:
+    """Also where the driver can't look everywhere: a verdict must be written down."""
+
     class Full(MemoryProvider):
+        asked = False
+
         def attachments(self) -> Iterator[Attachment]:
             yield from (replace(each, lost=lost) for each in super().attachments())
+            if self.asked and blind:
+                raise StorageError("can't look into all groups")
 
     world.take(NOON)
+    provider = Full(Settings(str(world.tmp / "state"), floor=0.0), world.store)
     bad = Proof(2, Outcome.CORRUPT, (Finding("rocksdb", "/db", 2, Outcome.CORRUPT, "Input/output error"),))
-    monkeypatch.setattr(verify.checks, "prove", lambda *_, **__: bad)
-    session = world.session(Full(Settings(str(world.tmp / "state"), floor=0.0), world.store))
-    proof = verify.prove_set(session, world.sets()[0], 2)
+
+    def prove(*_: Any, **__: Any) -> Proof:
+        provider.asked = True
+        return bad
+
+    monkeypatch.setattr(verify.checks, "prove", prove)
+    proof = verify.prove_set(world.session(provider), world.sets()[0], 2)
     assert proof.outcome is (Outcome.COULD_NOT_RUN if lost else Outcome.CORRUPT)
     assert lost in proof.why and world.sets()[0].good is bool(lost)
 
