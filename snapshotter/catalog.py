@@ -141,11 +141,11 @@ def read(
 
 def in_order(sets: Iterable[SnapshotSet]) -> list[SnapshotSet]:
     """Oldest first. Among sets of the same volumes the storage's order counts; between others (the node moved to
-    another provider or pool) only clocks can tell: a set is no older than those before it, and one stamped in the
-    future is as old as the one after it."""
-    chains: dict[tuple[Member, ...], list[SnapshotSet]] = {}
+    another provider or pool; a replica, which its own storage has numbered) only clocks can tell: a set is no older
+    than those before it, and one stamped in the future is as old as the one after it, or else the one before it."""
+    chains: dict[tuple[object, ...], list[SnapshotSet]] = {}
     for found in sets:
-        chains.setdefault(found.birth.members, []).append(found)
+        chains.setdefault((found.birth.members, found.received), []).append(found)
     timed: list[tuple[datetime, SnapshotSet]] = []
     now = utc_now()
     for chain in chains.values():
@@ -153,6 +153,8 @@ def in_order(sets: Iterable[SnapshotSet]) -> list[SnapshotSet]:
         times = [found.birth.taken_at for found in chain]
         for k in reversed(range(len(chain) - 1)):
             times[k] = times[k + 1] if times[k] > now else times[k]
+        if past := [moment for moment in times if moment <= now]:
+            times = [moment if moment <= now else past[-1] for moment in times]
         timed += zip(accumulate(times, max), chain, strict=True)
     timed.sort(key=lambda each: each[0])  # stable: a chain stays as it is
     return [found for _, found in timed]

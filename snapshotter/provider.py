@@ -206,7 +206,9 @@ class Provider(ABC):
         `destination`, an absent or empty directory, itself (`Tree`). WRITABLE must leave the snapshot's bytes as they
         are; READ_ONLY must not be writable. A destination that isn't empty is left alone; the same part of an
         attachment twice is refused, or is the same again. One attachment id may span several snapshots, each with its
-        destination. Raises PreconditionError (needs root, no such access), StorageError (invalid image, no space)."""
+        destination. Where `traits.needs_host` the source, or the path in it, has the attachment's id or the set's in
+        it: by that is told later whether what is mounted there is it. Raises PreconditionError (needs root, no such
+        access), StorageError (invalid image, no space)."""
 
     def foresee(self, snapshot: Snapshot) -> list[str]:
         """What a person should know before `attach`: how long it takes and what it costs, a line each. No effects.
@@ -283,6 +285,12 @@ class Provider(ABC):
         live process holds. Default: nothing."""
         return []
 
+    def refuse_unmounted(self, paths: Sequence[str]) -> None:
+        """Raise PreconditionError, with the cure, where a volume of this storage mounts itself at one of these paths or
+        above it, and what is seen there now is what lies below: no fstab tells of it. Asked of `MOUNT_THEMSELVES`
+        before a take, whoever serves the path. Default: nothing."""
+        return None
+
     def refuse_writes(self, needs: Sequence[tuple[Mount, int]]) -> None:
         """Raise PreconditionError, with the cure, where so many bytes (at most) written to the file systems of these
         mounts would harm what lies below them: fill a pool that others are in, overflow snapshots. Asked before a
@@ -313,6 +321,8 @@ _SIGNS = {
     "zfs": ("/proc/spl/kstat/zfs", "/dev/zfs"),
     "lvm": ("/dev/mapper/control", "/sys/class/misc/device-mapper"),
 }
+#: Storage that mounts what is in it by itself.
+MOUNT_THEMSELVES = ("zfs",)
 #: What DMI calls the machines of each cloud.
 VENDORS = {"ebs": "Amazon EC2", "gce": "Google"}
 ENTRY_POINTS = "snapshotter.providers"
@@ -405,10 +415,13 @@ def load(name: str) -> type[Provider]:
             raise UsageError(f"no provider is called {name!r}", object=name, cure=cure)
         try:
             loaded = points[name].load()
-        except ImportError as error:
-            raise PreconditionError(f"can't load: {error}", object=f"provider {name}") from None
+        except Exception as error:  # a third party's module may raise anything
+            raise PreconditionError(f"can't load: {type(error).__name__}: {error}", object=f"provider {name}") from None
     if not (isinstance(loaded, type) and issubclass(loaded, Provider)):
         raise PreconditionError("is not a Provider", object=f"provider {name}", cure="mend its entry point")
+    if lacking := sorted(getattr(loaded, "__abstractmethods__", ())):
+        why = f"lacks {', '.join(lacking)}: it is older than this snapshotter"
+        raise PreconditionError(why, object=f"provider {name}", cure="install a newer one")
     return loaded
 
 

@@ -26,6 +26,7 @@ from snapshotter.core.errors import (
     NotFoundError,
     PreconditionError,
     QuiesceError,
+    SnapshotterError,
     StorageError,
 )
 from snapshotter.core.labels import LabelLimits, apply_marks, check_marks, encode_birth
@@ -133,6 +134,26 @@ class ZfsProvider(Provider):
                     object=volume.id,
                     cure="give the path below the dataset's own mount point",
                 )
+
+    def refuse_unmounted(self, paths: Sequence[str]) -> None:
+        well = [pool for pool in tool.pools() if not tool.suspended(pool)]
+        if not well or tool.needs():
+            return
+        try:
+            datasets = tool.automatic(well)
+        except SnapshotterError:
+            return  # whose volumes are no dataset needs no ZFS that answers
+        table = mounts.table()
+        seen = [(path, mounts.mount_of(path, table).path) for path in map(os.path.realpath, paths)]
+        for name, point in datasets.items():
+            place = os.path.realpath(point) if point else ""
+            for path, here in seen if place else ():
+                if mounts.is_under(path, place) and mounts.is_under(place, here) and place != here:
+                    raise PreconditionError(
+                        f"{name} isn't mounted at {place}: what is seen there is what it would hide",
+                        object=path,
+                        cure=f"zfs load-key -a; zfs mount {name}; if it isn't meant: zfs set canmount=noauto {name}",
+                    )
 
     def space(self, volumes: Sequence[Volume]) -> Space:
         names = [volume.id for volume in volumes]
@@ -354,7 +375,10 @@ class ZfsProvider(Provider):
     # -- taking the origin's place --------------------------------------------------------------------------------
 
     def swappable(self, volume: Volume, snapshot: Snapshot) -> bool:
-        # Nothing can take the place of a pool's own dataset, and a clone is always in its origin's pool.
+        # Nothing can take the place of a pool's own dataset, and a clone is always in its origin's pool. Before 2.0
+        # there is no `zfs rename -u`, and any other unmounts what is below.
+        if tool.version().startswith("0."):
+            return False
         return "/" in volume.id and tool.pool_of(snapshot.id) == tool.pool_of(volume.id)
 
     def swap(self, swap_id: str, snapshot: Snapshot, volume: Volume) -> None:

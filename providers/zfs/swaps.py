@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from providers.zfs import library, objects, tool
@@ -160,7 +161,9 @@ def _check(swap_id: str, snapshot: Object, volume: str) -> None:
     if tool.pool_of(snapshot.name) != tool.pool_of(volume):
         raise PreconditionError("is in another pool than the set", object=volume, cure="restore with --to, and copy")
     if here[volume].get("keystatus", ("-", ""))[0] == "unavailable":
-        raise PreconditionError("its encryption key isn't loaded", object=volume, cure=f"zfs load-key {volume}")
+        root = here[volume].get("encryptionroot", ("-", ""))[0]
+        cure = f"zfs load-key {volume if root == '-' else root}"
+        raise PreconditionError("its encryption key isn't loaded", object=volume, cure=cure)
     for other, clone, aside in open_swaps(objects.sure(SWAP, ASIDE, pool=tool.pool_of(volume))):
         records = [each.record(prop) for each, prop in ((clone, SWAP), (aside, ASIDE)) if each is not None]
         if other == swap_id or any(record and record.get("volume") == volume for record in records):
@@ -228,12 +231,11 @@ def _retire(name: str, swap_id: str) -> None:
     if not library.exists(name):
         return
     if not tool.snapshots_of(name):
-        try:
+        # A snapshot was taken meanwhile, or another mount namespace shows it: what is in its place is right all the
+        # same, and its node must not stay stopped for that.
+        with suppress(BusyError):
             tool.destroy(name)
             return
-        except BusyError:
-            if not tool.snapshots_of(name):  # else one was taken meanwhile
-                raise
     for key in [key for key in tool.get_local(name) if ":" in key and not key.startswith(objects.PREFIX)]:
         tool.change("inherit", key, name, object=name)
     kept = ["canmount=noauto", "mountpoint=none", "reservation=none", "refreservation=none"]
@@ -253,8 +255,14 @@ def sweep() -> tuple[list[str], list[str]]:
             continue
         hanging = [name for name, _ in tool.snapshots_of(found.name)]
         if not hanging and not (seen := _mounted(found.name)):
-            tool.destroy(found.name)
-            removed.append(found.name)
+            try:
+                tool.destroy(found.name)
+                removed.append(found.name)
+            except BusyError:
+                stay.append(
+                    f"{found.name}, of a swap that was taken back, is in use, as where another mount namespace shows "
+                    f"it: grep -l {found.name} /proc/*/mounts"
+                )
         elif not hanging:
             stay.append(f"{found.name}, of a swap that was taken back, is mounted: umount {seen[0].path}")
         elif not any(each.birth for each in objects.read(hanging)):

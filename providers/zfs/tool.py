@@ -84,15 +84,19 @@ def pool_of(name: str) -> str:
     return name.partition("@")[0].partition("/")[0]
 
 
+def suspended(pool: str) -> bool:
+    """Whether it has lost its devices. False where that isn't told (an older OpenZFS, no such pool)."""
+    try:
+        with open(f"{_POOLS}/{pool}/state", encoding="ascii") as file:
+            return file.read().strip() == "SUSPENDED"
+    except OSError:
+        return False
+
+
 def refuse_suspended(names: Iterable[str]) -> None:
     """Raise StorageError if a pool of these names lost its devices: what changes it would wait for ever."""
     for pool in {pool_of(name) for name in names}:
-        try:
-            with open(f"{_POOLS}/{pool}/state", encoding="ascii") as file:
-                state = file.read().strip()
-        except OSError:
-            continue  # an older OpenZFS, or no such pool: the call itself will tell
-        if state == "SUSPENDED":
+        if suspended(pool):
             raise failure(errno.EAGAIN, pool)
 
 
@@ -226,13 +230,34 @@ def local_value(name: str, key: str) -> str:
     return outcome.stdout.removesuffix("\n")
 
 
+def version() -> str:
+    """The kernel module's, as 2.1.11-1; '' where there is none."""
+    try:
+        with open("/sys/module/zfs/version", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
 def get_local(name: str) -> dict[str, str]:
-    """All properties that are set on this object itself. Raises StorageError if it isn't there."""
-    found: dict[str, Properties] = {}
-    _read(["-s", "local,received", "-o", "name,property,value,source", "all", name], found, name)
-    if name not in found and name not in get(["type"], [name]):
+    """All properties that are set on this object itself. Raises StorageError if it isn't there. Names first, and what
+    a user may have written value by value: one of several lines looks like other properties, which root would set."""
+    there = run(["zfs", "get", "-H", "-s", "local,received", "-o", "property", "all", name], timeout=_READING_S)
+    if not there.ok:
+        raise told(there, name)
+    keys = there.stdout.split()
+    if not keys and name not in get(["type"], [name]):
         raise failure(errno.ENOENT, name)
-    return {key: value for key, (value, _) in found.get(name, {}).items()}
+    found: dict[str, Properties] = {}
+    if native := [key for key in keys if ":" not in key]:
+        _read(["-o", "name,property,value,source", ",".join(native), name], found, name)
+    local = {key: value for key, (value, _) in found.get(name, {}).items()}
+    for key in keys:
+        if ":" in key:
+            local[key] = run(["zfs", "get", "-Hp", "-o", "value", key, name], timeout=_READING_S).stdout.removesuffix(
+                "\n"
+            )
+    return local
 
 
 def settable(name: str) -> dict[str, str]:

@@ -166,6 +166,9 @@ class Proxy(Provider):
     def reap(self) -> list[str]:
         return self.inner.reap()
 
+    def refuse_unmounted(self, paths: Sequence[str]) -> None:
+        self.inner.refuse_unmounted(paths)
+
     def refuse_writes(self, needs: Sequence[tuple[Mount, int]]) -> None:
         self.inner.refuse_writes(needs)
 

@@ -1,7 +1,8 @@
 """The config's own commands around take, restore and prune. They know what happens from their environment; what they
 print is caught, and its last line is told where one fails.
 
-One that fails before refuses the verb: nothing was changed. One that fails after changes nothing: what is done is done.
+One that fails before refuses the verb: nothing was changed. One that is cut short (its time is up, a signal) may have
+done half: then what undoes it runs all the same. One that fails after changes nothing: what is done is done.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ from __future__ import annotations
 from types import TracebackType
 
 from snapshotter.core import command
-from snapshotter.core.errors import PreconditionError, SnapshotterError, Told
+from snapshotter.core.errors import Interrupted, PreconditionError, SnapshotterError, StorageError, Told
 from snapshotter.nodes.config import Node
+
+
+class _CutShort(PreconditionError):
+    """The hook was killed as its time was up."""
 
 
 class Around:
@@ -24,7 +29,11 @@ class Around:
 
     def __enter__(self) -> Around:
         if self._node is not None:
-            self._run("before", {})
+            try:
+                self._run("before", {})
+            except (_CutShort, Interrupted) as error:
+                self.__exit__(type(error), error, None)
+                raise
         return self
 
     def __exit__(
@@ -53,6 +62,8 @@ class Around:
         cure = "mend the hook, or take it out of the config"
         try:
             done = command.run(argv, timeout=float(node.timeout), extra_env=given)
+        except StorageError as error:
+            raise _CutShort(f"its hook {name} failed: {error.line()}", object=node.name, cure=cure) from None
         except SnapshotterError as error:
             raise PreconditionError(f"its hook {name} failed: {error.line()}", object=node.name, cure=cure) from None
         if not done.ok:

@@ -160,7 +160,7 @@ def survey(session: Session, node: Node) -> Survey:
     """Look at the node's storage. Raises as `nearest`, and PreconditionError for a disk that isn't mounted."""
     profile = profile_of(session, node)[0]
     layout = roots(node, profile)
-    _refuse_unmounted(layout)
+    _refuse_unmounted(session, layout)
     claims = claimed(session, node, layout)
     found: dict[str, Claim] = {}
     for claim in claims:
@@ -274,7 +274,7 @@ def make(
     return plan
 
 
-def _refuse_unmounted(layout: Layout) -> None:
+def _refuse_unmounted(session: Session, layout: Layout) -> None:
     """Raise PreconditionError where a disk of a root, or one that a link or a database's options lead to, isn't mounted
     (it failed at boot): the set would lack what is on it, and retention would let go of good ones for it."""
     table = mounts.table()
@@ -285,6 +285,8 @@ def _refuse_unmounted(layout: Layout) -> None:
                 object=who,
                 cure=f"mount {point}; or take its line out of /etc/fstab, or disable its .mount unit",
             )
+    for name in filter(providers.may_be_here, providers.MOUNT_THEMSELVES):
+        session.provider(name, chosen=False).refuse_unmounted([root.path for root in layout.roots])
 
 
 def refuse_grade(node: Node, grade: Grade, volumes: Sequence[Volume], require: str | None, allow_skew: bool) -> None:

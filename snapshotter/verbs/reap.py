@@ -1,8 +1,8 @@
 """reap: remove what an interrupted run left behind, and let go what it still holds.
 
 Only unsealed sets of this host whose deadline is past and whose locks are free, half-made and `verify` attachments of
-dead runs, what a driver alone can see of its dead runs, and dead runs' pauses and freezes. Never a pending, damaged or
-unknown set, never a person's clone.
+dead runs, what a driver alone can see of its dead runs, and dead runs' pauses and freezes. Never a pinned, pending,
+damaged or unknown set, never a person's clone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from snapshotter.host.places import host_name, same_host
 from snapshotter.provider import resume
 from snapshotter.verbs.delete import lock_names, remove
 from snapshotter.verbs.documents import grouped
-from snapshotter.verbs.release import placed, places_of, refuse_foreign_mount, tidy
+from snapshotter.verbs.release import mounted_of, placed, places_of, refuse_foreign_mount, tidy
 from snapshotter.verbs.session import Session
 
 
@@ -52,11 +52,14 @@ def reap(session: Session, entries: Catalog | None = None) -> dict[str, Any]:
             try:
                 trees = {part.path for part in parts if part.tree}
                 places = places_of(placed(session, parts), parts)
+                mounted = mounted_of(places, [(provider, part) for part in parts])
                 for path in [path for path in places if os.path.lexists(path)]:
                     refuse_foreign_mount(path, trees)
+                    if path not in mounted and path not in trees:
+                        continue
                     if users := processes.users_of(path):
                         raise BusyError(f"is in use by {processes.named(users)}", object=path)
-                for path in places:
+                for path in mounted:
                     mounts.unmount(path)
                 provider.detach(parts[0].id)
                 tidy(places, parts[0].id)
@@ -73,6 +76,8 @@ def reap(session: Session, entries: Catalog | None = None) -> dict[str, Any]:
             kept.append({"set_id": found.set_id, "reason": f"it is being taken, or was left, by {found.birth.host}"})
         elif found.received:
             kept.append({"set_id": found.set_id, "reason": "it is a replica, or its pool was renamed"})
+        elif found.pinned:  # somebody wants what there is of it
+            kept.append({"set_id": found.set_id, "reason": "it is pinned"})
         elif utc_now() < found.birth.deadline:
             kept.append({"set_id": found.set_id, "reason": "its deadline is not past"})
         else:
@@ -80,7 +85,7 @@ def reap(session: Session, entries: Catalog | None = None) -> dict[str, Any]:
                 with Locks(lock_names(found)):
                     # Looked at again: it may have been sealed just before the lock came free.
                     now = [entry for entry in session.catalog(found.set_id).sets if entry.set_id == found.set_id]
-                    if now and now[0].state is State.INCOMPLETE:
+                    if now and now[0].state is State.INCOMPLETE and not now[0].pinned:
                         remove(session, now[0])
                         removed.append(found.set_id)
             except BusyError as error:

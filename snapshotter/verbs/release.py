@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from shlex import quote
 from typing import Any
 
@@ -50,12 +50,14 @@ def release(session: Session, where: str, *, discard_changes: bool = False) -> d
     if any(found.held for found in attachments):
         raise BusyError("is being made by a running restore", object=where, cure="wait for it, or stop it")
     with Locks([f"attachment:{attachment_id}"]):
+        mounted = mounted_of(paths, ours)
         for path in [path for path in paths if os.path.lexists(path)]:
             refuse_foreign_mount(path, trees)
-            _refuse_if_used(path)
+            if path in mounted or path in trees:
+                _refuse_if_used(path)
         if not discard_changes and attachments[0].access is Access.WRITABLE:
-            _refuse_if_changed(session, roots, attachments)
-        for path in paths:
+            _refuse_if_changed(session, roots, attachments, mounted)
+        for path in mounted:
             mounts.unmount(path)
         notes: list[str] = []
         for provider in {id(provider): provider for provider, _ in ours}.values():
@@ -85,13 +87,31 @@ def places_of(roots: Iterable[str], parts: list[Attachment]) -> list[str]:
 
 def _identify(attachments: list[Attachment], where: str, unasked: list[str]) -> str:
     wanted = os.path.realpath(where)
-    for found in attachments:
-        if where == found.id or (found.path and os.path.realpath(found.path) == wanted):
-            return found.id
+    if any(where == found.id for found in attachments):
+        return where
+    ids = sorted({found.id for found in attachments if found.path and os.path.realpath(found.path) == wanted})
+    if len(ids) > 1:  # as where a clone isn't mounted since a reboot, and another took its place
+        raise BusyError(f"{' and '.join(ids)} were both brought there", object=where, cure="release one by its id")
+    if ids:
+        return ids[0]
     cure = "`snapshotter show SET` names attachments"
     if unasked:
         cure += f"; not asked: {', '.join(dict.fromkeys(unasked))}"
     raise NotFoundError("nothing of ours is attached there", object=where, cure=cure)
+
+
+def mounted_of(paths: Iterable[str], ours: Sequence[tuple[Provider, Attachment]]) -> list[str]:
+    """Those of the places at which one attachment is mounted now. After a reboot, or an umount, what a person mounted
+    may be there instead: what we mount names the attachment or the set, in its source or in the path within it. (A
+    cloud's disk doesn't: there whatever is mounted counts.)"""
+    names = {name for _, part in ours for name in (part.id, part.set_id)}
+    named = all(provider.traits.needs_host for provider, _ in ours)
+    table: dict[str, list[str]] = {}
+    for entry in mounts.table():
+        table.setdefault(entry.path, []).append(f"{entry.source} {entry.root}".replace("--", "-"))  # as dm has it
+    return [
+        path for path in paths if any(not named or name in shown for shown in table.get(path, ()) for name in names)
+    ]
 
 
 def refuse_foreign_mount(path: str, trees: set[str]) -> None:
@@ -109,7 +129,9 @@ def _refuse_if_used(path: str) -> None:
         raise BusyError(f"is in use by {some}{more}", object=path, cure="end that first")
 
 
-def _refuse_if_changed(session: Session, roots: Mapping[str, int], parts: list[Attachment]) -> None:
+def _refuse_if_changed(
+    session: Session, roots: Mapping[str, int], parts: list[Attachment], mounted: Collection[str]
+) -> None:
     if any(part.since is not None and not part.path for part in parts):  # `--away`
         raise BusyError(
             "is for another machine: what was written to it there can't be seen",
@@ -121,7 +143,7 @@ def _refuse_if_changed(session: Session, roots: Mapping[str, int], parts: list[A
         part = by_member.get(member)
         if part is None or part.since is None:
             continue  # never settled: half-made, nobody has worked in it
-        if not part.tree and not mounts.is_mount_point(place):
+        if not part.tree and place not in mounted:
             # After a reboot, or an umount: the clone is there still, with all that was written to it.
             raise BusyError(
                 "isn't mounted, so whether it was written to since it was restored can't be told",

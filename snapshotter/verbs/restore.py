@@ -10,8 +10,8 @@ import functools
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,12 +20,14 @@ from snapshotter.core.errors import (
     JudgedBadError,
     NotFoundError,
     PreconditionError,
+    SnapshotterError,
     StorageError,
     UsageError,
 )
 from snapshotter.core.interrupts import deferred
 from snapshotter.core.model import (
     Access,
+    Attachment,
     Grade,
     MountSpec,
     Purpose,
@@ -108,6 +110,7 @@ def _bring_all(
         Undo(undo_command=f"snapshotter release {top}") as undo,
     ):
         destination_of(top, found)  # another restore may have filled it before we had the lock
+        _refuse_taken(top, holding.values())
         if access is Access.READ_ONLY and not os.path.isdir(top):
             undo.push(top, lambda: _remove_if_empty(top))
             os.mkdir(top)
@@ -135,6 +138,24 @@ def _bring_all(
                 provider.settle(attachment_id, since)
             undo.commit()
     warnings += [f"{_shown(change)} led to {change.before}, and now to {change.after}" for change in changes]
+
+
+def _refuse_taken(top: str, providers: Iterable[Provider]) -> None:
+    """Raise BusyError where a clone was brought to and isn't mounted now: who releases the place later may mean either
+    of the two. (What is listed before an error counts: it is a restore.)"""
+    listed: list[Attachment] = []
+    for provider in providers:
+        with suppress(SnapshotterError):
+            for part in provider.attachments():
+                listed.append(part)
+    for part in listed:
+        if part.path == top and part.since is not None and not part.tree:
+            drops = " --discard-changes" if part.access is Access.WRITABLE else ""
+            raise BusyError(
+                f"{part.id} was brought there, and isn't mounted now",
+                object=top,
+                cure=f"restore elsewhere, or: snapshotter release {part.id}{drops}",
+            )
 
 
 def _let_pass(moment: datetime) -> None:

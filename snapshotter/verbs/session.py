@@ -11,7 +11,7 @@ from msgspec import Struct
 from msgspec.structs import asdict
 
 from snapshotter import catalog, provider
-from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, UsageError, put_off
+from snapshotter.core.errors import NotFoundError, PreconditionError, SnapshotterError, UsageError, foreseen, put_off
 from snapshotter.core.model import Report, SnapshotSet, State, no_report
 from snapshotter.nodes.config import Aws, Config, Gcp, Node
 from snapshotter.nodes.target import canonical, resolve, target_of
@@ -86,8 +86,9 @@ class Session(Struct):
         for name, owner in wanted:
             try:
                 instance = self.provider(name, owner, chosen=False)
-            except SnapshotterError as error:
-                gone[(name, error.line())] = catalog.Unavailable(name, error.line())
+            except Exception as error:  # be it a bug of a third party's driver, as in `catalog.read`
+                line = foreseen(error, name).line()
+                gone[(name, line)] = catalog.Unavailable(name, line)
                 continue
             made[id(instance)] = instance
         answer = list(made.values()), list(gone.values())

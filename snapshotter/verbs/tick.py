@@ -240,22 +240,28 @@ def _verify(run: Run, node: Node, sets: list[SnapshotSet], entry: dict[str, Any]
     if good is None or not run.in_time(f"{node.name}: verify"):
         return
     try:
-        if (every := node.verify.every) is not None and node.select is None:
-            # What said nothing of the image was an attempt too: it isn't made again every minute. A person's verify to
-            # a lower level isn't what the policy asks for.
-            asked = (each for each in sets if each.verified_level is None or each.verified_level >= node.verify.level)
-            times = [parse_compact_time(text) for found in asked if (text := found.marks.get("verify-at"))]
-            times += _tried(run.session, node)
-            if not any(0 <= (utc_now() - last).total_seconds() < every for last in times):
-                entry["verified"] = _prove(run, node)
-        elif "verify-outcome" not in good.marks and same_host(good.birth.host, host_name()):
-            with Locks([f"set:{good.set_id}"], exclusive=False):
-                verify.prove_set(run.session, good, 0)
-            entry["verified"] = {"set_id": good.set_id, "level": 0, "outcome": "ok"}
+        # One at a time: another tick's proof may take hours, and is written down at its end.
+        with Locks([f"verify:{target_of(node)}"]):
+            _verify_due(run, node, sets, good, entry)
     except BusyError as error:
         run.left.append(f"{node.name}: verify: {error.line()}")
     except SnapshotterError as error:
         run.fail(node.name, "verify", error)
+
+
+def _verify_due(run: Run, node: Node, sets: list[SnapshotSet], good: SnapshotSet, entry: dict[str, Any]) -> None:
+    if (every := node.verify.every) is not None and node.select is None:
+        # What said nothing of the image was an attempt too: it isn't made again every minute. A person's verify to a
+        # lower level isn't what the policy asks for.
+        asked = (each for each in sets if each.verified_level is None or each.verified_level >= node.verify.level)
+        times = [parse_compact_time(text) for found in asked if (text := found.marks.get("verify-at"))]
+        times += _tried(run.session, node)
+        if not any(0 <= (utc_now() - last).total_seconds() < every for last in times):
+            entry["verified"] = _prove(run, node)
+    elif "verify-outcome" not in good.marks and same_host(good.birth.host, host_name()):
+        with Locks([f"set:{good.set_id}"], exclusive=False):
+            verify.prove_set(run.session, good, 0)
+        entry["verified"] = {"set_id": good.set_id, "level": 0, "outcome": "ok"}
 
 
 def _prove(run: Run, node: Node) -> dict[str, Any]:

@@ -32,6 +32,7 @@ READING = {
     "swappable",
     "refuse_commit",
     "sees",
+    "refuse_unmounted",
     "refuse_writes",
     "reap",
     "space",

@@ -28,6 +28,22 @@ def names(top: Path) -> set[str]:
     return {str(path.relative_to(top)) for path in top.rglob("*")}
 
 
+def test_what_changes_something_is_not_killed_by_a_signal_to_us(tmp_path: Path) -> None:
+    """A `docker stop` that was killed goes on in its daemon, and the `start` that followed came too early."""
+    stop = f"touch {tmp_path}/begun; sleep 1; touch {tmp_path}/ended"
+    script = (
+        "from snapshotter.core import command, interrupts\n"
+        "interrupts.install()\n"
+        f"command.run(['sh', '-c', {stop!r}], mutates=True, leaves_daemons=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert (tmp_path / "ended").exists() and process.returncode != 0 and "interrupted by SIGTERM" in said
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_at_random_instants(
     tmp_path: Path, data: Path, number: signal.Signals, request: pytest.FixtureRequest

@@ -143,6 +143,32 @@ def test_a_snapshot_that_has_our_name_or_inherits_our_record_is_not_ours(harness
     zfs("inherit", "snapshotter:birth", volume.id)
 
 
+def test_a_dataset_that_is_not_mounted_is_taken_by_nobody_else(harness: ZfsHarness, tmp_path: Path) -> None:
+    """As where its key wasn't loaded at boot: the node made itself anew in the directory below, and sets of that by
+    another provider pushed the real ones out."""
+    point = harness.scratch / "live"
+    volume = harness.dataset("d", "-o", f"mountpoint={point}")
+    (point / "node").mkdir()
+    (point / "node" / "chain").write_text("real")
+    command, store = Command(tmp_path / "etc"), ["-o", f"store={tmp_path}/store"]
+    set_id = command.json("take", str(point / "node"))["set_id"]
+    zfs("unmount", volume.id)
+    (point / "node").mkdir(parents=True)
+    (point / "node" / "chain").write_text("made anew")
+    try:
+        for words in ([], ["--provider", "copy", *store]):
+            error = command.error("take", str(point / "node"), *words, exit_code=3)
+            assert f"{volume.id} isn't mounted at {point}" in error["line"] and "zfs mount" in error["cure"]
+        zfs("set", "canmount=noauto", volume.id)
+        assert command.json("take", str(point / "node"), "--provider", "copy", *store)["good"], "not meant"
+        zfs("set", "canmount=on", volume.id)
+    finally:
+        for path in (point / "node" / "chain", point / "node"):
+            path.unlink() if path.is_file() else path.rmdir()
+    zfs("mount", volume.id)
+    assert [each["set_id"] for each in command.json("list")["sets"] if each["set_id"] == set_id] == [set_id]
+
+
 def test_a_file_system_on_a_zvol_is_refused_by_name(harness: ZfsHarness) -> None:
     """It is ZFS's, so nothing else takes it for its own; and its snapshot would be no whole file system."""
     zvol = f"{harness.top}/zvol"

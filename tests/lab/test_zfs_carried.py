@@ -53,6 +53,23 @@ def test_what_was_set_on_the_origin_is_set_on_what_takes_its_place(harness: ZfsH
     assert local() == before and read(volume) == "live"
 
 
+def test_a_note_of_several_lines_is_no_property(harness: ZfsHarness) -> None:
+    """Whoever may write a note (`userprop`) could have root set a mount point of his."""
+    volume = harness.dataset("d", "-o", "com.example:note=of one line")
+    forged = f"a\n{volume.id}\tmountpoint\t/etc/cron.d\tlocal\n{volume.id}\tsetuid\ton\tlocal\nz"
+    zfs("set", f"com.example:lines={forged}", volume.id)
+    assert {key for key in tool.get_local(volume.id) if not key.startswith("snapshotter:")} == {
+        "com.example:note",
+        "com.example:lines",
+        "acltype",
+    }
+    older = take(volume, "older")
+    zfs_kit.provider().swap("w1", image(older), volume)
+    assert zfs("get", "-Hp", "-o", "value", "com.example:lines", volume.id).removesuffix("\n") == forged
+    assert "cron.d" not in zfs("get", "-H", "-o", "value", "mountpoint", volume.id) and read(volume) == "older"
+    zfs_kit.provider().swap_back("w1")
+
+
 def test_who_may_do_what_may_do_it_to_what_takes_the_place(harness: ZfsHarness) -> None:
     volume = harness.volume()
     for words in (

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -149,6 +152,30 @@ def test_discard_is_refused_while_anything_hangs_on_what_is_set_aside(harness: Z
     holds(harness, {older: "older", later: "later"})
     zfs_kit.provider().delete(older)
     holds(harness, {later: "later"})
+
+
+def test_an_undo_ends_though_another_mount_namespace_shows_the_clone(harness: ZfsHarness) -> None:
+    """As a container's with `/` mounted in it: a clone that can't go kept the node stopped, and each reap failed."""
+    volume = harness.volume()
+    older = take(volume, "older")
+    write(volume, "live")
+    zfs_kit.provider().swap("w1", image(older), volume)
+    container = subprocess.Popen(["unshare", "-m", "--propagation", "private", "sleep", "600"])
+    try:
+        while b"sleep" not in Path(f"/proc/{container.pid}/cmdline").read_bytes()[:5]:
+            time.sleep(0.05)
+        zfs_kit.provider().swap_back("w1")
+        assert read(volume) == "live" and not list(zfs_kit.provider().swaps())
+        provider = zfs_kit.provider()
+        assert not any(".clone-" in name for name in provider.reap())
+        assert any("/proc/*/mounts" in note for note in provider.notes)
+        zfs_kit.provider().delete(take(volume, "newer"))
+    finally:
+        container.kill()
+        container.wait()
+    assert any(".clone-" in name for name in zfs_kit.provider().reap())
+    zfs_kit.provider().delete(older)
+    assert names(harness.top) == {harness.top, volume.id} and read(volume) == "newer"
 
 
 def test_discard_is_refused_while_what_is_set_aside_has_bookmarks(harness: ZfsHarness) -> None:

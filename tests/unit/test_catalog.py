@@ -99,6 +99,9 @@ def test_the_order_of_sets_whose_volumes_changed() -> None:
     assert order(*moved, *since, back) == "abcde"
     assert order(*moved, *since, back, right) == "abcdef"
     assert order(ahead, *moved, *since) == "9abcd"
+    last = one("000008", "one", 10**8, 1_700_000_120)  # the clock was ahead at the last set before the node moved
+    assert order(*moved, last, *since) == "ab8cd"
+    assert order(*moved, last) == "ab8"
 
 
 def test_one_members_corrupt_is_the_sets() -> None:
@@ -174,6 +177,19 @@ def test_newest_is_by_the_storages_order_before_the_clock() -> None:
     assert newest is not None and newest.set_id == early.set_id
     assert entries.newest_verified("t" * 16) is None
     assert entries.newest_good("another") is None
+
+
+def test_a_replica_is_not_numbered_as_its_original_is() -> None:
+    """Another pool counts transactions of its own: an old replica was `latest`."""
+    here = [snapshot(replace(birth(f"00000{k}"), taken_at=NOON + timedelta(days=k)), order=k, **GOOD) for k in (3, 4)]
+    there = [
+        replace(
+            snapshot(replace(birth(f"00000{k}"), taken_at=NOON + timedelta(days=k)), order=900 + k, **GOOD),
+            received=True,
+        )
+        for k in (1, 2)
+    ]
+    assert [each.set_id[-1] for each in read(*there, *here).sets] == ["1", "2", "3", "4"]
 
 
 def test_a_provider_that_fails_hides_only_its_own() -> None:

@@ -197,3 +197,17 @@ def test_secrets_are_named_never_held(tmp_path: Path, monkeypatch: pytest.Monkey
         reveal(f"file:{open_to_all}")
     open_to_all.chmod(0o640)
     assert reveal(f"file:{open_to_all}") == "secret"
+
+
+@pytest.mark.parametrize("failing", ["its time is up", "by itself"])
+def test_what_a_hook_that_was_cut_short_has_begun_is_undone(tmp_path: Path, failing: str) -> None:
+    """It took the node out of rotation, and was killed while it waited; each tick would again."""
+    before = hook(tmp_path, "before_take", *((0, "sleep 30") if failing == "its time is up" else (1, "")))
+    world = with_hooks(tmp_path, before, hook(tmp_path, "after_take"), more='timeout = "1s"')
+    with world.clock(), pytest.raises(PreconditionError, match="its hook before_take failed"):
+        take(world.session(), "n0")
+    assert not world.sets()
+    if failing == "by itself":
+        assert not (tmp_path / "after_take.env").exists(), "it is to leave things as they were"
+    else:
+        assert told(tmp_path, "after_take")["OUTCOME"] == "failed"

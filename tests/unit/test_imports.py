@@ -10,8 +10,9 @@ import ast
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -273,6 +274,27 @@ def test_a_third_partys_driver_is_found_by_its_file(tmp_path: Path, monkeypatch:
     assert provider._third_parties()
     assert [*provider.names()][-2:] == ["ceph", "copy"]
     assert provider.may_be_here("ceph"), "nobody knows what it needs but itself"
+
+
+def _import_error() -> type[provider.Provider]:
+    raise AttributeError("module 'x' has no attribute 'y'")
+
+
+class Old(provider.Provider):
+    name = "old"
+
+
+@pytest.mark.parametrize("load_it", [lambda: Old, _import_error])
+def test_a_third_partys_driver_that_does_not_fit_hides_only_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_it: Callable[[], type[provider.Provider]]
+) -> None:
+    point = SimpleNamespace(name="old", load=load_it)
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [point])
+    monkeypatch.setattr(provider, "names", lambda: ("old", "copy"))
+    config = tmp_path / "config.toml"
+    config.write_text(f'state = "{tmp_path}/state"\n')
+    entries = Session(load(str(config))).catalog()
+    assert [gone.provider for gone in entries.unavailable] == ["old"] and "old" in entries.unavailable[0].reason
 
 
 def test_the_shipped_proxies_need_no_pytest() -> None:

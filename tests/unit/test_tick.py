@@ -333,3 +333,31 @@ def test_a_newest_set_that_is_damaged_is_a_failure_and_stays(world: World) -> No
     world.pass_by(days=40)
     run(world)
     assert found.set_id in [each.set_id for each in world.sets()], "nothing automatic removes it"
+
+
+def test_what_somebody_has_pinned_is_kept_though_never_sealed(world: World) -> None:
+    """It may be all that there is of a dead node."""
+    world.take(NOON, unsealed="1")
+    world.provider().mark(world.sets()[0].set_id, {"pinned": "1"})
+    world.pass_by(days=1)
+    document = run(world)
+    assert len(world.sets()) == 2 and any(found.pinned for found in world.sets()) and not document["errors"]
+
+
+def test_a_proof_that_lasts_is_not_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written down at its end only, and ticks may overlap."""
+    world = World(tmp_path, nodes='every = "24h"\nat = "02:00"\nverify = {level = 1, every = "24h"}')
+    begun: list[str] = []
+
+    def prove(*_: Any) -> dict[str, Any]:
+        begun.append("")
+        if len(begun) == 1:
+            (entry,) = run(world)["nodes"]
+            assert entry.get("verified") is None
+        return {}
+
+    monkeypatch.setattr("snapshotter.verbs.tick._prove", prove)
+    with world.clock():
+        world.take(NOON)
+        assert run(world)["nodes"][0]["verified"] == {}
+    assert len(begun) == 1

@@ -30,7 +30,7 @@ class MemorySession(Session):
     instances: dict[str, Provider] = {}  # noqa: RUF012 msgspec copies it
 
     def provider(self, name: str, node: Node | None = None, *, chosen: bool = True) -> Provider:
-        return self.instances[name]
+        return self.instances[name] if name in self.instances else super().provider(name, node, chosen=chosen)
 
     def everywhere(self, node: Node | None = None) -> tuple[list[Provider], list[catalog.Unavailable]]:
         return list(self.instances.values()), []
