@@ -190,9 +190,9 @@ class LvmProvider(Provider):
                         object=row.id,
                         cure=f"take {group}/{row.origin}",
                     )
-                if row.attr[0] == "O":
+                if row.attr[0] == "O" and not row.thin:
                     raise PreconditionError(
-                        "a snapshot is being merged into it, and LVM makes none meanwhile",
+                        "a snapshot is being merged into it, and LVM makes no other meanwhile",
                         object=row.id,
                         cure=f"wait for the merge; one that was put off begins with lvchange --refresh {row.id}",
                     )

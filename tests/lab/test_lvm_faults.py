@@ -225,7 +225,8 @@ def test_the_seal_reaches_the_disk_that_holds_lvms_metadata(tmp_path: Path, monk
 
 
 def test_a_swap_that_would_be_refused_is_so_while_the_node_runs(thin: LvmHarness, tmp_path: Path) -> None:
-    volume = filled(thin)
+    volume = thin.volume()
+    Path(top(volume), "file").write_text("x")
     command = Command(tmp_path / "etc")
     set_id = command.json("take", top(volume))["set_id"]
     lvm("lvcreate", "-qq", "-y", "-s", "-L", "8m", "-n", "theirs", volume.id)
@@ -236,17 +237,22 @@ def test_a_swap_that_would_be_refused_is_so_while_the_node_runs(thin: LvmHarness
     assert command.json("restore", set_id, "--in-place", "--dry-run")["way"] == "swap"
 
 
-def test_an_image_whose_merge_waits_is_no_backup(thin: LvmHarness, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_thin", [True, False])
+def test_an_image_whose_merge_waits_is_no_backup(group: Storage, tmp_path: Path, is_thin: bool) -> None:
     """Its origin is in use, so LVM merges it when that is activated next: at the next boot it is gone."""
-    volume = filled(thin)
-    command = Command(tmp_path / "etc")
-    set_id = command.json("take", top(volume))["set_id"]
-    lvm("lvconvert", "-qq", "-y", "--merge", f"{thin.storage.vg}/{set_id}-0")
-    (entry,) = command.json("list")["sets"]
-    assert entry["state"] == "damaged" and "merged" in entry["why"] and not entry["good"]
-    made = subprocess.run(["lvcreate", "-y", "-s", "-n", "theirs", volume.id], capture_output=True, text=True)
-    assert made.returncode != 0, "then a take need not be refused either"
-    assert "merged into it" in refused(thin.storage, command, "take", top(volume))
+    with harness_on(group, thin=is_thin) as harness:
+        volume = filled(harness)
+        command = Command(tmp_path / "etc")
+        set_id = command.json("take", top(volume))["set_id"]
+        lvm("lvconvert", "-qq", "-y", "--merge", f"{group.vg}/{set_id}-0")
+        assert not any(entry["good"] for entry in command.json("list")["sets"]), "LVM hides it"
+        size = [] if is_thin else ["-L", "12m"]
+        raw = subprocess.run(["lvcreate", "-y", "-s", *size, "-n", "theirs", volume.id], capture_output=True)
+        assert (raw.returncode == 0) is is_thin, "what LVM makes, a take makes"
+        if is_thin:
+            assert command.json("take", top(volume))["good"]
+        else:
+            assert "merged into it" in refused(group, command, "take", top(volume))
 
 
 def test_a_classic_snapshot_that_overflows(classic: LvmHarness, tmp_path: Path) -> None:
