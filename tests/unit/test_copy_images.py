@@ -470,7 +470,7 @@ def test_from_a_full_store_sets_of_two_members_are_deleted(tmp_path: Path) -> No
                 filler.write(b"x")
         assert command.error("delete", last, "--yes", exit_code=2)["message"].startswith("is the newest")
         assert command.json("delete", first, "--yes")["deleted"][0]["set_id"] == first
-        assert [entry["set_id"] for entry in command.json("list")["sets"]] == [last]
+        assert [entry["set_id"] for entry in command.json("list", "n")["sets"]] == [last]
         assert not list(disk.glob("store/sets/*/*.tmp")) and not os.listdir(disk / "store/trash")
 
 
