@@ -285,10 +285,10 @@ class Provider(ABC):
         live process holds. Default: nothing."""
         return []
 
-    def refuse_unmounted(self, paths: Sequence[str]) -> None:
-        """Raise PreconditionError, with the cure, where a volume of this storage mounts itself at one of these paths or
-        above it, and what is seen there now is what lies below: no fstab tells of it. Asked of `MOUNT_THEMSELVES`
-        before a take, whoever serves the path. Default: nothing."""
+    def refuse_unmounted(self, roots: Sequence[str], others: Sequence[str]) -> None:
+        """Raise PreconditionError, with the cure, where a volume of this storage mounts itself at one of these paths,
+        above it, or below a root, and isn't seen there: no fstab tells of it. (`others`: where links of the data lead.)
+        Asked of `MOUNT_THEMSELVES` before a take, whoever serves the path. Default: nothing."""
         return None
 
     def refuse_writes(self, needs: Sequence[tuple[Mount, int]]) -> None:

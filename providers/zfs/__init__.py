@@ -135,7 +135,7 @@ class ZfsProvider(Provider):
                     cure="give the path below the dataset's own mount point",
                 )
 
-    def refuse_unmounted(self, paths: Sequence[str]) -> None:
+    def refuse_unmounted(self, roots: Sequence[str], others: Sequence[str]) -> None:
         well = [pool for pool in tool.pools() if not tool.suspended(pool)]
         if not well or tool.needs():
             return
@@ -144,16 +144,27 @@ class ZfsProvider(Provider):
         except SnapshotterError:
             return  # whose volumes are no dataset needs no ZFS that answers
         table = mounts.table()
-        seen = [(path, mounts.mount_of(path, table).path) for path in map(os.path.realpath, paths)]
+        seen = [(root, mounts.mount_of(root, table)) for root in map(os.path.realpath, roots)]
         for name, point in datasets.items():
             place = os.path.realpath(point) if point else ""
-            for path, here in seen if place else ():
-                if mounts.is_under(path, place) and mounts.is_under(place, here) and place != here:
-                    raise PreconditionError(
-                        f"{name} isn't mounted at {place}: what is seen there is what it would hide",
-                        object=path,
-                        cure=f"zfs load-key -a; zfs mount {name}; if it isn't meant: zfs set canmount=noauto {name}",
-                    )
+            if not place or mounts.mount_of(place, table).path == place:
+                continue
+            below = any(
+                mounts.is_under(place, root)
+                # `check` asks that of the pools that the node is on.
+                and not (mount.fstype == self.name and tool.pool_of(mount.source) == tool.pool_of(name))
+                for root, mount in seen
+            )
+            paths = [path for path in map(os.path.realpath, (*roots, *others)) if mounts.is_under(path, place)]
+            # What has a mount of its own below the place is not what the dataset would hide.
+            hides = any(mounts.is_under(place, mounts.mount_of(path, table).path) for path in paths)
+            if (below or hides) and not tool.mounts_as_it_came(name):
+                raise PreconditionError(
+                    f"isn't mounted at {place}, so what is seen there is not what is meant",
+                    object=name,
+                    cure=f"stop what runs there, zfs load-key -a, zfs mount {name}; or, if it isn't meant: "
+                    f"zfs set canmount=noauto {name}",
+                )
 
     def space(self, volumes: Sequence[Volume]) -> Space:
         names = [volume.id for volume in volumes]

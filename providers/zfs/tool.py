@@ -358,6 +358,16 @@ def automatic(names: Sequence[str]) -> dict[str, str]:
     }
 
 
+def mounts_as_it_came(name: str) -> bool:
+    """Whether its mount point came with `zfs receive`: a replica's, that shows where its original is mounted."""
+    while True:
+        words = ["zfs", "get", "-H", "-o", "source", "mountpoint", name]
+        source = run(words, timeout=_READING_S).stdout.strip()
+        if not source.startswith("inherited from "):
+            return source == "received"
+        name = source.removeprefix("inherited from ")
+
+
 def snapshots_of(name: str) -> list[tuple[str, int]]:
     """(full name, createtxg) of the snapshots of this one dataset, everybody's, oldest first; none of an absent one."""
     words = ["zfs", "list", "-Hp", "-d", "1", "-o", "name,createtxg", "-s", "createtxg", "-t", "snapshot", name]

@@ -74,11 +74,10 @@ def run(
 
     if mutates and timeout is not None:
         raise ValueError("a mutating child is never killed by a timeout")
-    # A signal would have subprocess kill the child. One that changes something is waited for: a node whose stop was cut
-    # short goes on to stop, and what starts it again comes too early.
+    # A signal would have subprocess kill the child: one that changes storage is waited for.
     waits = mutates and not leaves_daemons
     try:
-        with deferred() if mutates else nullcontext():
+        with deferred() if waits else nullcontext():
             done = subprocess.run(
                 list(argv),
                 input=stdin,

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from snapshotter.core.command import run
 from snapshotter.core.errors import BusyError, PreconditionError, SnapshotterError, StorageError
+from snapshotter.core.interrupts import deferred
 from snapshotter.host.mounts import table
 
 #: Where a link to /dev/null masks a unit, whatever else defines it, also over a power cut. `systemctl mask` can't: it
@@ -158,6 +159,13 @@ def _must(argv: Sequence[str], what: str, name: str = "") -> None:
         raise StorageError(f"can't {what} it: {outcome.said}", object=name or " ".join(argv), cure=cure)
 
 
+def _stop(argv: Sequence[str], name: str = "") -> None:
+    """A signal waits for its end: a client that is killed (docker's) leaves a node that goes on to stop, so that what
+    starts it again comes too early."""
+    with deferred():
+        _must(argv, "stop", name)
+
+
 def _is_mask(link: str) -> bool:
     try:
         return os.readlink(link) == "/dev/null"
@@ -223,7 +231,7 @@ class SystemdUnit(Struct, frozen=True):
         return self._show("ActiveState") not in ("inactive", "failed")
 
     def stop(self) -> None:
-        _must(["systemctl", "stop", "--", self.unit], "stop", self.unit)
+        _stop(["systemctl", "stop", "--", self.unit], self.unit)
 
     def start(self, along: Sequence[str] = ()) -> None:
         if not run(self._start_argv(), mutates=True, leaves_daemons=True).ok:
@@ -341,7 +349,7 @@ class Commands(Struct, frozen=True):
         return outcome.code == 0
 
     def stop(self) -> None:
-        _must(self.stop_argv, "stop")
+        _stop(self.stop_argv)
 
     def start(self, along: Sequence[str] = ()) -> None:
         _must(self.start_argv, "start")

@@ -166,8 +166,8 @@ class Proxy(Provider):
     def reap(self) -> list[str]:
         return self.inner.reap()
 
-    def refuse_unmounted(self, paths: Sequence[str]) -> None:
-        self.inner.refuse_unmounted(paths)
+    def refuse_unmounted(self, roots: Sequence[str], others: Sequence[str]) -> None:
+        self.inner.refuse_unmounted(roots, others)
 
     def refuse_writes(self, needs: Sequence[tuple[Mount, int]]) -> None:
         self.inner.refuse_writes(needs)

@@ -123,7 +123,10 @@ def _leftovers(session: Session) -> Iterator[Finding]:
     entries = session.catalog()
     for found in entries.sets:
         past = utc_now() >= found.birth.deadline and same_host(found.birth.host, host_name())
-        if found.state is State.INCOMPLETE and past:
+        if found.state is State.INCOMPLETE and past and found.pinned:
+            why = f"{found.set_id} was never sealed, and is pinned: it is kept"
+            yield Finding(found.birth.node, "leftover", why, f"snapshotter unpin {found.set_id}, if unneeded", "advice")
+        elif found.state is State.INCOMPLETE and past:
             why = f"{found.set_id} was never sealed: its run died"
             yield Finding(found.birth.node, "leftover", why, "snapshotter reap", "warning")
     for parts in grouped(tuple(entries.attachments)):

@@ -286,7 +286,8 @@ def _refuse_unmounted(session: Session, layout: Layout) -> None:
                 cure=f"mount {point}; or take its line out of /etc/fstab, or disable its .mount unit",
             )
     for name in filter(providers.may_be_here, providers.MOUNT_THEMSELVES):
-        session.provider(name, chosen=False).refuse_unmounted([root.path for root in layout.roots])
+        driver = session.provider(name, chosen=False)
+        driver.refuse_unmounted([root.path for root in layout.roots], [path for _, path in layout.nowhere])
 
 
 def refuse_grade(node: Node, grade: Grade, volumes: Sequence[Volume], require: str | None, allow_skew: bool) -> None:

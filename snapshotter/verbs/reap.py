@@ -52,7 +52,7 @@ def reap(session: Session, entries: Catalog | None = None) -> dict[str, Any]:
             try:
                 trees = {part.path for part in parts if part.tree}
                 places = places_of(placed(session, parts), parts)
-                mounted = mounted_of(places, [(provider, part) for part in parts])
+                mounted = mounted_of(places, [(provider, part) for part in parts], listed)
                 for path in [path for path in places if os.path.lexists(path)]:
                     refuse_foreign_mount(path, trees)
                     if path not in mounted and path not in trees:

@@ -50,7 +50,7 @@ def release(session: Session, where: str, *, discard_changes: bool = False) -> d
     if any(found.held for found in attachments):
         raise BusyError("is being made by a running restore", object=where, cure="wait for it, or stop it")
     with Locks([f"attachment:{attachment_id}"]):
-        mounted = mounted_of(paths, ours)
+        mounted = mounted_of(paths, ours, [found for _, found in parts])
         for path in [path for path in paths if os.path.lexists(path)]:
             refuse_foreign_mount(path, trees)
             if path in mounted or path in trees:
@@ -100,18 +100,24 @@ def _identify(attachments: list[Attachment], where: str, unasked: list[str]) -> 
     raise NotFoundError("nothing of ours is attached there", object=where, cure=cure)
 
 
-def mounted_of(paths: Iterable[str], ours: Sequence[tuple[Provider, Attachment]]) -> list[str]:
+def mounted_of(
+    paths: Iterable[str], ours: Sequence[tuple[Provider, Attachment]], every: Iterable[Attachment]
+) -> list[str]:
     """Those of the places at which one attachment is mounted now. After a reboot, or an umount, what a person mounted
-    may be there instead: what we mount names the attachment or the set, in its source or in the path within it. (A
-    cloud's disk doesn't: there whatever is mounted counts.)"""
-    names = {name for _, part in ours for name in (part.id, part.set_id)}
+    may be there instead, or another one of `every` attachment: a clone names the attachment, in its source or in the
+    path within it; a read-only view that or the set, or is some snapshot of ZFS's. (A cloud's disk has no such name:
+    there whatever is mounted counts.)"""
+    own = ours[0][1]
+    others = {each.path for each in every if each.id != own.id and (each.since is not None or each.held)}
     named = all(provider.traits.needs_host for provider, _ in ours)
-    table: dict[str, list[str]] = {}
-    for entry in mounts.table():
-        table.setdefault(entry.path, []).append(f"{entry.source} {entry.root}".replace("--", "-"))  # as dm has it
-    return [
-        path for path in paths if any(not named or name in shown for shown in table.get(path, ()) for name in names)
-    ]
+
+    def is_it(entry: mounts.Mount) -> bool:
+        shown = f"{entry.source} {entry.root}".replace("--", "-")  # as device-mapper has it
+        view = own.access is Access.READ_ONLY and (own.set_id in shown or (entry.fstype == "zfs" and "@" in shown))
+        return not named or own.id in shown or (view and entry.path not in others)
+
+    here = {entry.path for entry in mounts.table() if is_it(entry)}
+    return [path for path in paths if path in here]
 
 
 def refuse_foreign_mount(path: str, trees: set[str]) -> None:

@@ -141,20 +141,19 @@ def _bring_all(
 
 
 def _refuse_taken(top: str, providers: Iterable[Provider]) -> None:
-    """Raise BusyError where a clone was brought to and isn't mounted now: who releases the place later may mean either
-    of the two. (What is listed before an error counts: it is a restore.)"""
+    """Raise BusyError where a clone was brought to and isn't mounted now, with all that was written to it: who releases
+    the place later may mean either of the two. (What is listed before an error counts: it is a restore.)"""
     listed: list[Attachment] = []
     for provider in providers:
         with suppress(SnapshotterError):
             for part in provider.attachments():
                 listed.append(part)
     for part in listed:
-        if part.path == top and part.since is not None and not part.tree:
-            drops = " --discard-changes" if part.access is Access.WRITABLE else ""
+        if part.path == top and part.since is not None and not part.tree and part.access is Access.WRITABLE:
             raise BusyError(
                 f"{part.id} was brought there, and isn't mounted now",
                 object=top,
-                cure=f"restore elsewhere, or: snapshotter release {part.id}{drops}",
+                cure=f"restore elsewhere, or: snapshotter release {part.id} --discard-changes",
             )
 
 

@@ -28,13 +28,14 @@ def names(top: Path) -> set[str]:
     return {str(path.relative_to(top)) for path in top.rglob("*")}
 
 
-def test_what_changes_something_is_not_killed_by_a_signal_to_us(tmp_path: Path) -> None:
+def test_a_stop_is_not_killed_by_a_signal_to_us(tmp_path: Path) -> None:
     """A `docker stop` that was killed goes on in its daemon, and the `start` that followed came too early."""
     stop = f"touch {tmp_path}/begun; sleep 1; touch {tmp_path}/ended"
     script = (
-        "from snapshotter.core import command, interrupts\n"
+        "from snapshotter.core import interrupts\n"
+        "from snapshotter.host.service import Commands\n"
         "interrupts.install()\n"
-        f"command.run(['sh', '-c', {stop!r}], mutates=True, leaves_daemons=True)\n"
+        f"Commands(('sh', '-c', {stop!r}), ('true',), ('true',)).stop()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "begun").exists():

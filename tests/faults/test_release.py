@@ -79,6 +79,19 @@ def test_what_somebody_mounted_there_is_not_the_clone(tmp_path: Path, disk: Path
         mounts.unmount(str(place))
 
 
+def test_the_image_itself_at_the_place_of_a_clone_is_not_the_clone(tmp_path: Path, disk: Path) -> None:
+    command, place = Command(tmp_path / "etc"), tmp_path / "clone"
+    set_id = command.json("take", str(disk / "node"))["set_id"]
+    first = worked_in(command, set_id, place)
+    image, source = f"subvol=/.snapshotter-btrfs/sets/{set_id}/0", mounts.mount_of(str(disk)).source
+    subprocess.run(["mount", "-o", f"ro,{image}", source, str(place)], check=True)
+    try:
+        assert "isn't mounted" in command.error("release", str(place), exit_code=5)["line"]
+        assert clones(disk) == {first: True}
+    finally:
+        mounts.unmount(str(place))
+
+
 def test_reap_leaves_what_somebody_mounted_where_a_dead_restore_was_to_bring_it(
     tmp_path: Path, disk: Path, other: Path
 ) -> None:

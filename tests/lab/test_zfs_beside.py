@@ -158,7 +158,7 @@ def test_a_dataset_that_is_not_mounted_is_taken_by_nobody_else(harness: ZfsHarne
     try:
         for words in ([], ["--provider", "copy", *store]):
             error = command.error("take", str(point / "node"), *words, exit_code=3)
-            assert f"{volume.id} isn't mounted at {point}" in error["line"] and "zfs mount" in error["cure"]
+            assert f"{volume.id}: isn't mounted at {point}" in error["line"] and "zfs mount" in error["cure"]
         zfs("set", "canmount=noauto", volume.id)
         assert command.json("take", str(point / "node"), "--provider", "copy", *store)["good"], "not meant"
         zfs("set", "canmount=on", volume.id)

@@ -14,6 +14,7 @@ from snapshotter.core.model import (
     Access,
     Birth,
     ImageState,
+    MountSpec,
     Purpose,
     Snapshot,
     Tree,
@@ -86,6 +87,10 @@ def attach(harness: Harness, snapshot: Snapshot, access: Access, purpose: Purpos
         provider.detach(attached.id)
         pytest.skip("without root there is no such attachment here, and the refusal says so")
     attached.made_tree = isinstance(made, Tree)
+    if isinstance(made, MountSpec) and provider.traits.needs_host:
+        said = " ".join((made.source, *made.options))
+        named = attached.id in said or (access is Access.READ_ONLY and snapshot.birth.set_id in said)
+        assert named, "it is told by that whether what is mounted there is it"
     try:
         attached.path = harness.enter(made, attached.destination)
     except PreconditionError:
