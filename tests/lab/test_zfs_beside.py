@@ -150,7 +150,7 @@ def test_a_dataset_that_is_not_mounted_is_taken_by_nobody_else(harness: ZfsHarne
     volume = harness.dataset("d", "-o", f"mountpoint={point}")
     (point / "node").mkdir()
     (point / "node" / "chain").write_text("real")
-    command, store = Command(tmp_path / "etc"), ["-o", f"store={tmp_path}/store"]
+    command, store = Command(tmp_path / "etc"), ["-o", f"store={harness.scratch}/store"]
     set_id = command.json("take", str(point / "node"))["set_id"]
     zfs("unmount", volume.id)
     (point / "node").mkdir(parents=True)
