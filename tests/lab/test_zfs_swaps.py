@@ -160,7 +160,10 @@ def test_an_undo_ends_though_another_mount_namespace_shows_the_clone(harness: Zf
     older = take(volume, "older")
     write(volume, "live")
     zfs_kit.provider().swap("w1", image(older), volume)
-    container = subprocess.Popen(["unshare", "-m", "--propagation", "private", "sleep", "600"])
+    inside = harness.scratch / "inside"  # by another name: what is mounted in a directory goes with that, everywhere
+    inside.mkdir()
+    shows = f"mount --bind {volume.path} {inside} && exec sleep 600"
+    container = subprocess.Popen(["unshare", "-m", "--propagation", "private", "sh", "-c", shows])
     try:
         while b"sleep" not in Path(f"/proc/{container.pid}/cmdline").read_bytes()[:5]:
             time.sleep(0.05)
