@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -67,14 +68,18 @@ def test_hot_takes_as_this_user(tmp_path: Path, start: Start, request: pytest.Fi
     hot_takes(tmp_path, start, count(request), None)
 
 
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """Where anybody may go. Asked for before `start`, so that its node is dead when this goes."""
+    made = Path("/var/tmp") / f"snapshotter-test-{os.getpid()}"
+    made.mkdir(mode=0o755)
+    yield made
+    shutil.rmtree(made)
+
+
 @pytest.mark.root
-def test_hot_takes_without_root(start: Start, request: pytest.FixtureRequest) -> None:
-    place = Path("/var/tmp") / f"snapshotter-test-{os.getpid()}"
-    place.mkdir(mode=0o755)
-    try:
-        hot_takes(place, start, count(request), NOBODY)
-    finally:
-        shutil.rmtree(place)
+def test_hot_takes_without_root(place: Path, start: Start, request: pytest.FixtureRequest) -> None:
+    hot_takes(place, start, count(request), NOBODY)
 
 
 @pytest.mark.root
