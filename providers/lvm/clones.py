@@ -259,6 +259,8 @@ def listed(rows: Sequence[Row]) -> Iterator[Attachment]:
 
 def _attachment(row: Row, record: dict[str, Any]) -> Attachment:
     since = row.labels.get(_SINCE)
+    name = f"{record['id']}-{record['member']}"  # of the device over a classic image, also where its store was renamed
+    up = not row.thin and any(device.dm_name == _dm_name(name) for device in block.mapped())
     return Attachment(
         id=str(record["id"]),
         provider=NAME,
@@ -269,19 +271,20 @@ def _attachment(row: Row, record: dict[str, Any]) -> Attachment:
         purpose=Purpose(record["purpose"]),
         since=_EPOCH + timedelta(microseconds=int(since)) if since else None,
         held=since is None and maker_lives(row),
-        lost=_lost(row, str(record["id"]), record["member"]),
-        by_hand=_by_hand(row, str(record["set_id"]), record["member"]),
+        lost=_lost(row, name) if up else "",
+        by_hand=_by_hand(row, name, f"/dev/{row.vg}/{record['set_id']}-{record['member']}", up),
     )
 
 
-def _by_hand(row: Row, set_id: str, member: int) -> str:
+def _by_hand(row: Row, name: str, image: str, up: bool) -> str:
+    """`up`: the device over a classic image is there, as where it was but unmounted."""
     if row.thin:
         return f"lvchange -ay -K {row.id} && mount {row.device}"
-    made, image = _dm_name(row.name), f"/dev/{row.vg}/{set_id}-{member}"
-    if any(device.dm_name == made for device in block.mapped()):
+    made = _dm_name(name)
+    if up:
         return f"mount /dev/mapper/{made}"
     table = f"0 $(blockdev --getsz {image}) {_over_it(image, row.device)}"
-    create = f'dmsetup create {made} --uuid {_dm_uuid(row.name)} --table "{table}"'
+    create = f'dmsetup create {made} --uuid {_dm_uuid(name)} --table "{table}"'
     return f"{create} && mount /dev/mapper/{made}"
 
 
@@ -290,12 +293,9 @@ def _over_it(image: str, store: str) -> str:
     return f"snapshot {image} {store} P {room.CHUNK // _SECTOR}"
 
 
-def _lost(row: Row, id: str, member: int) -> str:
+def _lost(row: Row, name: str) -> str:
     """A dm snapshot whose store is full can be neither read nor written, for good (snapshot.rst)."""
-    name = _dm_name(f"{id}-{member}")
-    if not any(device.dm_name == name for device in block.mapped()):
-        return ""
-    words = run(["dmsetup", "status", "--noflush", name], timeout=READING_S).stdout.split()
+    words = run(["dmsetup", "status", "--noflush", _dm_name(name)], timeout=READING_S).stdout.split()
     if words[2:3] != ["snapshot"] or words[3:4] not in (["Invalid"], ["Overflow"]):
         return ""
     return f"what was written to it filled {row.id}: more room is needed in {row.vg}"

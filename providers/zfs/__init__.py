@@ -144,7 +144,7 @@ class ZfsProvider(Provider):
         except SnapshotterError:
             return  # whose volumes are no dataset needs no ZFS that answers
         table = mounts.table()
-        seen = [(root, mounts.mount_of(root, table)) for root in map(os.path.realpath, roots)]
+        seen = [(path, mounts.mount_of(path, table)) for path in map(os.path.realpath, (*roots, *others))]
         for name, point in datasets.items():
             place = os.path.realpath(point) if point else ""
             if not place or mounts.mount_of(place, table).path == place:
@@ -153,11 +153,10 @@ class ZfsProvider(Provider):
                 mounts.is_under(place, root)
                 # `check` asks that of the pools that the node is on.
                 and not (mount.fstype == self.name and tool.pool_of(mount.source) == tool.pool_of(name))
-                for root, mount in seen
+                for root, mount in seen[: len(roots)]
             )
-            paths = [path for path in map(os.path.realpath, (*roots, *others)) if mounts.is_under(path, place)]
             # What has a mount of its own below the place is not what the dataset would hide.
-            hides = any(mounts.is_under(place, mounts.mount_of(path, table).path) for path in paths)
+            hides = any(mounts.is_under(path, place) and mounts.is_under(place, mount.path) for path, mount in seen)
             if (below or hides) and not tool.mounts_as_it_came(name):
                 raise PreconditionError(
                     f"isn't mounted at {place}, so what is seen there is not what is meant",
